@@ -1,0 +1,138 @@
+"""The compiled core. Private: the public surface is `hbfp`.
+
+Arrays named `x`, `out`, ... may be numpy arrays or CPU torch tensors (once `set_tensor_type` was called); they are read
+in place, by pointer and strides. Every function checks its arguments, releases the GIL and raises a child of `HBFPError`.
+Roundings are numbered 0 nearest_even, 1 nearest_away, 2 toward_zero, 3 stochastic. `threads` is an upper bound; results
+never depend on it.
+"""
+
+from typing import Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__version__: str
+
+class HBFPError(ValueError): ...
+class FormatError(HBFPError): ...
+class ShapeError(HBFPError): ...
+class DTypeError(HBFPError): ...
+class NonFiniteError(HBFPError): ...
+class CodeError(HBFPError): ...
+class LevelError(HBFPError): ...
+
+@final
+class Format:
+    """A block format, validated (FORMAT.md sections 1, 2 and 4)."""
+
+    def __new__(
+        cls,
+        bits: int,
+        block: int | None = 64,
+        tile: int | None = None,
+        exponent_rule: str = "max_exponent",
+        exponent_bits: int = 8,
+        exponent_bias: int | None = None,
+    ) -> Format: ...
+    @staticmethod
+    def parse(text: str) -> Format: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def block(self) -> int | None: ...
+    @property
+    def tile(self) -> int | None: ...
+    @property
+    def exponent_rule(self) -> str: ...
+    @property
+    def exponent_bits(self) -> int: ...
+    @property
+    def exponent_bias(self) -> int: ...
+    def plane_shapes(self, shape: tuple[int, ...], axis: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes of the exponent and the mantissa plane of a tensor."""
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...
+
+def encode(
+    x: Any, format: Format, axis: int, rounding: int, seed: int, stream: int, check: bool, threads: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """f32 tensor -> (exponent plane, mantissa plane), FORMAT.md section 7."""
+
+def quantize(
+    x: Any, out: Any, format: Format, axis: int, rounding: int, seed: int, stream: int, check: bool, threads: int
+) -> None:
+    """decode(encode(x)) in one pass into `out`, C-contiguous f32 of x's shape; `out` may be `x` itself."""
+
+def decode(
+    exponents: NDArray[np.uint8], mantissas: NDArray[np.uint8], format: Format, shape: tuple[int, ...], axis: int, threads: int
+) -> NDArray[np.float32]: ...
+def unpack(
+    exponents: NDArray[np.uint8], mantissas: NDArray[np.uint8], format: Format, shape: tuple[int, ...], axis: int
+) -> NDArray[Any]:
+    """The codes in the logical shape: int8, or int16 above 8 bits. Raises CodeError on a forbidden code, on non-zero
+    padding and on codes under c = 255."""
+
+def pack(codes: NDArray[Any], exponents: NDArray[np.uint8], format: Format, axis: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Logical int8/int16 codes and the exponent *plane* -> both planes, validated."""
+
+@final
+class Floats:
+    """An operand still in f32: encoded on the way into a product.
+
+    The last two dimensions are the matrix, leading ones are batch; `axis` (-1 or -2) is the reduction. Random bits follow
+    the tensor as given (FORMAT.md section 3)."""
+
+    def __new__(cls, x: Any, axis: int, format: Format, rounding: int = 0, seed: int = 0, stream: int = 0) -> Floats: ...
+
+@final
+class Planes:
+    """An encoded operand: both planes of a tensor of logical `shape`, blocked along `axis` (its reduction)."""
+
+    def __new__(
+        cls, exponents: NDArray[np.uint8], mantissas: NDArray[np.uint8], format: Format, shape: tuple[int, ...], axis: int
+    ) -> Planes: ...
+
+@final
+class Packed:
+    """A right operand [N, K] in the kernel's layout."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def format(self) -> Format: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def level(self) -> str: ...
+
+def prepack(operand: Floats | Planes, left: Format, threads: int) -> Packed:
+    """Kernel layout of a 2-D right operand, for left operands in format `left`'s block."""
+
+def product(
+    a: Floats | Planes,
+    b: Floats | Planes | Packed,
+    out: Any,
+    bias: Any | None,
+    accumulate: bool,
+    threads: int,
+) -> None:
+    """out[.., M, N] (C-contiguous f32) = sum over the reduction of a times b, FORMAT.md section 5.
+
+    Batch dimensions of a and b are equal, or absent on b (then a's are flattened into M by the caller)."""
+
+def softmax(scores: Any, out: Any, scale: float, causal: bool, mask: Any | None, threads: int) -> None:
+    """Row softmax of scale * scores (+ mask, f32 of scores' shape) over the last dimension; causal: column j of row i of
+    the last two dimensions is masked when j > i + (columns - rows). `out` may be `scores`. A fully masked row gives 0."""
+
+def softmax_backward(p: Any, dp: Any, out: Any, scale: float, threads: int) -> None:
+    """out = scale * p * (dp - rowsum(p * dp)); `out` may be `dp`."""
+
+def column_sums(x: Any, out: Any, threads: int) -> None:
+    """Sums over the rows of x [rows, n] in blocks of 64 (FORMAT.md section 6: bias gradients)."""
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...
+def set_tensor_type(cls: type) -> None:
+    """Accept instances of torch.Tensor wherever arrays are taken."""
+
+def info() -> dict[str, Any]:
+    """level, levels (name -> "available" | reason), cpu features, threading, build."""

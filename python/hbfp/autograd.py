@@ -1,0 +1,377 @@
+"""Differentiable products: linear, matmul and attention, whose backward passes are fixed-point products too.
+
+Every operand is encoded anew along the reduction of the product at hand (FORMAT section 6), so nothing encoded is kept
+between forward and backward; what is kept are the float tensors, and of those only the ones that a gradient needs.
+Backward computes the gradients that are asked for and no others.
+
+Each function takes `seed` and `stream` as numbers. The stream's low four bits are 0; every operand adds its role, so that
+no two operands of a step share random bits. Recomputation with the same numbers gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from math import prod, sqrt
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hbfp import ops
+from hbfp.errors import HBFPError, ShapeError
+from hbfp.policy import Backend, Recipe
+
+__all__ = ["AttentionFunction", "LinearFunction", "MatmulFunction", "Role", "attention", "linear", "matmul"]
+
+
+class Role(IntEnum):
+    """What an operand is to its product: the low four bits of its random stream.
+
+    The first six serve linear and matmul (whose A stands for X and B for W); attention has its own.
+    """
+
+    X_FORWARD = 0
+    W_FORWARD = 1
+    DY_FOR_DX = 2
+    W_FOR_DX = 3
+    DY_FOR_DW = 4
+    X_FOR_DW = 5
+    Q_FORWARD = 6
+    K_FORWARD = 7
+    P_FORWARD = 8
+    V_FORWARD = 9
+    DO_FOR_DP = 10
+    DO_FOR_DV = 11
+    DS_FOR_DQ = 12
+    DS_FOR_DK = 13
+    P_FOR_DV = 14
+    QKV_BACKWARD = 15
+
+
+# Plain numbers: the eager path adds them to a stream at every call.
+_X, _W, _DY_X, _W_X, _DY_W, _X_W, _Q, _K, _P, _V, _DO_P, _DO_V, _DS_Q, _DS_K, _P_V, _QKV = (int(role) for role in Role)
+
+# Differentiating a second time would need gradients of the encoding itself: `once_differentiable` says so when it happens.
+_once = cast(Callable[[Callable[..., Any]], Callable[..., Any]], once_differentiable)
+
+
+def _multiply(recipe: Recipe) -> Callable[..., Tensor]:
+    return ops.product if recipe.backend is Backend.INTEGER else ops.reference_product
+
+
+def _sum_to(gradient: Tensor, shape: Sequence[int]) -> Tensor:
+    """`gradient` summed over the dimensions that `shape` was broadcast along, the same for any number of threads."""
+    if gradient.shape == torch.Size(shape):
+        return gradient
+    extra = gradient.dim() - len(shape)
+    summed = [d for d in range(gradient.dim()) if d < extra or (shape[d - extra] == 1 and gradient.shape[d] != 1)]
+    kept = [d for d in range(gradient.dim()) if d not in summed]
+    rows, columns = (prod(gradient.shape[d] for d in dims) for dims in (summed, kept))
+    return ops.column_sums(gradient.permute(summed + kept).reshape(rows, columns)).reshape(shape)
+
+
+class LinearFunction(torch.autograd.Function):
+    """Y = X Wᵀ + bias. X [..., in], W [out, in], bias [out] or None; Y [..., out], all float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        recipe: Recipe,
+        seed: int,
+        stream: int,
+        source: object,
+    ) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
+        policy = recipe.forward
+        return _multiply(recipe)(
+            x, -1, weight, -1, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), bias,
+            name="forward", source=source,
+        )  # fmt: skip
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
+        multiply = _multiply(recipe)
+        dx = dweight = dbias = None
+        if need_x:
+            policy = recipe.input_gradient
+            dx = multiply(
+                dy, -1, weight, -2, policy.formats, policy.roundings, seed, (stream | _DY_X, stream | _W_X),
+                name="input gradient", source=source,
+            )  # fmt: skip
+        rows = dy.flatten(0, -2) if need_weight or need_bias else dy
+        if need_weight:
+            policy = recipe.weight_gradient
+            dweight = multiply(
+                rows, -2, x.flatten(0, -2), -2, policy.formats, policy.roundings, seed,
+                (stream | _DY_W, stream | _X_W), name="weight gradient", source=source,
+            )  # fmt: skip
+        if need_bias:
+            dbias = ops.column_sums(rows)
+        return dx, dweight, dbias, None, None, None, None
+
+
+class MatmulFunction(torch.autograd.Function):
+    """C = A B. A [..., M, K], B [..., K, N] with batch dimensions that broadcast; C [..., M, N] float32.
+
+    Where B is a matrix the batch dimensions of A count as rows, as in a linear layer: the gradient of B is then one
+    product, blocked along all of them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor, recipe: Recipe, seed: int, stream: int, source: object
+    ) -> Tensor:
+        need_a, need_b = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(a if need_b else None, b if need_a else None)
+        ctx.shapes = a.shape, b.shape
+        ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
+        if b.dim() > 2:
+            batch = _batch_of(a, b)
+            a, b = _expand(a, batch), _expand(b, batch)
+        policy = recipe.forward
+        return _multiply(recipe)(
+            a, -1, b, -2, policy.formats, policy.roundings, seed, (stream | _X, stream | _W),
+            name="forward", source=source,
+        )  # fmt: skip
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        a_shape, b_shape = ctx.shapes
+        need_a, need_b = ctx.needs_input_grad[:2]
+        recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
+        multiply = _multiply(recipe)
+        batch = dc.shape[:-2]
+        da = db = None
+        if need_a:
+            policy = recipe.input_gradient
+            da = multiply(
+                dc, -1, _expand(b, batch) if b.dim() > 2 else b, -1, policy.formats, policy.roundings, seed, (stream | _DY_X, stream | _W_X),
+                name="input gradient", source=source,
+            )  # fmt: skip
+            da = _sum_to(da, a_shape)
+        if need_b:
+            if len(b_shape) == 2:
+                a, dc = a.flatten(0, -2), dc.flatten(0, -2)
+            else:
+                a = _expand(a, batch)
+            # The recipe speaks of dYᵀ X; this is its transpose, Aᵀ dC.
+            policy = recipe.weight_gradient
+            db = multiply(
+                a, -2, dc, -2, policy.formats[::-1], policy.roundings[::-1], seed, (stream | _X_W, stream | _DY_W),
+                name="weight gradient", source=source,
+            )  # fmt: skip
+            db = _sum_to(db, b_shape)
+        return da, db, None, None, None, None
+
+
+class AttentionFunction(torch.autograd.Function):
+    """O = dropout(softmax(scale Q Kᵀ + mask)) V: two integer products around a float32 softmax.
+
+    Shapes: Q [..., L, E], K [..., S, E], V [..., S, Ev] with batch dimensions that broadcast; mask, float32, broadcasts
+    to [..., L, S]; O [..., L, Ev] float32. This is the definition, with the L x S matrix in memory.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        dropout: float,
+        recipe: Recipe,
+        seed: int,
+        stream: int,
+        source: object,
+    ) -> Tensor:
+        policy = recipe.forward
+        multiply = _multiply(recipe)
+        batch = _batch_of(q, k, v)
+        scores = multiply(
+            _expand(q, batch), -1, _expand(k, batch), -1, policy.formats, policy.roundings, seed, (stream | _Q, stream | _K),
+            name="scores", source=source,
+        )  # fmt: skip
+        wide_mask = None if mask is None else mask.expand(scores.shape)
+        p = ops.softmax(scores, scale, causal, wide_mask, reuse=True)
+        keep = _kept(p, dropout)
+        out = multiply(
+            _drop(p, keep, dropout), -1, _expand(v, batch), -2, policy.formats, policy.roundings, seed, (stream | _P, stream | _V),
+            name="context", source=source,
+        )  # fmt: skip
+        need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
+        need_scores = need_q or need_k or need_mask
+        ctx.save_for_backward(
+            q if need_k else None,
+            k if need_q else None,
+            v if need_scores else None,
+            p if need_scores or need_v else None,
+            keep if need_scores or need_v else None,
+        )
+        ctx.shapes = q.shape, k.shape, v.shape, None if mask is None else mask.shape
+        ctx.scale, ctx.dropout = scale, dropout
+        ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
+        return out
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, p, keep = ctx.saved_tensors
+        q_shape, k_shape, v_shape, mask_shape = ctx.shapes
+        batch = do.shape[:-2]
+        need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
+        scale, dropout = ctx.scale, ctx.dropout
+        recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
+        multiply = _multiply(recipe)
+        towards_input, towards_right = recipe.input_gradient, recipe.weight_gradient
+        dq = dk = dv = dmask = None
+        if need_v:
+            dv = multiply(
+                _drop(p, keep, dropout), -2, do, -2, towards_right.formats[::-1], towards_right.roundings[::-1], seed,
+                (stream | _P_V, stream | _DO_V), name="gradient of V", source=source,
+            )  # fmt: skip
+            dv = _sum_to(dv, v_shape)
+        if need_q or need_k or need_mask:
+            dp = multiply(
+                do, -1, _expand(v, batch), -1, towards_input.formats, towards_input.roundings, seed, (stream | _DO_P, stream | _QKV),
+                name="gradient of P", source=source,
+            )  # fmt: skip
+            dp = _drop(dp, keep, dropout)
+            if need_mask:
+                dmask = _sum_to(ops.softmax_backward(p, dp, 1.0), mask_shape)
+            if need_q or need_k:
+                ds = ops.softmax_backward(p, dp, scale, reuse=True)
+            if need_q:
+                dq = multiply(
+                    ds, -1, _expand(k, batch), -2, towards_input.formats, towards_input.roundings, seed,
+                    (stream | _DS_Q, stream | _QKV), name="gradient of Q", source=source,
+                )  # fmt: skip
+                dq = _sum_to(dq, q_shape)
+            if need_k:
+                dk = multiply(
+                    ds, -2, _expand(q, batch), -2, towards_right.formats, towards_right.roundings, seed,
+                    (stream | _DS_K, stream | _QKV), name="gradient of K", source=source,
+                )  # fmt: skip
+                dk = _sum_to(dk, k_shape)
+        return dq, dk, dv, dmask, None, None, None, None, None, None, None
+
+
+def _kept(p: Tensor, dropout: float) -> Tensor | None:
+    """Which elements dropout keeps, drawn from torch's generator as torch's own dropout is."""
+    return torch.empty_like(p).bernoulli_(1.0 - dropout).to(torch.bool) if dropout > 0.0 else None
+
+
+def _drop(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
+    if keep is None:
+        return x
+    return x * keep * (1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0)
+
+
+def _expand(x: Tensor, batch: torch.Size) -> Tensor:
+    """`x` with the batch dimensions given; no copy."""
+    return x if x.shape[:-2] == batch else x.expand(*batch, *x.shape[-2:])
+
+
+def _batch_of(*tensors: Tensor) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(*(x.shape[:-2] for x in tensors))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
+        raise ShapeError(f"batch dimensions do not broadcast: {shapes}") from None
+
+
+# --- the same as plain functions, with the checks that autograd's interface has no room for --------------------------
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, seed: int, stream: int, source: object = None
+) -> Tensor:
+    """x [..., in] times weightᵀ [out, in], plus bias [out]; see `hbfp.nn.functional.linear`."""
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ShapeError(
+            f"linear takes x [..., in] and weight [out, in]; found {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    ops.require_real(x, weight, bias)
+    if x.dim() == 1:
+        row: Tensor = LinearFunction.apply(x.unsqueeze(0), weight, bias, recipe, seed, stream, source)
+        return row.squeeze(0)
+    out: Tensor = LinearFunction.apply(x, weight, bias, recipe, seed, stream, source)
+    return out
+
+
+def matmul(a: Tensor, b: Tensor, recipe: Recipe, seed: int, stream: int, source: object = None) -> Tensor:
+    """a [..., M, K] times b [..., K, N]; see `hbfp.nn.functional.matmul`."""
+    ops.require_real(a, b)
+    if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
+        raise ShapeError(f"matmul takes [..., M, K] and [..., K, N]; found {tuple(a.shape)} and {tuple(b.shape)}")
+    if b.dim() > 2:
+        _batch_of(a, b)
+    out: Tensor = MatmulFunction.apply(a, b, recipe, seed, stream, source)
+    return out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+    recipe: Recipe,
+    seed: int,
+    stream: int,
+    source: object = None,
+) -> Tensor:
+    """See `hbfp.nn.functional.scaled_dot_product_attention`."""
+    if not 0.0 <= dropout <= 1.0:
+        raise HBFPError(f"dropout is a probability; found {dropout}")
+    if causal and mask is not None:
+        raise HBFPError("give a mask or ask for a causal one, not both: the causal one can be made part of the mask")
+    ops.require_real(q, k, v)
+    if min(q.dim(), k.dim(), v.dim()) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ShapeError(
+            "attention takes q [..., L, E], k [..., S, E] and v [..., S, Ev]; found "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    rows, columns = q.shape[-2], k.shape[-2]
+    if causal and rows != columns:
+        # The core aligns a causal mask with the last column, torch with the first: they agree on squares only.
+        mask, causal = torch.ones(rows, columns, dtype=torch.bool, device="cpu").tril(), False
+    if mask is not None:
+        mask = _additive(mask)
+        scores = (*_batch_of(q, k, v), rows, columns)
+        if not _broadcasts(mask.shape, scores):
+            raise ShapeError(f"the mask must broadcast to the scores, {scores}; found {tuple(mask.shape)}")
+    if scale is None:
+        scale = 1.0 / sqrt(max(q.shape[-1], 1))
+    out: Tensor = AttentionFunction.apply(q, k, v, mask, causal, scale, dropout, recipe, seed, stream, source)
+    return out
+
+
+def _additive(mask: Tensor) -> Tensor:
+    """A mask as float32 that is added to the scores; booleans say which elements take part."""
+    if mask.dtype is torch.bool:
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return zeros.masked_fill_(~mask, float("-inf"))
+    ops.require_real(mask)
+    return mask.to(torch.float32)
+
+
+def _broadcasts(shape: Sequence[int], target: Sequence[int]) -> bool:
+    tail = target[len(target) - len(shape) :]
+    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape, tail, strict=True))

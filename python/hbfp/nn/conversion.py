@@ -1,0 +1,379 @@
+"""Turning a model's layers into fixed-point ones in place, and back.
+
+A layer is converted by exchanging its class: parameters, buffers, hooks, optimizers and state_dict keys stay what they
+were. To add a layer: write a subclass of the torch class whose `forward` asks `self.hbfp_state` (see `linear.py`) and
+enter it in `LAYERS`; strike its torch class from `UNSUPPORTED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+
+from hbfp.errors import ConversionError, RuleError
+from hbfp.nn.attention import DotProductAttention
+from hbfp.nn.functional import RecipeLike
+from hbfp.nn.linear import Linear
+from hbfp.nn.report import ConversionReport, ReportRow
+from hbfp.policy import (
+    SITES,
+    LayerState,
+    Position,
+    Recipe,
+    RootState,
+    Rule,
+    RuleValue,
+    layer_states,
+    parse_rules,
+)
+from hbfp.policy import recipe as _recipe
+
+__all__ = ["LAYERS", "UNSUPPORTED", "convert_", "revert_"]
+
+LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: Linear,
+    Linear: Linear,
+    DotProductAttention: DotProductAttention,
+}
+"""Class -> class that computes the same in fixed point."""
+
+UNSUPPORTED: tuple[type[nn.Module], ...] = (
+    nn.modules.conv._ConvNd,
+    nn.Bilinear,
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+"""torch's other classes that compute products. They stay in FP32 with everything inside them: attention and the encoder
+layer reach into their children's weights without calling them, so that converting those would change nothing."""
+
+_HARMLESS = frozenset({"__init__", "reset_parameters", "extra_repr", "__annotate__", "__annotate_func__"})
+"""What a subclass may define and still be computed by its base's forward, with nothing lost."""
+
+
+# --- the plan: who is converted, decided before anything changes -----------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A module that computes products, and what is to become of it."""
+
+    module: nn.Module
+    names: list[str]
+    target: type[nn.Module] | None
+    recipe: Recipe | None = None
+    """None: it stays in FP32."""
+    pinned: bool = False
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.names)
+
+
+def _candidates(model: nn.Module) -> list[_Candidate]:
+    """Every module that may compute products, in the order of registration, shared ones once."""
+    found: dict[int, _Candidate] = {}
+    opaque: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if any(name.startswith(prefix) for prefix in opaque):
+            continue
+        if id(module) in found:
+            found[id(module)].names.append(name)
+            continue
+        target, note = _target(module)
+        if isinstance(module, UNSUPPORTED):
+            opaque.append(f"{name}." if name else "")
+        if target is not None or note:
+            found[id(module)] = _Candidate(module, [name], target, note=note)
+        if opaque and opaque[-1] == "":
+            break  # the model itself is unsupported
+    return list(found.values())
+
+
+def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The class to convert a module to, or None and the reason; an empty reason: it computes no products."""
+    kind = type(module)
+    if isinstance(module, UNSUPPORTED):
+        return None, "not supported yet"
+    if kind in LAYERS and "forward" in module.__dict__:
+        return None, "its forward was replaced on the instance"
+    if parametrize.is_parametrized(module):
+        kind = kind.__mro__[1]  # the class that parametrisation derived from; `_refuse` has the last word
+    if kind in LAYERS:
+        return LAYERS[kind], ""
+    base = next((base for base in kind.__mro__ if base in LAYERS), None)
+    if base is not None:
+        added = sorted(_added_methods(kind, base))
+        if not added:
+            return LAYERS[base], ""
+        return None, f"subclass of {base.__name__} with its own {', '.join(added)}"
+    own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
+    if own and not kind.__module__.startswith("torch.nn."):
+        return None, f"multiplies by {', '.join(own)} itself, if at all: use hbfp.nn.functional (hbfp.audit counts)"
+    return None, ""
+
+
+def _added_methods(kind: type, base: type) -> set[str]:
+    between = kind.__mro__[: kind.__mro__.index(base)]
+    return {
+        name
+        for cls in between
+        for name, value in vars(cls).items()
+        if name not in _HARMLESS and (callable(value) or isinstance(value, property | staticmethod | classmethod))
+    }
+
+
+def _refuse(candidate: _Candidate) -> None:
+    """Raises for a module that must not be converted as it stands."""
+    module, name = candidate.module, candidate.name
+    state: LayerState | None = module.__dict__.get("hbfp_state")
+    if state is not None and state.undo is not None:
+        raise ConversionError(f"{name!r} is converted already: call hbfp.revert_(model) first, or keep it as it is by "
+                              f"rules={{{candidate.names[0]!r}: None}}")  # fmt: skip
+    if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
+        raise ConversionError(f"{name!r} has no shape yet: run one batch through the model before converting it")
+    missing = isinstance(module, nn.Linear) and "weight" not in module._parameters
+    if parametrize.is_parametrized(module) or missing:
+        raise ConversionError(
+            f"{name!r} is parametrised (weight_norm, spectral_norm, ...): its weight is computed anew at each use, which "
+            f"is not supported yet: remove the parametrisation, or keep it in FP32 by "
+            f"rules={{{candidate.names[0]!r}: None}}"
+        )
+
+
+def _decide(candidates: Sequence[_Candidate], rules: Sequence[Rule], base: Recipe) -> None:
+    """Gives every candidate its recipe, by the first rule that covers it."""
+    for candidate in candidates:
+        deciding = {
+            name: next((rule for rule in rules if rule.covers(name)), None) for name in candidate.names
+        }
+        if len({rule and rule.recipe for rule in deciding.values()}) > 1:
+            raise RuleError(
+                f"one module is called {candidate.name!r}, and the rules say different things of its names: "
+                + ", ".join(f"{name!r} by {rule.pattern!r}" for name, rule in deciding.items() if rule is not None)
+            )
+        rule = deciding[candidate.names[0]]
+        if candidate.target is None:
+            if rule is not None and rule.recipe is None:
+                candidate.note = f"rule {rule.pattern!r}"
+        elif rule is None:
+            candidate.recipe = base
+        else:
+            candidate.recipe, candidate.pinned, candidate.note = rule.recipe, rule.pinned, f"rule {rule.pattern!r}"
+
+
+def _check_rules(model: nn.Module, candidates: Sequence[_Candidate], rules: Sequence[Rule]) -> None:
+    """Raises for a rule without effect: it matches nothing, or names a width for what cannot have one."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    convertible = {name for candidate in candidates if candidate.target is not None for name in candidate.names}
+    for rule in rules:
+        covered = [name for name in names if rule.covers(name)]
+        if not covered:
+            raise RuleError(f"rule {rule.pattern!r} matches no module; the model has {_some(names)}")
+        if rule.recipe is not None and not convertible.intersection(covered):
+            raise RuleError(
+                f"rule {rule.pattern!r} asks for {rule.recipe} but covers no module that can be converted, "
+                f"only {_some(covered)}; those that can are {_some(sorted(convertible))}"
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = [repr(name) for name in names if name][:8]
+    return (", ".join(shown) or "none") + (", ..." if len(names) > len(shown) + 1 else "")
+
+
+# --- order of execution ----------------------------------------------------------------------------------------------
+
+
+def _execution_order(model: nn.Module, layers: Sequence[nn.Module], example_inputs: Any) -> list[nn.Module]:
+    """The calls of `layers` in one forward pass, in evaluation mode and without gradients; nothing is left behind."""
+    if isinstance(example_inputs, Mapping):
+        arguments, keywords = (), dict(example_inputs)
+    else:
+        arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+        keywords = {}
+    calls: list[nn.Module] = []
+
+    def note(module: nn.Module, _: Any) -> None:
+        calls.append(module)
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            model(*arguments, **keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return calls
+
+
+def _ends(
+    model: nn.Module,
+    chosen: Sequence[_Candidate],
+    example_inputs: Any,
+    named: tuple[str | None, str | None],
+) -> tuple[nn.Module, nn.Module, list[str]]:
+    """The first and the last of the chosen layers, and what the report should say about how they were found."""
+    order = [candidate.module for candidate in chosen]
+    notes = []
+    if example_inputs is not None:
+        calls = _execution_order(model, order, example_inputs)
+        missed = [candidate.name for candidate in chosen if not any(call is candidate.module for call in calls)]
+        if missed:
+            notes.append(f"not reached by example_inputs: {_some(missed)}")
+        order = calls or order
+    elif None in named:
+        notes.append("first and last by order of registration: give example_inputs to take the order of execution")
+    by_name = {name: candidate.module for candidate in chosen for name in candidate.names}
+    for name in named:
+        if name is not None and name not in by_name:
+            raise ConversionError(f"{name!r} is not among the converted layers, which are {_some(list(by_name))}")
+    first, last = named
+    return by_name[first] if first is not None else order[0], by_name[last] if last is not None else order[-1], notes
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+def _advance_step(module: nn.Module, _: Any) -> None:
+    """Forward pre-hook of the converted root."""
+    if module.training:
+        module.__dict__["hbfp_root"].advance()
+
+
+# --- the public pair -------------------------------------------------------------------------------------------------
+
+
+def convert_(
+    model: nn.Module,
+    recipe: RecipeLike = "booster",
+    *,
+    rules: Mapping[str, RuleValue] | None = None,
+    example_inputs: Any = None,
+    first: str | None = None,
+    last: str | None = None,
+    seed: int = 0,
+) -> ConversionReport:
+    """Has the layers of `model` compute in fixed point, in place.
+
+    Parameters, their identity, hooks and state_dict keys do not change; `revert_` takes it all back. A converted model
+    draws new random bits at each training forward; `hbfp.set_step` or a `hbfp.Booster` ties them to your own step, which
+    makes runs resumable.
+
+    Args:
+        model: any module; a layer by itself is fine.
+        recipe: "hbfp4", "hbfp6", "hbfp8", "booster", "emulator", a format, or a `hbfp.Recipe`.
+        rules: pattern -> format, recipe or None, for modules that are to differ. A pattern is a glob on the module's
+            name, or "re:" and a regular expression for all of it; it covers what is inside the module too. The first
+            that covers a module decides; None keeps FP32. A width that a rule names is not touched by schedules.
+        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments. One forward pass over them
+            tells which layer comes first and which last. Without, the order of registration is taken.
+        first, last: names of these layers, where you know better.
+        seed: of stochastic rounding.
+
+    Returns:
+        What was converted and what stayed in FP32, with reasons; prints as a table.
+
+    Raises:
+        RuleError: a rule matches nothing, or cannot be read.
+        ConversionError: a module is converted already, is parametrised or has no shape yet; or there is none to convert.
+        HBFPError: there is no such recipe.
+
+    After an error the model is as it was.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConversionError("a scripted model cannot be converted: convert the model it was made of")
+    if not 0 <= seed < 2**64:
+        raise ConversionError(f"the seed is an unsigned 64-bit number; found {seed}")
+    base = _recipe(recipe)
+    table_of_rules = parse_rules(rules, base)
+    candidates = _candidates(model)
+    _check_rules(model, candidates, table_of_rules)
+    _decide(candidates, table_of_rules, base)
+    chosen = [candidate for candidate in candidates if candidate.recipe is not None]
+    for candidate in chosen:
+        _refuse(candidate)
+    if not chosen:
+        left = "; ".join(f"{candidate.name or type(model).__name__}: {candidate.note}" for candidate in candidates[:8])
+        raise ConversionError(f"{type(model).__name__} has nothing to convert: {left or 'no module computes products'}")
+    if len(chosen) > SITES:
+        raise ConversionError(f"{len(chosen)} layers are more than the {SITES} that random streams tell apart")
+    first_layer, last_layer, notes = _ends(model, chosen, example_inputs, (first, last))
+
+    root = RootState(seed=seed)
+    rows = []
+    site = 0
+    for candidate in candidates:
+        kind, position, formats = type(candidate.module).__name__, None, None
+        if candidate.recipe is not None and candidate.target is not None:
+            position = _position(candidate.module, first_layer, last_layer)
+            state = LayerState(
+                base=candidate.recipe,
+                recipe=_at_position(candidate.recipe, position),
+                root=root,
+                site=site,
+                position=position,
+                pinned=candidate.pinned,
+                undo=(type(candidate.module), candidate.module.__dict__.get("hbfp_state")),
+            )
+            _install(candidate.module, candidate.target, state)
+            formats = state.recipe.formats
+            site += 1
+        else:
+            root.left.update(dict.fromkeys(candidate.names, candidate.note))
+        rows.append(ReportRow(candidate.name, kind, formats, position, candidate.note))
+    model.__dict__["hbfp_root"] = root
+    model.register_forward_pre_hook(_advance_step)
+    return ConversionReport(tuple(rows), tuple(notes))
+
+
+def _position(module: nn.Module, first: nn.Module, last: nn.Module) -> Position:
+    return Position.FIRST if module is first else Position.LAST if module is last else Position.INNER
+
+
+def _at_position(recipe: Recipe, position: Position) -> Recipe:
+    return recipe if recipe.boost is None or position is Position.INNER else recipe.at(recipe.boost)
+
+
+def _install(module: nn.Module, kind: type[nn.Module], state: LayerState | None) -> None:
+    module.__class__ = kind
+    if state is None:
+        module.__dict__.pop("hbfp_state", None)
+    else:
+        module.__dict__["hbfp_state"] = state
+
+
+def revert_(model: nn.Module) -> None:
+    """Takes back `convert_`: every converted layer under `model` is again what it was, with the weights it has now.
+
+    Raises:
+        ConversionError: nothing under `model` was converted.
+    """
+    converted = [(module, state) for _, module, state in layer_states(model) if state.undo is not None]
+    if not converted:
+        raise ConversionError(f"{type(model).__name__} holds no converted layer: there is nothing to take back")
+    for module, state in converted:
+        assert state.undo is not None
+        state.root.active = False
+        _install(module, *state.undo)
+    for module in model.modules():
+        if module.__dict__.pop("hbfp_root", None) is not None:
+            _remove_hook(module, _advance_step)
+
+
+def _remove_hook(module: nn.Module, hook: Callable[..., None]) -> None:
+    for number in [number for number, installed in module._forward_pre_hooks.items() if installed is hook]:
+        del module._forward_pre_hooks[number]

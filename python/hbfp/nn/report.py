@@ -1,0 +1,65 @@
+"""What a conversion changed and what it left, as values and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hbfp.policy import Position
+
+__all__ = ["ConversionReport", "ReportRow", "table"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportRow:
+    """One module that computes products."""
+
+    name: str
+    """As in `named_modules`; further names of a shared module follow, separated by commas."""
+    kind: str
+    """The class before conversion."""
+    formats: str | None
+    """In force after conversion; None: the module stayed in FP32."""
+    position: Position | None = None
+    note: str = ""
+    """Why it stayed in FP32, or which rule decided."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport:
+    """Every module that computes products, in the order of registration. Prints as a table."""
+
+    rows: tuple[ReportRow, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def converted(self) -> tuple[ReportRow, ...]:
+        """The modules that now compute in fixed point."""
+        return tuple(row for row in self.rows if row.formats is not None)
+
+    @property
+    def left(self) -> tuple[ReportRow, ...]:
+        """The modules that stayed in FP32, each with the reason in `note`."""
+        return tuple(row for row in self.rows if row.formats is None)
+
+    def __str__(self) -> str:
+        lines = [
+            (row.name or "(root)", row.kind, row.formats or "FP32", str(row.position or ""), row.note)
+            for row in self.rows
+        ]
+        summary = f"{len(self.converted)} in fixed point, {len(self.left)} left in FP32"
+        return "\n".join([table(("module", "class", "formats", "place", "note"), lines), summary, *self.notes])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
+    """Lines of columns as wide as they must be; the columns numbered in `right` are aligned to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

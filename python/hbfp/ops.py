@@ -1,0 +1,437 @@
+"""The one door from torch tensors to the compiled core.
+
+Every function here comes in two forms that give the same bits:
+
+- called eagerly on plain CPU tensors it goes straight to `_core`, which costs a few microseconds;
+- under `torch.compile`, under a dispatch mode and for tensor subclasses it goes through `torch.ops.hbfp.*`, which other
+  parts of torch can see, trace and replace.
+
+Rules of the door: float16, bfloat16 and float64 are cast to float32 on the way in (float64 rounds to nearest-even), other
+dtypes and devices raise; results are fresh float32 tensors, never views; nothing is remembered between calls, so seed and
+streams are arguments. There are no derivatives at this level: `hbfp.autograd` builds them from these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from hbfp import _core
+from hbfp.errors import DTypeError, ShapeError
+from hbfp.format import HBFP, Rounding
+
+__all__ = [
+    "Product",
+    "Recorder",
+    "column_sums",
+    "product",
+    "quantize",
+    "recorders",
+    "reference_product",
+    "require_real",
+    "softmax",
+    "softmax_backward",
+]
+
+_core.set_tensor_type(torch.Tensor)
+
+_CAST = frozenset({torch.float16, torch.bfloat16, torch.float64})
+_WORD = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """What a recorder is told of one product."""
+
+    name: str
+    """Which product of its layer: "forward", "input gradient", "weight gradient", ..."""
+    source: object
+    """The layer's state, or None for a functional call."""
+    macs: int
+    """Multiply-accumulates."""
+    left: HBFP
+    right: HBFP
+
+
+Recorder = Callable[[Product], None]
+
+recorders: list[Recorder] = []
+"""Called for every product, in order; empty but for the moments in which somebody counts (see `hbfp.audit`)."""
+
+
+def require_real(*tensors: Tensor | None) -> None:
+    """Raises DTypeError unless every tensor given is of a floating dtype that the door takes."""
+    for x in tensors:
+        if x is not None and x.dtype is not torch.float32 and x.dtype not in _CAST:
+            raise DTypeError(
+                f"expected a float32 tensor (or float16, bfloat16, float64, which are cast); found {x.dtype}: "
+                "integers and complex numbers have no block format"
+            )
+
+
+def _float32(x: Tensor) -> Tensor:
+    """`x` as the core reads it: real, float32, strided, on the CPU; the same tensor where that is what it is."""
+    if x.dtype is not torch.float32:
+        require_real(x)
+        x = x.to(torch.float32)
+    if not x.is_cpu or x.layout is not torch.strided:
+        raise DTypeError(
+            f"expected a dense tensor on the CPU; found layout {x.layout} on device {x.device}: "
+            "the integer kernels run on CPUs, move it with .cpu() or .to_dense()"
+        )
+    # A lazily negated view (the imaginary part of a conjugate) holds the wrong signs in memory.
+    return x.resolve_neg() if x.is_neg() else x
+
+
+def _direct(*tensors: Tensor) -> bool:
+    """True where `_core` may be called without the dispatcher noticing."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    for x in tensors:
+        kind = type(x)
+        if (kind is not Tensor and kind is not Parameter) or x.is_meta:
+            return False
+    return True
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the signed integer that an operator's schema holds."""
+    return word - 2**64 if word >= 2**63 else word
+
+
+@lru_cache(maxsize=256)
+def _format(text: str) -> HBFP:
+    return HBFP.parse(text)
+
+
+def _product_shape(a: Tensor, a_axis: int, b: Tensor, b_axis: int) -> list[int]:
+    """Shape of the product: batch dimensions of `a`, then rows of `a` and columns of `b`."""
+    if a.dim() < 2 or b.dim() < 2:
+        raise ShapeError(
+            f"a product takes tensors of two dimensions or more; found {tuple(a.shape)} and {tuple(b.shape)}: "
+            "give a vector a dimension of size 1"
+        )
+    if b.dim() > 2 and b.shape[:-2] != a.shape[:-2]:
+        raise ShapeError(f"batch dimensions differ: {tuple(a.shape)} and {tuple(b.shape)}: expand one to the other's")
+    if b.dim() == 2 and a.dim() > 2 and a_axis != -1:
+        raise ShapeError(f"{tuple(a.shape)} reduced along axis -2 needs as many batch dimensions in {tuple(b.shape)}")
+    rows = a.shape[-2] if a_axis == -1 else a.shape[-1]
+    columns = b.shape[-2] if b_axis == -1 else b.shape[-1]
+    return [*a.shape[:-2], rows, columns]
+
+
+def _run_product(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+) -> Tensor:
+    shape = _product_shape(a, a_axis, b, b_axis)
+    a, b = _float32(a), _float32(b)
+    out = target = torch.empty(shape, dtype=torch.float32, device="cpu")
+    if len(shape) > 2 and b.dim() == 2:
+        a, target = a.flatten(0, -2), out.view(prod(shape[:-1]), shape[-1])
+    _core.product(
+        _core.Floats(a, a_axis, formats[0].core, roundings[0], seed, streams[0]),
+        _core.Floats(b, b_axis, formats[1].core, roundings[1], seed, streams[1]),
+        target,
+        None if bias is None else _float32(bias),
+        False,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _record(
+    a: Tensor, a_axis: int, out: Tensor, formats: tuple[HBFP, HBFP], name: str, source: object
+) -> None:
+    macs = out.numel() * a.shape[a_axis]
+    report = Product(name, source, macs, formats[0], formats[1])
+    for recorder in tuple(recorders):
+        recorder(report)
+
+
+def product(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int] = (0, 0),
+    seed: int = 0,
+    streams: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
+    *,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """The product of two tensors, each encoded along its own reduction axis, summed as FORMAT section 5 lays down.
+
+    Shapes:
+        a: [..., M, K] with `a_axis` -1, or [..., K, M] with -2.
+        b: [..., N, K] with `b_axis` -1, or [..., K, N] with -2; the same batch dimensions as `a`, or none.
+        bias: [N], added last in float32.
+        result: [..., M, N], float32, contiguous.
+
+    Args:
+        roundings: of a and b, as the core numbers them (`Rounding.code`).
+        seed, streams: choose the random bits of stochastic rounding; 64-bit words.
+        name, source: told to the recorders, no part of the result.
+
+    Raises:
+        ShapeError: the shapes do not fit; FormatError: the formats cut the reduction at different places;
+        DTypeError: a tensor is not real, dense and on the CPU.
+    """
+    if _direct(a, b):
+        out = _run_product(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
+    else:
+        out = torch.ops.hbfp.product(
+            a, a_axis, str(formats[0]), roundings[0], _signed(streams[0]),
+            b, b_axis, str(formats[1]), roundings[1], _signed(streams[1]),
+            _signed(seed), bias,
+        )  # fmt: skip
+    if recorders and not torch.compiler.is_compiling():
+        _record(a, a_axis, out, formats, name, source)
+    return out
+
+
+def reference_product(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int] = (0, 0),
+    seed: int = 0,
+    streams: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
+    *,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """The same bits as `product`, computed by the exact-arithmetic oracle: for checking, some 10^5 times slower."""
+    # Imported here because nothing but this function needs it.
+    from hbfp import reference
+
+    shape = _product_shape(a, a_axis, b, b_axis)
+    flatten = len(shape) > 2 and b.dim() == 2
+    left, right = (
+        reference.encode(_to_numpy(x), formats[i], axis, _ROUNDINGS[roundings[i]], seed, streams[i])
+        for i, (x, axis) in enumerate(((a.flatten(0, -2) if flatten else a, a_axis), (b, b_axis)))
+    )
+    result = reference.product(
+        left if a_axis == -1 else left.mT,
+        right if b_axis == -2 else right.mT,
+        None,
+        None if bias is None else _to_numpy(bias),
+    )
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
+    out.copy_(torch.from_numpy(result).reshape(shape))
+    if recorders:
+        _record(a, a_axis, out, formats, name, source)
+    return out
+
+
+_ROUNDINGS = tuple(Rounding)
+
+
+def _to_numpy(x: Tensor) -> Any:
+    # Not `tensor.numpy()`, which would mark the storage of a parameter as not resizable.
+    return np.from_dlpack(_float32(x.detach()).contiguous()).copy()
+
+
+def quantize(x: Tensor, format: HBFP, axis: int = -1, rounding: int = 0, seed: int = 0, stream: int = 0) -> Tensor:
+    """decode(encode(x)): `x` rounded to the grid of `format`, float32 in the shape of `x`, contiguous.
+
+    Args:
+        axis: the blocked axis; plays no part with tiles.
+        rounding: as the core numbers it (`Rounding.code`).
+
+    Raises:
+        ShapeError: no such axis; DTypeError: `x` is not real, dense and on the CPU.
+    """
+    if _direct(x):
+        return _run_quantize(x, format, axis, rounding, seed, stream)
+    out: Tensor = torch.ops.hbfp.quantize(x, str(format), axis, rounding, _signed(seed), _signed(stream))
+    return out
+
+
+def _run_quantize(x: Tensor, format: HBFP, axis: int, rounding: int, seed: int, stream: int) -> Tensor:
+    x = _float32(x)
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    _core.quantize(x, out, format.core, axis, rounding, seed, stream, False, torch.get_num_threads())
+    return out
+
+
+def softmax(
+    scores: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None, *, reuse: bool = False
+) -> Tensor:
+    """Row softmax of scale * scores (+ mask) over the last dimension, by the library's own exponential.
+
+    Args:
+        scores: [..., rows, columns].
+        causal: element (i, j) is masked where j > i + columns - rows.
+        mask: float32 of the shape of `scores` (strides of 0 are fine), added after scaling; a row that is masked
+            everywhere gives 0.
+        reuse: the caller has no more use of `scores`, whose memory may then hold the result.
+    """
+    if _direct(scores) and (mask is None or _direct(mask)):
+        return _run_softmax(scores, scale, causal, mask, reuse)
+    out: Tensor = torch.ops.hbfp.softmax(scores, scale, causal, mask)
+    return out
+
+
+def _run_softmax(scores: Tensor, scale: float, causal: bool, mask: Tensor | None, reuse: bool) -> Tensor:
+    scores = _float32(scores)
+    out = scores if reuse and scores.is_contiguous() else torch.empty(scores.shape, dtype=torch.float32, device="cpu")
+    _core.softmax(scores, out, scale, causal, None if mask is None else _float32(mask), torch.get_num_threads())
+    return out
+
+
+def softmax_backward(p: Tensor, dp: Tensor, scale: float, *, reuse: bool = False) -> Tensor:
+    """Gradient of `softmax` for its scores: scale * p * (dp - rowsum(p * dp)).
+
+    Args:
+        p, dp: [..., rows, columns], the softmax and the gradient that reaches it.
+        reuse: the caller has no more use of `dp`, whose memory may then hold the result.
+    """
+    if _direct(p, dp):
+        return _run_softmax_backward(p, dp, scale, reuse)
+    out: Tensor = torch.ops.hbfp.softmax_backward(p, dp, scale)
+    return out
+
+
+def _run_softmax_backward(p: Tensor, dp: Tensor, scale: float, reuse: bool) -> Tensor:
+    p, dp = _float32(p), _float32(dp)
+    out = dp if reuse and dp.is_contiguous() else torch.empty(dp.shape, dtype=torch.float32, device="cpu")
+    _core.softmax_backward(p, dp, out, scale, torch.get_num_threads())
+    return out
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Sums over the rows of x [rows, n] in blocks of 64, the same for any number of threads: [n]."""
+    if x.dim() != 2:
+        raise ShapeError(f"column sums are taken of a matrix [rows, n]; found shape {tuple(x.shape)}")
+    if _direct(x):
+        return _run_column_sums(x)
+    out: Tensor = torch.ops.hbfp.column_sums(x)
+    return out
+
+
+def _run_column_sums(x: Tensor) -> Tensor:
+    x = _float32(x)
+    out = torch.empty(x.shape[1], dtype=torch.float32, device="cpu")
+    _core.column_sums(x, out, torch.get_num_threads())
+    return out
+
+
+# --- operators: the same functions behind torch's dispatcher ---------------------------------------------------------
+#
+# Formats cross as their written form and 64-bit words as signed integers, because a schema holds nothing else.
+
+_LIBRARY = torch.library.Library("hbfp", "DEF")
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Defines `hbfp::<schema>` and registers the decorated function as its CPU kernel."""
+
+    def register(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(schema.split("(", 1)[0], kernel, "CPU")
+        return kernel
+
+    return register
+
+
+@_operator(
+    "product(Tensor a, int a_axis, str a_format, int a_rounding, SymInt a_stream, "
+    "Tensor b, int b_axis, str b_format, int b_rounding, SymInt b_stream, SymInt seed, Tensor? bias) -> Tensor"
+)
+def _product_kernel(
+    a: Tensor,
+    a_axis: int,
+    a_format: str,
+    a_rounding: int,
+    a_stream: int,
+    b: Tensor,
+    b_axis: int,
+    b_format: str,
+    b_rounding: int,
+    b_stream: int,
+    seed: int,
+    bias: Tensor | None,
+) -> Tensor:
+    formats, roundings = (_format(a_format), _format(b_format)), (a_rounding, b_rounding)
+    streams = (a_stream & _WORD, b_stream & _WORD)
+    return _run_product(a, a_axis, b, b_axis, formats, roundings, seed & _WORD, streams, bias)
+
+
+@_operator("quantize(Tensor x, str format, int axis, int rounding, SymInt seed, SymInt stream) -> Tensor")
+def _quantize_kernel(x: Tensor, format: str, axis: int, rounding: int, seed: int, stream: int) -> Tensor:
+    return _run_quantize(x, _format(format), axis, rounding, seed & _WORD, stream & _WORD)
+
+
+@_operator("softmax(Tensor scores, float scale, bool causal, Tensor? mask) -> Tensor")
+def _softmax_kernel(scores: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    return _run_softmax(scores, scale, causal, mask, False)
+
+
+@_operator("softmax_backward(Tensor p, Tensor dp, float scale) -> Tensor")
+def _softmax_backward_kernel(p: Tensor, dp: Tensor, scale: float) -> Tensor:
+    return _run_softmax_backward(p, dp, scale, False)
+
+
+@_operator("column_sums(Tensor x) -> Tensor")
+def _column_sums_kernel(x: Tensor) -> Tensor:
+    return _run_column_sums(x)
+
+
+@torch.library.register_fake("hbfp::product", lib=_LIBRARY)
+def _product_fake(
+    a: Tensor,
+    a_axis: int,
+    a_format: str,
+    a_rounding: int,
+    a_stream: int,
+    b: Tensor,
+    b_axis: int,
+    b_format: str,
+    b_rounding: int,
+    b_stream: int,
+    seed: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return a.new_empty(_product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::quantize", lib=_LIBRARY)
+def _quantize_fake(x: Tensor, format: str, axis: int, rounding: int, seed: int, stream: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::softmax", lib=_LIBRARY)
+def _softmax_fake(scores: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::softmax_backward", lib=_LIBRARY)
+def _softmax_backward_fake(p: Tensor, dp: Tensor, scale: float) -> Tensor:
+    return dp.new_empty(dp.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::column_sums", lib=_LIBRARY)
+def _column_sums_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float32)

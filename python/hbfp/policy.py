@@ -1,0 +1,413 @@
+"""Which format and which rounding each operand of each product gets, and the random stream it draws from.
+
+From the inside out: an `OperandPolicy` is a format and a rounding; a `MatmulPolicy` is one product, two of those; a
+`Recipe` is what a layer needs, three products. Rules choose a recipe per module. A converted layer carries a
+`LayerState`: the recipe it was given, the one in force now (a schedule may exchange it), its number and its place; the
+layers of one conversion share a `RootState`: the seed and the step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from hbfp.errors import ConversionError, FormatError, HBFPError, RuleError
+from hbfp.format import HBFP, HBFP4, HBFP6, HBFP8, Rounding
+
+__all__ = [
+    "Backend",
+    "LayerState",
+    "MatmulPolicy",
+    "OperandPolicy",
+    "Position",
+    "Recipe",
+    "RootState",
+    "Rule",
+    "RuleValue",
+    "layer_states",
+    "parse_rules",
+    "recipe",
+    "stream",
+]
+
+
+class Backend(str, Enum):
+    """Who computes the products. The bits are the same."""
+
+    INTEGER = "integer"
+    """The compiled kernels."""
+    REFERENCE = "reference"
+    """The exact-arithmetic oracle: for checking, some 10^5 times slower."""
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Position(str, Enum):
+    """Where a layer stands in the order of execution. Accuracy Booster keeps the first and the last at more bits."""
+
+    FIRST = "first"
+    INNER = "inner"
+    LAST = "last"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True)
+class OperandPolicy:
+    """How one operand of a product is encoded."""
+
+    format: HBFP
+    rounding: Rounding = Rounding.NEAREST_EVEN
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", HBFP.parse(self.format))
+        object.__setattr__(self, "rounding", Rounding.parse(self.rounding))
+
+    def __str__(self) -> str:
+        return f"{self.format} {self.rounding}"
+
+
+@dataclass(frozen=True, slots=True)
+class MatmulPolicy:
+    """How the two operands of one product are encoded.
+
+    Raises:
+        FormatError: the formats would cut the reduction at different places.
+    """
+
+    left: OperandPolicy
+    right: OperandPolicy
+    formats: tuple[HBFP, HBFP] = field(init=False, repr=False, compare=False)
+    roundings: tuple[int, int] = field(init=False, repr=False, compare=False)
+    """As the compiled core numbers them."""
+
+    def __post_init__(self) -> None:
+        left, right = self.left, self.right
+        edges = [policy.format.tile or policy.format.block for policy in (left, right)]
+        if edges[0] != edges[1]:
+            raise FormatError(
+                f"the operands of a product must be cut alike along its reduction; found {left.format} and "
+                f"{right.format}: give both the same block or tile"
+            )
+        object.__setattr__(self, "formats", (left.format, right.format))
+        object.__setattr__(self, "roundings", (left.rounding.code, right.rounding.code))
+
+    def at(self, format: HBFP) -> MatmulPolicy:
+        """The same roundings, both operands in `format`."""
+        return MatmulPolicy(replace(self.left, format=format), replace(self.right, format=format))
+
+    @property
+    def bits(self) -> int:
+        """Width of the product: that of its wider operand."""
+        return max(self.left.format.bits, self.right.format.bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Everything that decides the arithmetic of a layer.
+
+    Attributes:
+        forward: Y = X Wᵀ; left X, right W. In attention left is Q and P, right K and V.
+        input_gradient: dX = dY W; left dY, right W. In attention left is dO and dS, right V and K.
+        weight_gradient: dW = dYᵀ X; left dY, right X. In attention left is dO and dS, right P and Q.
+        boost: format of the first and the last layer, for recipes that widen them; None: like every other.
+        wide_weights: width of the block format in which the optimizer's master copy is kept; None: float32.
+        backend: who computes the products.
+        name: for reports.
+    """
+
+    forward: MatmulPolicy
+    input_gradient: MatmulPolicy
+    weight_gradient: MatmulPolicy
+    boost: HBFP | None = None
+    wide_weights: int | None = None
+    backend: Backend = Backend.INTEGER
+    name: str = field(default="custom", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.boost is not None:
+            object.__setattr__(self, "boost", HBFP.parse(self.boost))
+        if self.wide_weights is not None and not 2 <= self.wide_weights <= 16:
+            raise FormatError(f"wide weights are 2 to 16 bits wide, or None for float32; found {self.wide_weights!r}")
+        try:
+            object.__setattr__(self, "backend", Backend(self.backend))
+        except ValueError:
+            known = ", ".join(repr(backend.value) for backend in Backend)
+            raise HBFPError(f"unknown backend {self.backend!r}: expected one of {known}") from None
+
+    def at(self, format: HBFP | str) -> Recipe:
+        """The same roundings, every operand in `format`."""
+        format = HBFP.parse(format)
+        return replace(
+            self,
+            forward=self.forward.at(format),
+            input_gradient=self.input_gradient.at(format),
+            weight_gradient=self.weight_gradient.at(format),
+        )
+
+    def __str__(self) -> str:
+        return self.name if self.name != "custom" else self.formats
+
+    @property
+    def products(self) -> dict[str, MatmulPolicy]:
+        """The three products by their names, in the order in which a step computes them."""
+        return {
+            "forward": self.forward,
+            "input gradient": self.input_gradient,
+            "weight gradient": self.weight_gradient,
+        }
+
+    @property
+    def formats(self) -> str:
+        """The formats in short: one where all operands share it, else the three products left × right."""
+        pairs = [policy.formats for policy in self.products.values()]
+        if len({format for pair in pairs for format in pair}) == 1:
+            return str(pairs[0][0])
+        return ", ".join(f"{left}×{right}" for left, right in pairs)  # noqa: RUF001
+
+
+# --- recipes by name -------------------------------------------------------------------------------------------------
+
+
+def _uniform(
+    name: str,
+    format: HBFP,
+    *,
+    gradients: Rounding = Rounding.STOCHASTIC,
+    others: Rounding = Rounding.NEAREST_EVEN,
+    boost: HBFP | None = None,
+) -> Recipe:
+    gradient, other = OperandPolicy(format, gradients), OperandPolicy(format, others)
+    mixed = MatmulPolicy(gradient, other)
+    return Recipe(MatmulPolicy(other, other), mixed, mixed, boost=boost, name=name)
+
+
+@lru_cache(maxsize=1)
+def _named() -> dict[str, Recipe]:
+    return {
+        "hbfp4": _uniform("hbfp4", HBFP4),
+        "hbfp6": _uniform("hbfp6", HBFP6),
+        "hbfp8": _uniform("hbfp8", HBFP8),
+        "booster": _uniform("booster", HBFP4, boost=HBFP6),
+        "emulator": _uniform("emulator", HBFP(4, exponent_rule="ceil"), others=Rounding.STOCHASTIC),
+    }
+
+
+def recipe(value: str | HBFP | Recipe) -> Recipe:
+    """The recipe called, written or given as `value`.
+
+    Args:
+        value: "hbfp4", "hbfp6", "hbfp8" (stochastic gradients, nearest-even weights and activations, one width),
+            "booster" (hbfp4 with the first and last layer in HBFP6; see `hbfp.Booster` for its schedule), "emulator"
+            (what the published emulators do: `ceil` exponents, stochastic rounding everywhere); or a format, as
+            `hbfp.HBFP6` or "hbfp6b16", which gives the default roundings in that format; or a recipe, returned as it is.
+
+    Raises:
+        HBFPError: no recipe is called so, and no format is written so.
+    """
+    if isinstance(value, Recipe):
+        return value
+    if isinstance(value, HBFP):
+        return _of_format(value)
+    named = _named()
+    if value in named:
+        return named[value]
+    try:
+        return _of_format(HBFP.parse(value))
+    except FormatError as error:
+        known = ", ".join(repr(name) for name in named)
+        raise HBFPError(
+            f"unknown recipe {value!r}: expected one of {known}, or a format such as 'hbfp6b16' ({error})"
+        ) from None
+
+
+@lru_cache(maxsize=64)
+def _of_format(format: HBFP) -> Recipe:
+    return _uniform(str(format), format)
+
+
+# --- rules -----------------------------------------------------------------------------------------------------------
+
+RuleValue = HBFP | Recipe | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of a table of rules, read."""
+
+    pattern: str
+    recipe: Recipe | None
+    """None: what the pattern matches stays in FP32."""
+    matches: Callable[[str], bool] = field(repr=False, compare=False)
+    """Whether the pattern matches a module's name."""
+
+    @property
+    def pinned(self) -> bool:
+        """A layer whose width a rule names keeps it, whatever a schedule does with the others."""
+        return self.recipe is not None and self.recipe.boost is None
+
+    def covers(self, name: str) -> bool:
+        """Whether the rule speaks of the module called `name`: by its own name, or by that of a module around it."""
+        parts = name.split(".")
+        return any(self.matches(".".join(parts[:end])) for end in range(len(parts), 0, -1))
+
+
+def parse_rules(rules: Mapping[str, RuleValue] | None, base: Recipe) -> tuple[Rule, ...]:
+    """Reads a table of rules.
+
+    Args:
+        rules: pattern -> value. A pattern is a glob on the module's name ("blocks.*.mlp"), or, after "re:", a regular
+            expression that must match all of it. A value is a format (`base` at that format), a recipe or its name, or
+            None, which keeps FP32. The first rule that covers a module decides.
+        base: the recipe that a format modifies.
+
+    Raises:
+        RuleError: a pattern or a value cannot be read.
+    """
+    parsed = []
+    for pattern, value in (rules or {}).items():
+        if not isinstance(pattern, str):
+            raise RuleError(f"a rule's pattern is a glob or 're:' and a regular expression; found {pattern!r}")
+        try:
+            if value is None:
+                chosen = None
+            elif isinstance(value, HBFP):
+                chosen = replace(base.at(value), boost=None, name=str(value))
+            else:
+                chosen = recipe(value)
+        except HBFPError as error:
+            raise RuleError(f"rule {pattern!r}: {error}") from None
+        parsed.append(Rule(pattern, chosen, _matcher(pattern)))
+    return tuple(parsed)
+
+
+def _matcher(pattern: str) -> Callable[[str], bool]:
+    if not pattern.startswith("re:"):
+        return lambda name: fnmatchcase(name, pattern)
+    try:
+        expression = re.compile(pattern[3:])
+    except re.error as error:
+        raise RuleError(f"rule {pattern!r} is no regular expression: {error}") from None
+    return lambda name: expression.fullmatch(name) is not None
+
+
+# --- random streams --------------------------------------------------------------------------------------------------
+
+STEPS = 2**32
+SITES = 2**20
+INDICES = 2**8
+ROLES = 2**4
+
+
+def stream(step: int, site: int = 0, index: int = 0, role: int = 0) -> int:
+    """The 64-bit stream of one operand: step (32 bits, high), site (20), index (8, taken modulo 256), role (4).
+
+    Functional calls take it with role 0 and set the role of each operand themselves.
+
+    Raises:
+        HBFPError: a part does not fit its bits.
+    """
+    for name, value, end in (("step", step, STEPS), ("site", site, SITES), ("role", role, ROLES)):
+        if not 0 <= value < end:
+            raise HBFPError(f"{name} must be in 0..{end - 1}; found {value}")
+    return step << 32 | site << 12 | index % INDICES << 4 | role
+
+
+# --- what a converted layer carries ----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class RootState:
+    """What the layers of one conversion share."""
+
+    seed: int = 0
+    step: int = 0
+    automatic: bool = True
+    """Nobody has set the step: each training forward of the converted root advances it."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Modules that stayed in FP32, with the reason."""
+    active: bool = True
+    """False once the conversion was taken back."""
+
+    def set_step(self, step: int) -> None:
+        """Raises HBFPError unless step is in 0 .. 2^32 - 1."""
+        if not 0 <= step < STEPS:
+            raise HBFPError(f"step must be in 0..{STEPS - 1}; found {step}")
+        self.step = step
+        self.automatic = False
+
+    def advance(self) -> None:
+        """Called before each training forward: a new step, unless somebody else counts them.
+
+        A forward that runs inside a backward pass is a recomputation (activation checkpointing) and must draw the bits
+        of the pass that it repeats.
+        """
+        if self.automatic and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+            self.step = (self.step + 1) % STEPS
+
+
+@dataclass(slots=True, eq=False)
+class LayerState:
+    """What one converted layer carries beside its parameters: mutable, copied and pickled with the module."""
+
+    base: Recipe
+    """As conversion set it."""
+    recipe: Recipe
+    """In force now."""
+    root: RootState
+    site: int = 0
+    """The layer's number in the order of conversion."""
+    position: Position = Position.INNER
+    pinned: bool = False
+    """A rule named the width: schedules leave it alone."""
+    solo: bool = False
+    """Made by its constructor and not by `convert_`: the layer advances the step itself."""
+    undo: tuple[type[nn.Module], LayerState | None] | None = None
+    """The class and the state before `convert_`."""
+
+    def stream(self, index: int = 0) -> int:
+        """The stream of the layer's products in this step, role 0."""
+        return self.root.step << 32 | self.site << 12 | (index & 0xFF) << 4
+
+
+def solo_state(value: str | HBFP | Recipe, seed: int, site: int) -> LayerState:
+    """The state of a layer that a user builds directly.
+
+    Raises:
+        HBFPError: `value` is no recipe, or `site` does not fit 20 bits.
+    """
+    stream(0, site)
+    chosen = recipe(value)
+    return LayerState(base=chosen, recipe=chosen, root=RootState(seed=seed), site=site, solo=True)
+
+
+def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]]:
+    """Name, module and state of each layer under `model` (itself included) that computes in fixed point."""
+    for name, module in model.named_modules():
+        state: Any = module.__dict__.get("hbfp_state")
+        if state is not None:
+            yield name, module, state
+
+
+def root_states(model: nn.Module) -> list[RootState]:
+    """The distinct shared states of the layers under `model`.
+
+    Raises:
+        ConversionError: there are none.
+    """
+    roots = {id(state.root): state.root for _, _, state in layer_states(model)}
+    if not roots:
+        raise ConversionError(
+            f"{type(model).__name__} has no layer in fixed point: convert it first, with hbfp.convert_(model)"
+        )
+    return list(roots.values())

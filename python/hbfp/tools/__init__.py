@@ -1,0 +1,1 @@
+"""The command line: `cli` and one file for each command. Nothing else in the package imports it."""

@@ -1,0 +1,105 @@
+"""A character-level GPT: the decoder-only transformer of Radford et al. 2019 (pre-norm, GELU, learned positions).
+
+Every product with a weight is an `nn.Linear` and both products of attention sit in `hbfp.nn.DotProductAttention`, so
+`hbfp.convert_` turns all of them into integer products; looking up an embedding is not a product. The output layer has
+weights of its own: a tied one would put one parameter under two formats.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hbfp.errors import HBFPError
+from hbfp.nn import DotProductAttention
+
+HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class GPTShape:
+    """Sizes of the model; `width` is a multiple of the 64 columns of a head."""
+
+    vocabulary: int
+    layers: int = 4
+    width: int = 256
+    context: int = 128
+
+    def __post_init__(self) -> None:
+        if self.width < HEAD_WIDTH or self.width % HEAD_WIDTH:
+            raise HBFPError(f"the width is a multiple of {HEAD_WIDTH} (heads of {HEAD_WIDTH}), not {self.width}")
+        for name in ("vocabulary", "layers", "context"):
+            if getattr(self, name) < 1:
+                raise HBFPError(f"{name} is at least 1, not {getattr(self, name)}")
+
+    @property
+    def heads(self) -> int:
+        return self.width // HEAD_WIDTH
+
+
+class Block(nn.Module):
+    """Attention and a four times wider perceptron, each normed before and added after: [batch, time, width] to same."""
+
+    def __init__(self, shape: GPTShape) -> None:
+        super().__init__()
+        self.heads = shape.heads
+        self.attention_norm = nn.LayerNorm(shape.width)
+        self.qkv = nn.Linear(shape.width, 3 * shape.width)
+        self.attention = DotProductAttention()
+        self.proj = nn.Linear(shape.width, shape.width)
+        self.mlp_norm = nn.LayerNorm(shape.width)
+        self.up = nn.Linear(shape.width, 4 * shape.width)
+        self.gelu = nn.GELU()
+        self.down = nn.Linear(4 * shape.width, shape.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, time, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, time, 3, self.heads, HEAD_WIDTH)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = self.attention(query, key, value, is_causal=True)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))
+        return x + self.down(self.gelu(self.up(self.mlp_norm(x))))
+
+
+class GPT(nn.Module):
+    """Codes [batch, time], int64, time up to the context -> scores of the next character [batch, time, vocabulary]."""
+
+    def __init__(self, shape: GPTShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.characters = nn.Embedding(shape.vocabulary, shape.width)
+        self.positions = nn.Embedding(shape.context, shape.width)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.norm = nn.LayerNorm(shape.width)
+        self.head = nn.Linear(shape.width, shape.vocabulary)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        # Radford et al. 2019: 0.02 everywhere, and each branch thinner by the square root of how many are added up.
+        branch = 0.02 / (2 * self.shape.layers) ** 0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=branch if name.endswith(("proj.weight", "down.weight")) else 0.02)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        x = self.characters(codes) + self.positions.weight[: codes.shape[-1]]
+        for block in self.blocks:
+            x = block(x)
+        scores: Tensor = self.head(self.norm(x))
+        return scores
+
+
+@torch.no_grad()
+def sample(model: GPT, start: list[int], count: int, *, temperature: float = 0.8, seed: int = 0) -> list[int]:
+    """`count` codes that the model goes on with after `start` (at least one code); the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = list(start)
+    training = model.training
+    model.eval()
+    for _ in range(count):
+        scores = model(torch.tensor([codes[-model.shape.context :]]))[0, -1] / temperature
+        codes.append(int(torch.multinomial(scores.softmax(-1), 1, generator=generator)))
+    model.train(training)
+    return codes[len(start) :]

@@ -1,0 +1,35 @@
+//! Python bindings of the `hbfp` core: they check arguments, rebuild views, release the GIL and map errors. Nothing here
+//! computes a number.
+
+mod attention;
+mod encode;
+mod error;
+mod format;
+mod product;
+mod run;
+mod view;
+
+use pyo3::prelude::*;
+
+/// The compiled core of the Python package.
+#[pymodule(gil_used = false)]
+mod _core {
+    #[pymodule_export]
+    #[allow(non_upper_case_globals, reason = "a Python dunder name")]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_export]
+    use crate::attention::{column_sums, softmax, softmax_backward};
+    #[pymodule_export]
+    use crate::encode::{decode, encode, pack, philox4x32, quantize, unpack};
+    #[pymodule_export]
+    use crate::error::{CodeError, DTypeError, FormatError, HBFPError, LevelError, NonFiniteError, ShapeError};
+    #[pymodule_export]
+    use crate::format::Format;
+    #[pymodule_export]
+    use crate::product::{Floats, Packed, Planes, prepack, product};
+    #[pymodule_export]
+    use crate::run::info;
+    #[pymodule_export]
+    use crate::view::set_tensor_type;
+}

@@ -1,0 +1,217 @@
+//! Views of numpy arrays and CPU torch tensors: the one place where memory of Python objects is looked at.
+#![allow(unsafe_code, reason = "views of memory that Python objects own")]
+
+use crate::error::{DTypeError, ShapeError};
+use hbfp::shape::FloatTensor;
+use numpy::{
+    Element, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyReadwriteArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
+};
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use std::ops::Range;
+
+/// torch.Tensor and torch.float32, once torch is in use.
+static TENSOR: PyOnceLock<(Py<PyAny>, Py<PyAny>)> = PyOnceLock::new();
+
+/// Accept instances of torch.Tensor wherever arrays are taken.
+#[pyfunction]
+pub(crate) fn set_tensor_type(py: Python<'_>, cls: Bound<'_, PyAny>) -> PyResult<()> {
+    if TENSOR.get(py).is_none() {
+        let float32 = py.import("torch")?.getattr("float32")?;
+        let _ = TENSOR.set(py, (cls.unbind(), float32.unbind()));
+        crate::run::look_for_openmp();
+    }
+    Ok(())
+}
+
+fn is_tensor(x: &Bound<'_, PyAny>) -> PyResult<bool> {
+    TENSOR.get(x.py()).map_or(Ok(false), |(cls, _)| x.is_instance(cls.bind(x.py())))
+}
+
+/// What a view keeps alive, and borrowed, while it is used.
+enum Owner<'py> {
+    Read { _array: PyReadonlyArrayDyn<'py, f32> },
+    Write { _array: PyReadwriteArrayDyn<'py, f32> },
+    Tensor { _tensor: Bound<'py, PyAny> },
+}
+
+/// An f32 tensor of any strides, read in place.
+pub(crate) struct FloatView<'py> {
+    ptr: *mut f32,
+    shape: Vec<usize>,
+    /// In elements.
+    strides: Vec<isize>,
+    _owner: Owner<'py>,
+}
+
+impl<'py> FloatView<'py> {
+    /// For reading.
+    pub(crate) fn read(x: &Bound<'py, PyAny>, what: &str) -> PyResult<Self> {
+        Self::new(x, what, false)
+    }
+
+    /// For writing: C-contiguous.
+    pub(crate) fn write(x: &Bound<'py, PyAny>, what: &str) -> PyResult<Self> {
+        let view = Self::new(x, what, true)?;
+        view.expect_contiguous(what)?;
+        Ok(view)
+    }
+
+    fn new(x: &Bound<'py, PyAny>, what: &str, write: bool) -> PyResult<Self> {
+        if is_tensor(x)? {
+            return Self::from_tensor(x, what);
+        }
+        let Ok(array) = x.cast::<PyArrayDyn<f32>>() else {
+            let found = match x.cast::<PyUntypedArray>() {
+                Ok(array) => format!("an array of {}", array.dtype()),
+                Err(_) => format!("a {}", x.get_type().name()?),
+            };
+            let text = format!("{what}: expected a native float32 array or CPU tensor; found {found}");
+            return Err(DTypeError::new_err(text));
+        };
+        let shape = array.shape().to_vec();
+        let ptr = array.data();
+        let bytes = array.strides();
+        let count: usize = shape.iter().product();
+        if count > 0 && (ptr.addr() % 4 != 0 || bytes.iter().any(|s| s % 4 != 0)) {
+            let text = format!("{what}: expected elements aligned to 4 bytes; found others: copy the array first");
+            return Err(DTypeError::new_err(text));
+        }
+        let strides = bytes.iter().map(|s| s / 4).collect();
+        let busy = |e: &dyn std::fmt::Display, need: &str| {
+            ShapeError::new_err(format!("{what}: expected an array that can be {need}; found one that can't ({e})"))
+        };
+        let owner = if write {
+            Owner::Write { _array: array.try_readwrite().map_err(|e| busy(&e, "written"))? }
+        } else {
+            Owner::Read { _array: array.try_readonly().map_err(|e| busy(&e, "read"))? }
+        };
+        Ok(Self { ptr, shape, strides, _owner: owner })
+    }
+
+    fn from_tensor(x: &Bound<'py, PyAny>, what: &str) -> PyResult<Self> {
+        let py = x.py();
+        let dtype = x.getattr("dtype")?;
+        let float32 = TENSOR.get(py).is_some_and(|(_, f)| dtype.is(f.bind(py)));
+        let cpu: bool = x.getattr("is_cpu")?.extract()?;
+        if !float32 || !cpu || x.call_method0("is_neg")?.extract()? {
+            let found = format!("{dtype} on {}", x.getattr("device")?);
+            let text = format!("{what}: expected a strided float32 tensor on the CPU, without a lazy negation; found {found}");
+            return Err(DTypeError::new_err(text));
+        }
+        let shape: Vec<usize> = x.getattr("shape")?.extract()?;
+        let strides: Vec<isize> = x.call_method0("stride")?.extract()?;
+        let ptr: usize = x.call_method0("data_ptr")?.extract()?;
+        if ptr == 0 && shape.iter().product::<usize>() > 0 {
+            return Err(DTypeError::new_err(format!("{what}: expected a tensor with memory; found one without")));
+        }
+        let ptr = std::ptr::with_exposed_provenance_mut(ptr);
+        Ok(Self { ptr, shape, strides, _owner: Owner::Tensor { _tensor: x.clone() } })
+    }
+
+    pub(crate) fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    pub(crate) fn count(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    pub(crate) fn is_contiguous(&self) -> bool {
+        let mut expected = 1isize;
+        for (&n, &s) in self.shape.iter().zip(&self.strides).rev() {
+            if n > 1 && s != expected {
+                return self.count() == 0;
+            }
+            expected *= n as isize;
+        }
+        true
+    }
+
+    pub(crate) fn expect_contiguous(&self, what: &str) -> PyResult<()> {
+        if self.is_contiguous() {
+            return Ok(());
+        }
+        let text = format!("{what}: expected C-contiguous memory; found strides {:?} for shape {:?}", self.strides, self.shape);
+        Err(ShapeError::new_err(text))
+    }
+
+    pub(crate) fn expect_shape(&self, shape: &[usize], what: &str) -> PyResult<()> {
+        if self.shape == shape {
+            return Ok(());
+        }
+        Err(ShapeError::new_err(format!("{what}: expected shape {shape:?}; found {:?}", self.shape)))
+    }
+
+    /// Addresses from the first to behind the last byte.
+    pub(crate) fn extent(&self) -> Range<usize> {
+        let start = self.ptr.addr();
+        if self.count() == 0 {
+            return start..start;
+        }
+        let (mut low, mut high) = (0isize, 0isize);
+        for (&n, &s) in self.shape.iter().zip(&self.strides) {
+            let end = (n as isize - 1) * s;
+            if end < 0 { low += end } else { high += end }
+        }
+        start.wrapping_add_signed(4 * low)..start.wrapping_add_signed(4 * high + 4)
+    }
+
+    pub(crate) fn expect_apart(&self, other: Range<usize>, what: &str) -> PyResult<()> {
+        let own = self.extent();
+        if own.start < other.end && other.start < own.end {
+            let text = format!("{what}: expected memory apart from the inputs'; found an overlap: write to a new array");
+            return Err(ShapeError::new_err(text));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn tensor(&self) -> FloatTensor<'_> {
+        // SAFETY: numpy and torch vouch for shape and strides, and the owner keeps the memory alive. Another thread that
+        // writes to it meanwhile spoils results as it would in numpy.
+        unsafe { FloatTensor::from_raw(self.ptr, self.shape.clone(), self.strides.clone()) }
+    }
+
+    /// The elements of a C-contiguous view.
+    pub(crate) fn as_slice(&self) -> &[f32] {
+        debug_assert!(self.is_contiguous());
+        if self.count() == 0 {
+            return &[];
+        }
+        // SAFETY: contiguous, aligned and alive.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.count()) }
+    }
+
+    /// The elements of a view made by [`Self::write`].
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [f32] {
+        if self.count() == 0 {
+            return &mut [];
+        }
+        // SAFETY: contiguous, aligned, alive and writable; inputs were checked to lie apart.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.count()) }
+    }
+
+    pub(crate) fn as_mut_ptr(&self) -> *mut f32 {
+        self.ptr
+    }
+}
+
+// SAFETY: used inside one call, which holds the owner and hands the memory to its threads.
+unsafe impl Send for FloatView<'_> {}
+// SAFETY: as above; shared references only read.
+unsafe impl Sync for FloatView<'_> {}
+
+/// A C-contiguous array of another element type.
+pub(crate) fn contiguous<'a, 'py, T: Element>(
+    array: &'a PyReadonlyArrayDyn<'py, T>,
+    shape: Option<[usize; 2]>,
+    what: &str,
+) -> PyResult<&'a [T]> {
+    if let Some(shape) = shape
+        && array.shape() != shape
+    {
+        let text = format!("{what}: expected shape {shape:?}; found {:?}", array.shape());
+        return Err(ShapeError::new_err(text));
+    }
+    array.as_slice().map_err(|_| ShapeError::new_err(format!("{what}: expected C-contiguous memory; found another layout")))
+}

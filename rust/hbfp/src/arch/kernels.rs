@@ -1,0 +1,195 @@
+//! One table of kernels per level: the generic algorithms compiled for its instructions.
+
+use super::generic::encode::{NEAREST_AWAY, NEAREST_EVEN, STOCHASTIC, Scaling, TOWARD_ZERO};
+use super::generic::philox::Counters;
+use super::generic::product::Correction;
+use super::level::Level;
+use crate::rng::Seed;
+
+/// C tile += A panel · B panel; conditions as for [`super::generic::product::tile_dot4`].
+pub(crate) type TileFn = unsafe fn(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: *mut f32);
+type RoundRow<T, R> = unsafe fn(*const f32, usize, Scaling, *const u16, *mut T) -> R;
+
+/// A tile kernel and the products it is exact for.
+#[derive(Debug)]
+pub(crate) struct TileKernel {
+    pub(crate) correction: Correction,
+    /// Whether sums stay exact: steps of a block, largest code of the left, width of the right operand.
+    pub(crate) fits: fn(steps: usize, left_max: i32, right_bits: u8) -> bool,
+    /// The function for blocks of this many steps.
+    pub(crate) for_steps: fn(steps: usize) -> TileFn,
+}
+
+/// The kernels of a level. Conditions of the functions stand at the generic algorithms of the same names.
+#[derive(Debug)]
+pub struct Kernels {
+    pub(crate) level: Level,
+    /// Columns of a B panel: two registers.
+    pub(crate) columns: usize,
+    /// In order of preference; the last one fits everything the fast path admits.
+    pub(crate) tiles: &'static [TileKernel],
+    pub(crate) amax_row: unsafe fn(*const f32, usize) -> u32,
+    /// Indexed by rounding.
+    pub(crate) round_row_i8: [RoundRow<i8, [i32; 2]>; 4],
+    pub(crate) round_row_i16: [RoundRow<i16, ()>; 4],
+    pub(crate) quantize_row: [unsafe fn(*const f32, usize, Scaling, f32, *const u16, *mut f32); 4],
+    pub(crate) stage_strip: unsafe fn(*const f32, isize, usize, *mut f32, *mut i32),
+    pub(crate) round_strip: [unsafe fn(*const f32, usize, *const f32, f32, *const u16, *mut i32, *mut i32); 4],
+    pub(crate) fill_random: unsafe fn(Seed, Counters, *mut u16),
+    pub(crate) softmax_row: unsafe fn(*mut f32, usize),
+    pub(crate) softmax_backward_row: unsafe fn(*const f32, *mut f32, usize, f32),
+}
+
+impl Kernels {
+    /// The kernels of `level`.
+    ///
+    /// # Panics
+    /// If this CPU can't run the level; [`Level::request`] gives an error instead.
+    #[must_use]
+    pub fn of(level: Level) -> &'static Self {
+        assert!(level.is_available(), "level {level} can't run on this CPU");
+        match level {
+            Level::Scalar => &scalar::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => &avx2::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => &avx512vnni::KERNELS,
+            #[cfg(not(target_arch = "x86_64"))]
+            Level::Avx2 | Level::Avx512Vnni => unreachable!(),
+        }
+    }
+
+    /// The kernels of the widest level this CPU can run.
+    #[must_use]
+    pub fn best() -> &'static Self {
+        Self::of(Level::best())
+    }
+
+    /// The level.
+    #[must_use]
+    pub fn level(&self) -> Level {
+        self.level
+    }
+}
+
+const DOT4: fn(usize, i32, u8) -> bool = |_, _, _| true;
+const HALVES: fn(usize, i32, u8) -> bool = |steps, left_max, right_bits| {
+    let right_max = (1i64 << (right_bits - 1)) - 1;
+    let (steps, left_max) = (steps as i64, i64::from(left_max));
+    2 * steps * left_max * right_max < 1 << 15 && 2 * ((1i64 << right_bits) - 1) * left_max < 1 << 15
+};
+
+/// Compiles the generic algorithms for one token: typed shells, and the table that lists them.
+macro_rules! kernels {
+    ($name:ident, $level:expr, $token:ty, $make:expr, [$($tile:ident $correction:ident $fits:ident),+], $attribute:tt) => {
+        pub(crate) mod $name {
+            #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
+            use super::*;
+            use crate::arch::generic::{encode, philox, product, softmax};
+            use crate::arch::simd::Simd;
+
+            pub(crate) static KERNELS: Kernels = Kernels {
+                level: $level,
+                columns: 2 * <$token>::LANES,
+                tiles: &[$(TileKernel { correction: Correction::$correction, fits: $fits, for_steps: $tile }),+],
+                amax_row,
+                round_row_i8: [round_row_i8::<NEAREST_EVEN>, round_row_i8::<NEAREST_AWAY>, round_row_i8::<TOWARD_ZERO>, round_row_i8::<STOCHASTIC>],
+                round_row_i16: [round_row_i16::<NEAREST_EVEN>, round_row_i16::<NEAREST_AWAY>, round_row_i16::<TOWARD_ZERO>, round_row_i16::<STOCHASTIC>],
+                quantize_row: [quantize_row::<NEAREST_EVEN>, quantize_row::<NEAREST_AWAY>, quantize_row::<TOWARD_ZERO>, quantize_row::<STOCHASTIC>],
+                stage_strip,
+                round_strip: [round_strip::<NEAREST_EVEN>, round_strip::<NEAREST_AWAY>, round_strip::<TOWARD_ZERO>, round_strip::<STOCHASTIC>],
+                fill_random,
+                softmax_row,
+                softmax_backward_row,
+            };
+
+            $(
+                fn $tile(steps: usize) -> TileFn {
+                    #$attribute
+                    unsafe fn run<const STEPS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: *mut f32) {
+                        unsafe { product::$tile::<_, STEPS>($make, blocks, steps, a, b, c) }
+                    }
+                    match steps {
+                        4 => run::<4>,
+                        8 => run::<8>,
+                        16 => run::<16>,
+                        _ => run::<0>,
+                    }
+                }
+            )+
+            #$attribute
+            unsafe fn amax_row(x: *const f32, n: usize) -> u32 {
+                unsafe { encode::amax_row($make, x, n) }
+            }
+            #$attribute
+            unsafe fn round_row_i8<const R: u8>(x: *const f32, n: usize, q: Scaling, r: *const u16, out: *mut i8) -> [i32; 2] {
+                unsafe { encode::round_row_i8::<_, R>($make, x, n, q, r, out) }
+            }
+            #$attribute
+            unsafe fn round_row_i16<const R: u8>(x: *const f32, n: usize, q: Scaling, r: *const u16, out: *mut i16) {
+                unsafe { encode::round_row_i16::<_, R>($make, x, n, q, r, out) }
+            }
+            #$attribute
+            unsafe fn quantize_row<const R: u8>(x: *const f32, n: usize, q: Scaling, scale: f32, r: *const u16, out: *mut f32) {
+                unsafe { encode::quantize_row::<_, R>($make, x, n, q, scale, r, out) }
+            }
+            #$attribute
+            unsafe fn stage_strip(x: *const f32, stride: isize, n: usize, staging: *mut f32, amax: *mut i32) {
+                unsafe { encode::stage_strip($make, x, stride, n, staging, amax) }
+            }
+            #$attribute
+            unsafe fn round_strip<const R: u8>(
+                staging: *const f32, steps: usize, inverse: *const f32, limit: f32, random: *const u16, words: *mut i32, sums: *mut i32,
+            ) {
+                unsafe { encode::round_strip::<_, R>($make, staging, steps, inverse, limit, random, words, sums) }
+            }
+            #$attribute
+            unsafe fn fill_random(seed: Seed, counters: Counters, out: *mut u16) {
+                unsafe { philox::fill_random($make, seed, counters, out) }
+            }
+            #$attribute
+            unsafe fn softmax_row(row: *mut f32, n: usize) {
+                unsafe { softmax::softmax_row($make, row, n) }
+            }
+            #$attribute
+            unsafe fn softmax_backward_row(p: *const f32, grad: *mut f32, n: usize, scale: f32) {
+                unsafe { softmax::softmax_backward_row($make, p, grad, n, scale) }
+            }
+        }
+    };
+}
+
+kernels!(scalar, Level::Scalar, crate::arch::scalar::Scalar<8>, crate::arch::scalar::Scalar::<8>, [tile_dot4 Total DOT4], [inline]);
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    avx2, Level::Avx2, crate::arch::x86_64::avx2::Avx2, crate::arch::x86_64::avx2::Avx2::assume(),
+    [tile_halves Halves HALVES, tile_dot4 Total DOT4], [target_feature(enable = "avx2")]
+);
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    avx512vnni, Level::Avx512Vnni, crate::arch::x86_64::avx512vnni::Avx512Vnni,
+    crate::arch::x86_64::avx512vnni::Avx512Vnni::assume(),
+    [tile_dot4 Total DOT4], [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+);
+
+/// The generic kernels of the AVX2 and the AVX-512 level on plain arrays: what those levels compute, minus their
+/// intrinsics, on every machine.
+#[cfg(any(test, feature = "testing"))]
+pub mod models {
+    use super::*;
+    kernels!(lanes8, Level::Scalar, crate::arch::scalar::Scalar<8>, crate::arch::scalar::Scalar::<8>,
+        [tile_halves Halves HALVES, tile_dot4 Total DOT4], [inline]);
+    kernels!(lanes16, Level::Scalar, crate::arch::scalar::Scalar<16>, crate::arch::scalar::Scalar::<16>,
+        [tile_dot4 Total DOT4], [inline]);
+
+    /// The model of the AVX2 level.
+    #[must_use]
+    pub fn avx2() -> &'static Kernels {
+        &lanes8::KERNELS
+    }
+    /// The model of the AVX-512 VNNI level.
+    #[must_use]
+    pub fn avx512vnni() -> &'static Kernels {
+        &lanes16::KERNELS
+    }
+}

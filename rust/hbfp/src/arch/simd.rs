@@ -1,0 +1,84 @@
+//! The vector operations that the generic kernels are written in.
+//!
+//! A value of a type that implements [`Simd`] is a *token*: it exists only where the CPU can run the level, so all
+//! operations on registers are safe to call; only memory accesses are not. A register holds `LANES` 32-bit lanes, read
+//! as i32, f32, four bytes, two 16-bit halves or (in pairs) 64-bit integers, as the operation says.
+
+/// Vector operations of one CPU level. Floating-point operations are IEEE single precision, to nearest even, without
+/// contraction; integer operations wrap.
+pub(crate) trait Simd: Copy {
+    /// A register.
+    type V: Copy;
+    /// 32-bit lanes of a register: 8 or 16.
+    const LANES: usize;
+
+    /// All lanes hold `x`.
+    fn splat(self, x: i32) -> Self::V;
+    /// All lanes hold `x`.
+    fn splat_f32(self, x: f32) -> Self::V;
+
+    /// # Safety
+    /// `p` is valid for reading `LANES` words; no alignment is needed.
+    unsafe fn load(self, p: *const i32) -> Self::V;
+    /// # Safety
+    /// `p` is valid for writing `LANES` words; no alignment is needed.
+    unsafe fn store(self, p: *mut i32, v: Self::V);
+    /// `LANES` u16 widened to lanes.
+    /// # Safety
+    /// `p` is valid for reading `LANES` u16; no alignment is needed.
+    unsafe fn load_u16(self, p: *const u16) -> Self::V;
+    /// The low bytes of all lanes of four registers, in order.
+    /// # Safety
+    /// `p` is valid for writing `4 * LANES` bytes; no alignment is needed.
+    unsafe fn store_i8x4(self, p: *mut i8, v: [Self::V; 4]);
+    /// The low halves of all lanes of two registers, in order; every lane fits an i16.
+    /// # Safety
+    /// `p` is valid for writing `2 * LANES` i16; no alignment is needed.
+    unsafe fn store_i16x2(self, p: *mut i16, v: [Self::V; 2]);
+
+    fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn max_i32(self, a: Self::V, b: Self::V) -> Self::V;
+    fn and(self, a: Self::V, b: Self::V) -> Self::V;
+    fn or(self, a: Self::V, b: Self::V) -> Self::V;
+    fn xor(self, a: Self::V, b: Self::V) -> Self::V;
+    fn shl<const N: i32>(self, a: Self::V) -> Self::V;
+    fn sar<const N: i32>(self, a: Self::V) -> Self::V;
+    /// The largest lane, as i32.
+    fn reduce_max_i32(self, a: Self::V) -> i32;
+
+    fn add_f32(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub_f32(self, a: Self::V, b: Self::V) -> Self::V;
+    fn mul_f32(self, a: Self::V, b: Self::V) -> Self::V;
+    fn div_f32(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Neither operand is a NaN; of two zeros either.
+    fn min_f32(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Neither operand is a NaN; of two zeros either.
+    fn max_f32(self, a: Self::V, b: Self::V) -> Self::V;
+    /// `a >= b ? v : +0.0`; no NaNs.
+    fn keep_if_ge_f32(self, a: Self::V, b: Self::V, v: Self::V) -> Self::V;
+    /// f32 to i32, to nearest even. |lane| < 2^31.
+    fn round_to_i32(self, a: Self::V) -> Self::V;
+    /// f32 to i32, towards zero. |lane| < 2^31.
+    fn truncate_to_i32(self, a: Self::V) -> Self::V;
+    /// i32 to f32, to nearest even.
+    fn to_f32(self, a: Self::V) -> Self::V;
+
+    /// Per lane: acc + Σ over its four bytes of unsigned `b` times signed `a`.
+    fn dot4(self, acc: Self::V, b: Self::V, a: Self::V) -> Self::V;
+    /// Per 16-bit half: Σ over its two bytes of unsigned `b` times signed `a`, which must fit an i16.
+    fn mul_pairs(self, b: Self::V, a: Self::V) -> Self::V;
+    /// Per 16-bit half, wrapping.
+    fn add_i16(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Per lane: the sum of its two signed halves.
+    fn sum_halves(self, a: Self::V) -> Self::V;
+
+    /// Per 64-bit lane: the product of the low 32-bit halves.
+    fn mul_low_u32(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Per 64-bit lane: the high half moved down.
+    fn high_u32(self, a: Self::V) -> Self::V;
+    /// Philox words 0…3 of `LANES / 2` counters in the low halves of 64-bit lanes, written counter after counter as
+    /// eight u16, low half of word 0 first.
+    /// # Safety
+    /// `p` is valid for writing `4 * LANES` u16; no alignment is needed.
+    unsafe fn store_counters(self, p: *mut u16, words: [Self::V; 4]);
+}

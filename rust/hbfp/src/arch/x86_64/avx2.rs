@@ -1,0 +1,200 @@
+//! AVX2: eight lanes.
+
+use crate::arch::simd::Simd;
+use std::arch::x86_64::*;
+
+/// Proof that the CPU has AVX2.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// # Safety
+    /// The CPU has AVX2.
+    #[inline(always)]
+    pub(crate) unsafe fn assume() -> Self {
+        Self(())
+    }
+}
+
+/// Wraps intrinsics whose only condition is the CPU level.
+macro_rules! level {
+    ($e:expr) => {
+        // SAFETY: the token proves AVX2.
+        unsafe { $e }
+    };
+}
+#[inline(always)]
+fn ps(v: __m256i) -> __m256 {
+    level!(_mm256_castsi256_ps(v))
+}
+#[inline(always)]
+fn si(v: __m256) -> __m256i {
+    level!(_mm256_castps_si256(v))
+}
+
+impl Simd for Avx2 {
+    type V = __m256i;
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, x: i32) -> Self::V {
+        level!(_mm256_set1_epi32(x))
+    }
+    #[inline(always)]
+    fn splat_f32(self, x: f32) -> Self::V {
+        si(level!(_mm256_set1_ps(x)))
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const i32) -> Self::V {
+        // SAFETY: the token proves AVX2, the caller 32 readable bytes.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut i32, v: Self::V) {
+        // SAFETY: the token proves AVX2, the caller 32 writable bytes.
+        unsafe { _mm256_storeu_si256(p.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn load_u16(self, p: *const u16) -> Self::V {
+        // SAFETY: the token proves AVX2, the caller 16 readable bytes.
+        unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8x4(self, p: *mut i8, [a, b, c, d]: [Self::V; 4]) {
+        // SAFETY: the token proves AVX2, the caller 32 writable bytes.
+        unsafe {
+            // Packing works within 128-bit halves; the permutation puts the eight groups of four back in order.
+            let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            _mm256_storeu_si256(p.cast(), _mm256_permutevar8x32_epi32(bytes, order));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i16x2(self, p: *mut i16, [a, b]: [Self::V; 2]) {
+        // SAFETY: the token proves AVX2, the caller 32 writable bytes.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a, b))) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn max_i32(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_max_epi32(a, b))
+    }
+    #[inline(always)]
+    fn and(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_and_si256(a, b))
+    }
+    #[inline(always)]
+    fn or(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_or_si256(a, b))
+    }
+    #[inline(always)]
+    fn xor(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_xor_si256(a, b))
+    }
+    #[inline(always)]
+    fn shl<const N: i32>(self, a: Self::V) -> Self::V {
+        level!(_mm256_slli_epi32::<N>(a))
+    }
+    #[inline(always)]
+    fn sar<const N: i32>(self, a: Self::V) -> Self::V {
+        level!(_mm256_srai_epi32::<N>(a))
+    }
+    #[inline(always)]
+    fn reduce_max_i32(self, a: Self::V) -> i32 {
+        level!({
+            let x = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256::<1>(a));
+            let x = _mm_max_epi32(x, _mm_shuffle_epi32::<0b01_00_11_10>(x));
+            _mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32::<0b10_11_00_01>(x)))
+        })
+    }
+
+    #[inline(always)]
+    fn add_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm256_add_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn sub_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm256_sub_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn mul_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm256_mul_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn div_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm256_div_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn min_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm256_min_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn max_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm256_max_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn keep_if_ge_f32(self, a: Self::V, b: Self::V, v: Self::V) -> Self::V {
+        level!(_mm256_and_si256(si(_mm256_cmp_ps::<_CMP_GE_OQ>(ps(a), ps(b))), v))
+    }
+    #[inline(always)]
+    fn round_to_i32(self, a: Self::V) -> Self::V {
+        level!(_mm256_cvtps_epi32(ps(a)))
+    }
+    #[inline(always)]
+    fn truncate_to_i32(self, a: Self::V) -> Self::V {
+        level!(_mm256_cvttps_epi32(ps(a)))
+    }
+    #[inline(always)]
+    fn to_f32(self, a: Self::V) -> Self::V {
+        si(level!(_mm256_cvtepi32_ps(a)))
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: Self::V, b: Self::V, a: Self::V) -> Self::V {
+        // vpmaddubsw would saturate at 8 bits: even and odd bytes are widened to 16 bits and multiplied exactly.
+        level!({
+            let low = _mm256_set1_epi16(0xFF);
+            let even = _mm256_madd_epi16(_mm256_and_si256(b, low), _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(a)));
+            let odd = _mm256_madd_epi16(_mm256_srli_epi16::<8>(b), _mm256_srai_epi16::<8>(a));
+            _mm256_add_epi32(acc, _mm256_add_epi32(even, odd))
+        })
+    }
+    #[inline(always)]
+    fn mul_pairs(self, b: Self::V, a: Self::V) -> Self::V {
+        level!(_mm256_maddubs_epi16(b, a))
+    }
+    #[inline(always)]
+    fn add_i16(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_add_epi16(a, b))
+    }
+    #[inline(always)]
+    fn sum_halves(self, a: Self::V) -> Self::V {
+        level!(_mm256_madd_epi16(a, _mm256_set1_epi16(1)))
+    }
+
+    #[inline(always)]
+    fn mul_low_u32(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_mul_epu32(a, b))
+    }
+    #[inline(always)]
+    fn high_u32(self, a: Self::V) -> Self::V {
+        level!(_mm256_srli_epi64::<32>(a))
+    }
+    #[inline(always)]
+    unsafe fn store_counters(self, p: *mut u16, [w0, w1, w2, w3]: [Self::V; 4]) {
+        // SAFETY: the token proves AVX2, the caller 64 writable bytes.
+        unsafe {
+            // Per 64-bit lane: the first and the second eight bytes of a counter.
+            let first = _mm256_blend_epi32::<0b1010_1010>(w0, _mm256_slli_epi64::<32>(w1));
+            let second = _mm256_blend_epi32::<0b1010_1010>(w2, _mm256_slli_epi64::<32>(w3));
+            let even = _mm256_unpacklo_epi64(first, second);
+            let odd = _mm256_unpackhi_epi64(first, second);
+            _mm256_storeu_si256(p.cast(), _mm256_permute2x128_si256::<0x20>(even, odd));
+            _mm256_storeu_si256(p.add(16).cast(), _mm256_permute2x128_si256::<0x31>(even, odd));
+        }
+    }
+}

@@ -1,0 +1,190 @@
+//! AVX-512 (F, BW, DQ, VL) with VNNI: sixteen lanes.
+
+use crate::arch::simd::Simd;
+use std::arch::x86_64::*;
+
+/// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512Vnni(());
+
+impl Avx512Vnni {
+    /// # Safety
+    /// The CPU has AVX-512 F, BW, DQ, VL and VNNI.
+    #[inline(always)]
+    pub(crate) unsafe fn assume() -> Self {
+        Self(())
+    }
+}
+
+/// Wraps intrinsics whose only condition is the CPU level.
+macro_rules! level {
+    ($e:expr) => {
+        // SAFETY: the token proves AVX-512 F, BW, DQ, VL and VNNI.
+        unsafe { $e }
+    };
+}
+#[inline(always)]
+fn ps(v: __m512i) -> __m512 {
+    level!(_mm512_castsi512_ps(v))
+}
+#[inline(always)]
+fn si(v: __m512) -> __m512i {
+    level!(_mm512_castps_si512(v))
+}
+
+impl Simd for Avx512Vnni {
+    type V = __m512i;
+    const LANES: usize = 16;
+
+    #[inline(always)]
+    fn splat(self, x: i32) -> Self::V {
+        level!(_mm512_set1_epi32(x))
+    }
+    #[inline(always)]
+    fn splat_f32(self, x: f32) -> Self::V {
+        si(level!(_mm512_set1_ps(x)))
+    }
+    #[inline(always)]
+    unsafe fn load(self, p: *const i32) -> Self::V {
+        // SAFETY: the token proves the level, the caller 64 readable bytes.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut i32, v: Self::V) {
+        // SAFETY: the token proves the level, the caller 64 writable bytes.
+        unsafe { _mm512_storeu_si512(p.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn load_u16(self, p: *const u16) -> Self::V {
+        // SAFETY: the token proves the level, the caller 32 readable bytes.
+        unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn store_i8x4(self, p: *mut i8, v: [Self::V; 4]) {
+        for (j, v) in v.into_iter().enumerate() {
+            // SAFETY: the token proves the level, the caller 64 writable bytes.
+            unsafe { _mm_storeu_si128(p.add(16 * j).cast(), _mm512_cvtepi32_epi8(v)) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i16x2(self, p: *mut i16, v: [Self::V; 2]) {
+        for (j, v) in v.into_iter().enumerate() {
+            // SAFETY: the token proves the level, the caller 64 writable bytes.
+            unsafe { _mm256_storeu_si256(p.add(16 * j).cast(), _mm512_cvtepi32_epi16(v)) }
+        }
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn max_i32(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_max_epi32(a, b))
+    }
+    #[inline(always)]
+    fn and(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_and_si512(a, b))
+    }
+    #[inline(always)]
+    fn or(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_or_si512(a, b))
+    }
+    #[inline(always)]
+    fn xor(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_xor_si512(a, b))
+    }
+    // The shift counts of AVX-512 intrinsics are unsigned; a count in a register compiles to the same instruction.
+    #[inline(always)]
+    fn shl<const N: i32>(self, a: Self::V) -> Self::V {
+        level!(_mm512_sll_epi32(a, _mm_cvtsi32_si128(N)))
+    }
+    #[inline(always)]
+    fn sar<const N: i32>(self, a: Self::V) -> Self::V {
+        level!(_mm512_sra_epi32(a, _mm_cvtsi32_si128(N)))
+    }
+    #[inline(always)]
+    fn reduce_max_i32(self, a: Self::V) -> i32 {
+        level!(_mm512_reduce_max_epi32(a))
+    }
+
+    #[inline(always)]
+    fn add_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm512_add_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn sub_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm512_sub_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn mul_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm512_mul_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn div_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm512_div_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn min_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm512_min_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn max_f32(self, a: Self::V, b: Self::V) -> Self::V {
+        si(level!(_mm512_max_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn keep_if_ge_f32(self, a: Self::V, b: Self::V, v: Self::V) -> Self::V {
+        level!(_mm512_maskz_mov_epi32(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(ps(a), ps(b)), v))
+    }
+    #[inline(always)]
+    fn round_to_i32(self, a: Self::V) -> Self::V {
+        level!(_mm512_cvtps_epi32(ps(a)))
+    }
+    #[inline(always)]
+    fn truncate_to_i32(self, a: Self::V) -> Self::V {
+        level!(_mm512_cvttps_epi32(ps(a)))
+    }
+    #[inline(always)]
+    fn to_f32(self, a: Self::V) -> Self::V {
+        si(level!(_mm512_cvtepi32_ps(a)))
+    }
+
+    #[inline(always)]
+    fn dot4(self, acc: Self::V, b: Self::V, a: Self::V) -> Self::V {
+        level!(_mm512_dpbusd_epi32(acc, b, a))
+    }
+    #[inline(always)]
+    fn mul_pairs(self, b: Self::V, a: Self::V) -> Self::V {
+        level!(_mm512_maddubs_epi16(b, a))
+    }
+    #[inline(always)]
+    fn add_i16(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_add_epi16(a, b))
+    }
+    #[inline(always)]
+    fn sum_halves(self, a: Self::V) -> Self::V {
+        level!(_mm512_madd_epi16(a, _mm512_set1_epi16(1)))
+    }
+
+    #[inline(always)]
+    fn mul_low_u32(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_mul_epu32(a, b))
+    }
+    #[inline(always)]
+    fn high_u32(self, a: Self::V) -> Self::V {
+        level!(_mm512_srli_epi64::<32>(a))
+    }
+    #[inline(always)]
+    unsafe fn store_counters(self, p: *mut u16, [w0, w1, w2, w3]: [Self::V; 4]) {
+        // SAFETY: the token proves the level, the caller 128 writable bytes.
+        unsafe {
+            // Per 64-bit lane: the first and the second eight bytes of a counter; then the lanes alternate.
+            let first = _mm512_mask_mov_epi32(w0, 0xAAAA, _mm512_slli_epi64::<32>(w1));
+            let second = _mm512_mask_mov_epi32(w2, 0xAAAA, _mm512_slli_epi64::<32>(w3));
+            let low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+            let high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+            _mm512_storeu_si512(p.cast(), _mm512_permutex2var_epi64(first, low, second));
+            _mm512_storeu_si512(p.add(32).cast(), _mm512_permutex2var_epi64(first, high, second));
+        }
+    }
+}

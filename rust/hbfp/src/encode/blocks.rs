@@ -1,0 +1,145 @@
+//! Brings blocks of a strip of lines into reach of the row kernels: every line contiguous, its random bits beside it.
+#![allow(unsafe_code, reason = "strided reads of the caller's memory, and calls of kernels")]
+
+use crate::arch::generic::encode::{ROW_PADDING, STRIP, Scaling};
+use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
+use crate::arch::kernels::Kernels;
+use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT, Rounding, power_of_two};
+use crate::rng::Seed;
+use crate::shape::FloatLines;
+
+/// Rounding of one operand: which, and (if stochastic) from which bits.
+#[derive(Clone, Copy, Debug)]
+pub struct RoundingMode {
+    /// Rounding.
+    pub rounding: Rounding,
+    /// Source of the random bits; unused by the others.
+    pub seed: Seed,
+}
+
+impl RoundingMode {
+    /// To nearest, ties to even.
+    pub const NEAREST_EVEN: Self = Self { rounding: Rounding::NearestEven, seed: Seed { seed: 0, stream: 0 } };
+
+    pub(crate) fn is_stochastic(self) -> bool {
+        self.rounding == Rounding::Stochastic
+    }
+}
+
+impl Scaling {
+    /// Scaling under exponent byte `c`, which is not the NaN block's.
+    pub(crate) fn new(format: &BlockFormat, c: u8) -> Self {
+        debug_assert_ne!(c, NAN_EXPONENT);
+        Self { inverse: power_of_two(EXPONENT_OFFSET - i32::from(c)), limit: format.max_code() as f32 }
+    }
+}
+
+/// Part of a strip: `width` ≤ 32 lines from `line` on, `n` elements of each from `k` on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Part {
+    pub(crate) matrix: usize,
+    pub(crate) line: usize,
+    pub(crate) width: usize,
+    pub(crate) k: usize,
+    pub(crate) n: usize,
+}
+
+/// Buffers of one worker, reused from block to block.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    pub(crate) staging: Vec<f32>,
+    pub(crate) random: Vec<u16>,
+    transposed: Vec<u16>,
+    pub(crate) codes: Vec<i8>,
+    pub(crate) wide: Vec<i16>,
+    pub(crate) words: Vec<i32>,
+}
+
+impl Scratch {
+    /// Makes room for blocks of `block` elements.
+    pub(crate) fn reserve(&mut self, block: usize) {
+        let padded = block.next_multiple_of(4) + ROW_PADDING;
+        let grow = |v: &mut Vec<f32>, n: usize| v.resize(v.len().max(n), 0.0);
+        grow(&mut self.staging, padded * STRIP);
+        // Blocks need not start at a multiple of eight columns: up to two more groups.
+        let random = (padded + 16) * STRIP + RANDOM_PADDING;
+        self.random.resize(self.random.len().max(random), 0);
+        self.transposed.resize(self.transposed.len().max(padded * STRIP + ROW_PADDING), 0);
+        self.codes.resize(self.codes.len().max(padded * STRIP), 0);
+        self.wide.resize(self.wide.len().max(padded), 0);
+        self.words.resize(self.words.len().max(padded / 4 * STRIP), 0);
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        4 * (self.staging.len() + self.words.len())
+            + 2 * (self.random.len() + self.transposed.len() + self.wide.len())
+            + self.codes.len()
+    }
+}
+
+/// The lines of a part, each contiguous, with ROW_PADDING readable random elements behind each line's own.
+pub(crate) struct LineBlocks {
+    pub(crate) x: [*const f32; STRIP],
+    pub(crate) random: [*const u16; STRIP],
+}
+
+/// Reads a part of `lines` through `scratch`.
+pub(crate) fn load_lines(
+    kernels: &Kernels,
+    lines: &FloatLines<'_>,
+    part: Part,
+    mode: RoundingMode,
+    scratch: &mut Scratch,
+) -> LineBlocks {
+    let Part { matrix, line, width, k, n } = part;
+    debug_assert!(width <= STRIP && line + width <= lines.lines && k + n <= lines.k);
+    let stride = n.next_multiple_of(4) + ROW_PADDING;
+    let mut blocks = LineBlocks { x: [std::ptr::null(); STRIP], random: [std::ptr::null(); STRIP] };
+    if lines.k_stride == 1 {
+        (0..width).for_each(|l| blocks.x[l] = lines.at(matrix, line + l, k));
+    } else {
+        for j in 0..n {
+            for l in 0..width {
+                // SAFETY: inside the view.
+                scratch.staging[l * stride + j] = unsafe { *lines.at(matrix, line + l, k + j) };
+            }
+        }
+        (0..width).for_each(|l| blocks.x[l] = scratch.staging[l * stride..].as_ptr());
+    }
+    if mode.is_stochastic() {
+        let row = lines.random_row(matrix, line, k);
+        if lines.by_line {
+            let group = k / 8;
+            let groups = (k + n).div_ceil(8) - group;
+            let counters = Counters { row, row_step: 1, rows: width, group: group as u32, groups };
+            debug_assert!(8 * width * groups + RANDOM_PADDING <= scratch.random.len());
+            // SAFETY: `reserve` made room for the rectangle and its padding.
+            unsafe { (kernels.fill_random)(mode.seed, counters, scratch.random.as_mut_ptr()) };
+            (0..width).for_each(|l| blocks.random[l] = scratch.random[l * 8 * groups + k % 8..].as_ptr());
+        } else {
+            random_strip(kernels, lines, part, mode.seed, &mut scratch.random);
+            for j in 0..n {
+                for l in 0..width {
+                    scratch.transposed[l * stride + j] = scratch.random[j * STRIP + l];
+                }
+            }
+            (0..width).for_each(|l| blocks.random[l] = scratch.transposed[l * stride..].as_ptr());
+        }
+    }
+    blocks
+}
+
+/// Random bits of a part whose lines lie across the rows: `out[j * STRIP + l]` for element k + j of line `line` + l.
+pub(crate) fn random_strip(kernels: &Kernels, lines: &FloatLines<'_>, part: Part, seed: Seed, out: &mut [u16]) {
+    debug_assert!(!lines.by_line && part.line.is_multiple_of(STRIP));
+    let counters = Counters {
+        row: lines.random_row(part.matrix, part.line, part.k),
+        row_step: lines.row_step as u32,
+        rows: part.n,
+        group: (part.line / 8) as u32,
+        groups: STRIP / 8,
+    };
+    assert!(part.n * STRIP + RANDOM_PADDING <= out.len());
+    // SAFETY: room for the rectangle and its padding.
+    unsafe { (kernels.fill_random)(seed, counters, out.as_mut_ptr()) };
+}

@@ -1,0 +1,354 @@
+//! Products of encoded operands: C[i, j] = Σ over blocks of ldexp(Σ q_a q_w, s_a + s_w), each block's term and each sum
+//! rounded once to f32, blocks in order.
+
+mod driver;
+mod general;
+
+use crate::arch::generic::product::{Correction, PANEL_ROWS};
+use crate::arch::kernels::TileKernel;
+use crate::encode::blocks::Scratch;
+use crate::encode::codes::Codes;
+use crate::encode::panels::{PanelLayout, Panels, PlaneLines, Side, Source, fill};
+use crate::encode::{Context, RoundingMode, check_size};
+use crate::error::{Error, Result};
+use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
+use crate::shape::{FloatLines, FloatTensor, PlaneLayout};
+use std::sync::Mutex;
+
+/// An operand of a product. The last two dimensions are a matrix, leading ones are batch; the reduction runs along
+/// `axis`, one of the last two.
+#[derive(Clone, Debug)]
+pub enum Operand<'a> {
+    /// f32 values, encoded on the way in.
+    Floats {
+        /// The tensor.
+        x: FloatTensor<'a>,
+        /// Its reduction.
+        axis: usize,
+        /// Format to encode with.
+        format: BlockFormat,
+        /// Rounding to encode with.
+        mode: RoundingMode,
+    },
+    /// An encoded tensor; lines must be blocked along `axis`.
+    Planes {
+        /// Shape, format and blocked axis.
+        layout: &'a PlaneLayout,
+        /// Exponent plane.
+        exponents: &'a [u8],
+        /// Mantissa plane.
+        mantissas: &'a [u8],
+        /// Its reduction.
+        axis: usize,
+    },
+}
+
+impl Operand<'_> {
+    /// Format of the codes.
+    #[must_use]
+    pub fn format(&self) -> BlockFormat {
+        match self {
+            Self::Floats { format, .. } => *format,
+            Self::Planes { layout, .. } => layout.format(),
+        }
+    }
+
+    fn resolve(&self, ctx: &Context<'_>, panels: bool) -> Result<Resolved<'_>> {
+        let (shape, axis) = match self {
+            Self::Floats { x, axis, .. } => (x.shape(), *axis),
+            Self::Planes { layout, axis, .. } => (layout.shape(), *axis),
+        };
+        let rank = shape.len();
+        if rank < 2 || axis >= rank || axis + 2 < rank {
+            let expected = "a tensor of two or more dimensions, reduced along one of the last two";
+            return Err(Error::shape(expected, format!("shape {shape:?} reduced along axis {axis}")));
+        }
+        let lines_format = matches!(self.format().shape(), BlockShape::Line(_));
+        match self {
+            Self::Floats { x, axis, format, mode } => {
+                let lines = x.lines(*axis)?;
+                if panels && lines_format && format.bits() <= 8 {
+                    return Ok(Resolved::Floats(lines, *mode));
+                }
+                // Tiles and whole tensors are encoded as they are held, whatever the reduction: the same planes serve both.
+                Ok(Resolved::Codes(Codes::from_floats(ctx, &lines, *format, *mode)))
+            }
+            Self::Planes { layout, exponents, mantissas, axis } => {
+                check_size("exponents", exponents.len(), layout.exponents()[0] * layout.exponents()[1])?;
+                check_size("bytes of mantissas", mantissas.len(), layout.mantissas()[0] * layout.mantissas()[1])?;
+                if lines_format && layout.axis != *axis {
+                    let found = format!("blocks along axis {}", layout.axis);
+                    return Err(Error::shape(format!("an operand blocked along its reduction, axis {axis}"), found));
+                }
+                let matrices = shape[..rank - 2].iter().product();
+                let lines = shape[if *axis == rank - 1 { rank - 2 } else { rank - 1 }];
+                if panels && lines_format && layout.format().bits() <= 8 {
+                    let row = layout.mantissas()[1];
+                    return Ok(Resolved::Planes(PlaneLines { exponents, mantissas, matrices, lines, k: layout.k, row }));
+                }
+                let mut codes = Codes::from_planes(layout, exponents, mantissas, *axis != rank - 1)?;
+                (codes.matrices, codes.lines, codes.k) = (matrices, lines, shape[*axis]);
+                Ok(Resolved::Codes(codes))
+            }
+        }
+    }
+}
+
+enum Resolved<'a> {
+    Floats(FloatLines<'a>, RoundingMode),
+    Planes(PlaneLines<'a>),
+    Codes(Codes),
+}
+
+impl Resolved<'_> {
+    /// Makes one tall matrix of a batch, where memory allows.
+    fn merge(&mut self) {
+        match self {
+            Self::Floats(x, _) => x.merge(),
+            Self::Planes(p) => (p.matrices, p.lines) = (1, p.matrices * p.lines),
+            Self::Codes(c) => (c.matrices, c.lines) = (1, c.matrices * c.lines),
+        }
+    }
+
+    fn source(&self) -> Source<'_> {
+        match self {
+            Self::Floats(x, mode) => Source::Floats(x, *mode),
+            Self::Planes(p) => Source::Planes(*p),
+            Self::Codes(c) => Source::Codes(c),
+        }
+    }
+}
+
+/// Right operand of a product: to be laid out now, or laid out before.
+#[derive(Clone, Debug)]
+pub enum Right<'a> {
+    /// Laid out for this product.
+    Operand(Operand<'a>),
+    /// Laid out once for many.
+    Packed(&'a Packed),
+}
+
+/// A right operand in the layout of a level's kernels.
+#[derive(Debug)]
+pub struct Packed {
+    format: BlockFormat,
+    level: crate::Level,
+    columns: usize,
+    content: PackedContent,
+}
+
+#[derive(Debug)]
+enum PackedContent {
+    Panels(PanelLayout, Panels),
+    Codes(Codes),
+}
+
+impl Packed {
+    /// Format of the codes.
+    #[must_use]
+    pub fn format(&self) -> BlockFormat {
+        self.format
+    }
+    /// Level whose kernels read it.
+    #[must_use]
+    pub fn level(&self) -> crate::Level {
+        self.level
+    }
+    /// Lines (columns of C) and elements of the reduction.
+    #[must_use]
+    pub fn shape(&self) -> (usize, usize) {
+        match &self.content {
+            PackedContent::Panels(layout, _) => (layout.lines, layout.k),
+            PackedContent::Codes(codes) => (codes.lines, codes.k),
+        }
+    }
+    /// Bytes held.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        match &self.content {
+            PackedContent::Panels(_, panels) => panels.bytes.capacity() + panels.general.len(),
+            PackedContent::Codes(codes) => 2 * codes.codes.len() + codes.exponents.len(),
+        }
+    }
+}
+
+/// Buffers of products, reused from call to call. They grow to the panels of the largest product (about one byte an
+/// element of both operands) and a few hundred KiB a thread.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    left: Panels,
+    right: Panels,
+    scratch: Vec<Mutex<Scratch>>,
+}
+
+impl Workspace {
+    /// Bytes held.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let scratch = |s: &Mutex<Scratch>| s.lock().map_or(0, |s| s.bytes());
+        self.left.bytes.capacity() + self.right.bytes.capacity() + self.scratch.iter().map(scratch).sum::<usize>()
+    }
+}
+
+/// What happens to C around the sums.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Epilogue<'a> {
+    /// Start from the C that is given, instead of +0.0.
+    pub accumulate: bool,
+    /// Added last, one element per column.
+    pub bias: Option<&'a [f32]>,
+}
+
+/// Offset that makes codes of `bits` bits unsigned.
+fn offset(bits: u8) -> i32 {
+    1 << (bits - 1)
+}
+
+/// Whether panels can hold an operand: the rest goes by codes.
+fn fits_panels(format: BlockFormat, block: usize) -> bool {
+    format.bits() <= 8 && block <= MAX_BLOCK
+}
+
+/// Lays out a right operand once. It is read as one matrix of `lines` × K.
+///
+/// # Errors
+/// [`Error::Shape`] for batches; otherwise as [`product`].
+pub fn prepack(ctx: &Context<'_>, operand: &Operand<'_>) -> Result<Packed> {
+    let format = operand.format();
+    let resolved = operand.resolve(ctx, true)?;
+    let source = resolved.source();
+    if source.matrices() != 1 {
+        return Err(Error::shape("one matrix to prepack", format!("a batch of {}", source.matrices())));
+    }
+    let (level, columns) = (ctx.kernels.level(), ctx.kernels.columns);
+    let block = format.block_along(source.k());
+    let content = if fits_panels(format, block) {
+        let layout = PanelLayout::new(&source, block, columns, Some(offset(format.bits())));
+        let (mut panels, mut scratch) = (Panels::default(), Vec::new());
+        let side = Side::Right { offset: offset(format.bits()) };
+        fill(ctx, &mut [(&source, format, layout, side, &mut panels)], &mut scratch)?;
+        PackedContent::Panels(layout, panels)
+    } else {
+        match operand.resolve(ctx, false)? {
+            Resolved::Codes(codes) => PackedContent::Codes(codes),
+            _ => unreachable!("asked for codes"),
+        }
+    };
+    Ok(Packed { format, level, columns, content })
+}
+
+/// `out` ← A · Bᵀ along their reductions, [matrices, lines of A, lines of B], row-major.
+///
+/// # Errors
+/// [`Error::Shape`] when sizes, batches or block boundaries along the reduction differ; [`Error::Code`] for planes that
+/// no encoder writes (`out` may have been written then).
+///
+/// # Panics
+/// If a packed operand was made for kernels of another width.
+pub fn product(
+    ctx: &Context<'_>,
+    a: &Operand<'_>,
+    b: &Right<'_>,
+    out: &mut [f32],
+    epilogue: Epilogue<'_>,
+    workspace: &mut Workspace,
+) -> Result<()> {
+    let mut left = a.resolve(ctx, true)?;
+    let right = match b {
+        Right::Operand(b) => Some(b.resolve(ctx, true)?),
+        Right::Packed(_) => None,
+    };
+    let (af, bf, n, bk, b_matrices) = match (b, &right) {
+        (Right::Packed(p), _) => (a.format(), p.format, p.shape().0, p.shape().1, 1),
+        (Right::Operand(o), Some(r)) => {
+            let s = r.source();
+            (a.format(), o.format(), s.lines(), s.k(), s.matrices())
+        }
+        _ => unreachable!("resolved above"),
+    };
+    if b_matrices == 1 {
+        left.merge();
+    }
+    let source = left.source();
+    let (matrices, m, k) = (source.matrices(), source.lines(), source.k());
+    if k != bk {
+        return Err(Error::shape(format!("equal reductions; the left operand's has {k} elements"), format!("{bk}")));
+    }
+    // A left operand of several matrices against one right matrix is a taller left operand.
+    let (matrices, m) = if b_matrices == 1 && matrices != 1 { (1, matrices * m) } else { (matrices, m) };
+    if matrices != b_matrices {
+        let expected = format!("equal batches, or one right matrix; the left operand has {matrices}");
+        return Err(Error::shape(expected, b_matrices.to_string()));
+    }
+    let block = af.block_along(k);
+    if block != bf.block_along(k) {
+        let expected = format!("equal block boundaries along the reduction of {k}: {af} has blocks of {block}");
+        return Err(Error::shape(expected, format!("{bf} with blocks of {}", bf.block_along(k))));
+    }
+    check_size("elements of out", out.len(), matrices * m * n)?;
+    if let Some(bias) = epilogue.bias {
+        check_size("elements of bias", bias.len(), n)?;
+    }
+    if out.is_empty() {
+        return Ok(());
+    }
+    if !(fits_panels(af, block) && fits_panels(bf, block)) {
+        let to_codes = |operand: &Operand<'_>, resolved: Resolved<'_>| match resolved {
+            Resolved::Codes(codes) => Ok(codes),
+            _ => match operand.resolve(ctx, false)? {
+                Resolved::Codes(codes) => Ok(codes),
+                _ => unreachable!("asked for codes"),
+            },
+        };
+        let left = to_codes(a, left)?;
+        let shape = general::Shape { matrices, m, n, k, block };
+        let unpacked;
+        let right = match (b, right) {
+            (Right::Packed(Packed { content: PackedContent::Codes(codes), .. }), _) => codes,
+            (Right::Packed(Packed { content: PackedContent::Panels(layout, panels), format, .. }), _) => {
+                unpacked = driver::codes_of_panels(layout, panels, *format);
+                &unpacked
+            }
+            (Right::Operand(o), Some(r)) => {
+                unpacked = to_codes(o, r)?;
+                &unpacked
+            }
+            _ => unreachable!("resolved above"),
+        };
+        general::product(ctx, &left, right, shape, out, epilogue);
+        return Ok(());
+    }
+    let columns = ctx.kernels.columns;
+    let steps = block.div_ceil(4);
+    // The exponent rides in the accumulator while |D| < 2^22.
+    let rides = (block as i64) * i64::from(af.max_code()) * i64::from(bf.max_code()) < 1 << 22;
+    let kernel: Option<&TileKernel> =
+        ctx.kernels.tiles.iter().find(|tile| rides && (tile.fits)(steps, af.max_code(), bf.bits()));
+    let correction = kernel.map_or(Correction::Total, |kernel| kernel.correction);
+    let offset = offset(bf.bits());
+    let left_layout = PanelLayout::new(&source, block, PANEL_ROWS, None);
+    let left_job = (Side::Left { correction, offset }, &mut workspace.left);
+    let (mut right_layout, right_panels) = match (b, &right) {
+        (Right::Packed(packed), _) => {
+            assert_eq!(packed.columns, columns, "a packed operand of another level");
+            let PackedContent::Panels(layout, panels) = &packed.content else { unreachable!("8 bits or fewer") };
+            fill(ctx, &mut [(&source, af, left_layout, left_job.0, left_job.1)], &mut workspace.scratch)?;
+            (*layout, panels)
+        }
+        (Right::Operand(_), Some(r)) => {
+            let right = r.source();
+            let layout = PanelLayout::new(&right, block, columns, Some(offset));
+            let jobs = &mut [
+                (&source, af, left_layout, left_job.0, left_job.1),
+                (&right, bf, layout, Side::Right { offset }, &mut workspace.right),
+            ];
+            fill(ctx, jobs, &mut workspace.scratch)?;
+            (layout, &workspace.right)
+        }
+        _ => unreachable!("resolved above"),
+    };
+    // Panels end with each left matrix, so several of them against one right matrix stay apart.
+    right_layout.shared = right_layout.matrices != left_layout.matrices;
+    driver::multiply(ctx, &workspace.left, left_layout, right_panels, right_layout, out, epilogue, kernel);
+    Ok(())
+}

@@ -1,0 +1,247 @@
+//! Views of tensors: where the lines of blocks lie in memory, which random bits belong to them, how large the planes are.
+#![allow(unsafe_code, reason = "strided views of memory that belongs to the caller")]
+
+use crate::error::{Error, Result};
+use crate::format::{BlockFormat, BlockShape};
+use crate::pack::packed_bytes;
+use std::marker::PhantomData;
+
+/// A strided view of an f32 tensor of any rank. Strides count elements and may be zero or negative.
+#[derive(Clone, Debug)]
+pub struct FloatTensor<'a> {
+    ptr: *const f32,
+    shape: Vec<usize>,
+    strides: Vec<isize>,
+    lifetime: PhantomData<&'a [f32]>,
+}
+
+// SAFETY: only reads, like &[f32].
+unsafe impl Send for FloatTensor<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for FloatTensor<'_> {}
+
+impl<'a> FloatTensor<'a> {
+    /// A row-major tensor.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when the shape does not have `data.len()` elements.
+    pub fn new(data: &'a [f32], shape: &[usize]) -> Result<Self> {
+        if element_count(shape)? != data.len() {
+            return Err(Error::shape(format!("{} elements for shape {shape:?}", data.len()), "another count"));
+        }
+        let mut strides = vec![1isize; shape.len()];
+        for d in (1..shape.len()).rev() {
+            strides[d - 1] = strides[d] * shape[d] as isize;
+        }
+        Ok(Self { ptr: data.as_ptr(), shape: shape.to_vec(), strides, lifetime: PhantomData })
+    }
+
+    /// # Safety
+    /// Every element `ptr + Σ index · stride` inside `shape` is valid for reading for `'a`.
+    #[must_use]
+    pub unsafe fn from_raw(ptr: *const f32, shape: Vec<usize>, strides: Vec<isize>) -> Self {
+        debug_assert_eq!(shape.len(), strides.len());
+        Self { ptr, shape, strides, lifetime: PhantomData }
+    }
+
+    /// Lengths of the dimensions.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// The lines along `axis` of the tensor, grouped in matrices; see [`FloatLines`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when more than 2^32 rows would need random bits.
+    pub(crate) fn lines(&self, axis: usize) -> Result<FloatLines<'a>> {
+        let (mut shape, mut strides, mut axis) = (self.shape.clone(), self.strides.clone(), axis);
+        // A 0-d or 1-D tensor is one row.
+        while shape.len() < 2 {
+            axis = if shape.is_empty() { 0 } else { 1 };
+            let stride = strides.first().map_or(1, |_| 0);
+            shape.insert(0, 1);
+            strides.insert(0, stride);
+        }
+        let rank = shape.len();
+        let last = rank - 1;
+        let rows = element_count(&shape[..last])?;
+        if rows as u64 > 1 << 32 {
+            return Err(Error::shape("at most 2^32 rows (the product of all dimensions but the last)", rows.to_string()));
+        }
+        let by_line = axis == last;
+        let (line_dim, batch_dims): (usize, Vec<usize>) = if by_line {
+            (rank - 2, (0..rank - 2).collect())
+        } else {
+            (last, (0..last).filter(|&d| d != axis).collect())
+        };
+        // All leading indices, the last of them fastest: the order of rows in the planes.
+        let count: usize = batch_dims.iter().map(|&d| shape[d]).product();
+        let mut offsets = Vec::with_capacity(count);
+        let mut index = vec![0usize; batch_dims.len()];
+        for _ in 0..count {
+            offsets.push(batch_dims.iter().zip(&index).map(|(&d, &i)| strides[d] * i as isize).sum());
+            for (i, &d) in index.iter_mut().zip(&batch_dims).rev() {
+                *i += 1;
+                if *i < shape[d] {
+                    break;
+                }
+                *i = 0;
+            }
+        }
+        let row_step = if by_line { 1 } else { shape[axis + 1..last].iter().product::<usize>() };
+        Ok(FloatLines {
+            ptr: self.ptr,
+            offsets,
+            lines: shape[line_dim],
+            k: shape[axis],
+            line_stride: strides[line_dim],
+            k_stride: strides[axis],
+            by_line,
+            row_step,
+            lifetime: PhantomData,
+        })
+    }
+}
+
+/// Matrices of `lines` × `k` elements: each line is cut into blocks along k. Rows of random bits follow the tensor they
+/// were taken from: a line is a row of it (`by_line`), or lies across its rows.
+#[derive(Clone, Debug)]
+pub(crate) struct FloatLines<'a> {
+    ptr: *const f32,
+    offsets: Vec<isize>,
+    pub(crate) lines: usize,
+    pub(crate) k: usize,
+    pub(crate) line_stride: isize,
+    pub(crate) k_stride: isize,
+    pub(crate) by_line: bool,
+    pub(crate) row_step: usize,
+    lifetime: PhantomData<&'a [f32]>,
+}
+
+// SAFETY: only reads, like &[f32].
+unsafe impl Send for FloatLines<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for FloatLines<'_> {}
+
+impl FloatLines<'_> {
+    /// Matrices whose lines follow one another at a constant distance become one.
+    pub(crate) fn merge(&mut self) {
+        let step = self.line_stride * self.lines as isize;
+        if self.by_line && self.offsets.len() > 1 && self.offsets.windows(2).all(|w| w[1] - w[0] == step) {
+            self.lines *= self.offsets.len();
+            self.offsets.truncate(1);
+        }
+    }
+
+    pub(crate) fn matrices(&self) -> usize {
+        self.offsets.len()
+    }
+
+    /// Element `k` of `line` of matrix `m`; valid for reading when all three are in range.
+    pub(crate) fn at(&self, m: usize, line: usize, k: usize) -> *const f32 {
+        self.ptr.wrapping_offset(self.offsets[m] + line as isize * self.line_stride + k as isize * self.k_stride)
+    }
+
+    /// Row of the random bits of element `k` of `line` of matrix `m`.
+    pub(crate) fn random_row(&self, m: usize, line: usize, k: usize) -> u32 {
+        let row = if self.by_line {
+            m * self.lines + line
+        } else {
+            m / self.row_step * self.k * self.row_step + m % self.row_step + k * self.row_step
+        };
+        row as u32
+    }
+}
+
+pub(crate) fn element_count(shape: &[usize]) -> Result<usize> {
+    // Zeros first: they make any product small.
+    if shape.contains(&0) {
+        return Ok(0);
+    }
+    shape
+        .iter()
+        .try_fold(1usize, |n, &d| n.checked_mul(d))
+        .filter(|&n| n <= isize::MAX as usize / 4)
+        .ok_or_else(|| Error::shape("a shape whose elements can be counted", format!("{shape:?}")))
+}
+
+/// How a tensor of a shape lies in its two planes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PlaneLayout {
+    pub(crate) format: BlockFormat,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) axis: usize,
+    /// Product of the dimensions before and after the blocked axis (lines), or matrices and 1 (tiles).
+    pub(crate) outer: usize,
+    pub(crate) inner: usize,
+    /// Length of the blocked axis.
+    pub(crate) k: usize,
+    /// Rows and columns of the last two dimensions (tiles).
+    pub(crate) matrix: [usize; 2],
+    exponents: [usize; 2],
+    mantissas: [usize; 2],
+}
+
+impl PlaneLayout {
+    /// The layout of a tensor of `shape` blocked along `axis`, which plays no part for tiles and whole tensors.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for an axis outside the shape and sizes that overflow.
+    pub fn new(format: BlockFormat, shape: &[usize], axis: usize) -> Result<Self> {
+        let count = element_count(shape)?;
+        if axis >= shape.len().max(1) {
+            return Err(Error::shape(format!("an axis below {}", shape.len()), axis.to_string()));
+        }
+        // A 0-d tensor is one row of one element.
+        let padded: &[usize] = if shape.is_empty() { &[1] } else { shape };
+        let last = padded.len() - 1;
+        let matrix = [if last > 0 { padded[last - 1] } else { 1 }, padded[last]];
+        let bytes = |n: usize| packed_bytes(n, format.bits());
+        let (outer, inner, k, exponents, mantissas);
+        match format.shape() {
+            BlockShape::Line(n) => {
+                outer = padded[..axis].iter().product::<usize>();
+                inner = padded[axis + 1..].iter().product::<usize>();
+                k = padded[axis];
+                let row = k / n * bytes(n) + bytes(k % n);
+                (exponents, mantissas) = ([outer * inner, k.div_ceil(n)], [outer * inner, row]);
+            }
+            BlockShape::Tile(t) => {
+                outer = padded[..last.saturating_sub(1)].iter().product::<usize>();
+                (inner, k) = (1, matrix[1]);
+                let (rows, columns) = (outer * matrix[0].div_ceil(t), matrix[1].div_ceil(t));
+                (exponents, mantissas) = ([rows, columns], [rows, columns * bytes(t * t)]);
+            }
+            BlockShape::Tensor => {
+                (outer, inner, k) = (1, 1, count);
+                (exponents, mantissas) = ([1, usize::from(count > 0)], [1, bytes(count)]);
+            }
+        }
+        if element_count(&exponents).is_err() || element_count(&mantissas).is_err() {
+            return Err(Error::shape("planes that fit in memory", format!("shape {shape:?}")));
+        }
+        Ok(Self { format, shape: shape.to_vec(), axis, outer, inner, k, matrix, exponents, mantissas })
+    }
+
+    /// Shape of the exponent plane.
+    #[must_use]
+    pub fn exponents(&self) -> [usize; 2] {
+        self.exponents
+    }
+    /// Shape of the mantissa plane, in bytes.
+    #[must_use]
+    pub fn mantissas(&self) -> [usize; 2] {
+        self.mantissas
+    }
+    /// Shape of the tensor.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    /// The format.
+    #[must_use]
+    pub fn format(&self) -> BlockFormat {
+        self.format
+    }
+}

@@ -1,0 +1,65 @@
+"""README and CONTRIBUTING say what is so: their examples run, and what they name exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("README.md", "CONTRIBUTING.md")
+
+
+def page(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def examples() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page("README.md"), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda example: f"line-{line_of(example)}")
+def test_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example that no longer works is the first thing a newcomer meets."""
+    if "import torch" in example:
+        pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    code = compile("\n" * line_of(example) + example, "README.md", "exec")  # so that tracebacks show README's lines
+    exec(code, {"__name__": "__main__"})
+
+
+def line_of(example: str) -> int:
+    text = page("README.md")
+    return text[: text.index(example)].count("\n")
+
+
+def test_there_are_examples() -> None:
+    """Were the pattern above to match nothing, nothing would be tested."""
+    assert len(examples()) == page("README.md").count("```python") >= 3
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_named_make_targets_exist(name: str) -> None:
+    targets = set(re.findall(r"^([a-z][a-z-]*):.*## ", page("Makefile"), re.MULTILINE))
+    named = set(re.findall(r"(?:`(?:\w+=\w+ )?|^\$ )make ([a-z][a-z-]*)", page(name), re.MULTILINE))
+    assert {"demo", "test", "help"} <= targets
+    assert named
+    assert not named - targets
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page(name))
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_places_on_the_map_exist() -> None:
+    """Each `name` in the map, from the root or from the place in its row's first column."""
+    rows = re.findall(r"^\| `([^`]+)` \| (.*) \|$", page("README.md").partition("## Map")[2], re.MULTILINE)
+    assert len(rows) > 5
+    missing = [place for place, _ in rows if not (ROOT / place).exists()]
+    for place, text in rows:
+        names = re.findall(r"`([\w./]+)`", text)
+        missing += [
+            f"{place}: {name}" for name in names if not ((ROOT / place / name).exists() or (ROOT / name).exists())
+        ]
+    assert missing == []

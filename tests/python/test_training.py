@@ -1,0 +1,424 @@
+"""Training: data that depends on (seed, step) alone, runs that resume to the bit, checkpoints that survive Ctrl-C, and
+the demo from the command line to its report."""
+
+# ruff: noqa: E402, where there is no torch the imports below fail
+
+import json
+import math
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from hbfp.errors import FileError, HBFPError
+from hbfp.tools.cli import main
+from hbfp.training.data import UNKNOWN, Corpus, Digits, Windows
+from hbfp.training.digits import DigitsClassifier
+from hbfp.training.gpt import GPT, GPTShape, sample
+from hbfp.training.loop import (
+    Plan,
+    Run,
+    deferred_interrupt,
+    read_checkpoint,
+    replacing,
+    save_checkpoint,
+    train,
+)
+
+TEXT = "".join(f"line {number}: the quick brown fox\n" for number in range(200))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """These models are too small to share: two threads would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def windows():
+    return Windows(Corpus.of(TEXT, "a text"), size=2, context=16, held_out=4)
+
+
+def tiny_run(windows, recipe, steps=6, seed=0):
+    torch.manual_seed(seed)
+    model = GPT(GPTShape(len(windows.corpus.vocabulary), layers=1, width=64, context=windows.context))
+    return Run(model, Plan(recipe, steps, seed=seed), windows.batch(seed, 0)[0])
+
+
+def bits(state):
+    """Every number of a nested state, as something that compares bit for bit."""
+    if isinstance(state, torch.Tensor):
+        return (tuple(state.shape), str(state.dtype), state.detach().reshape(-1).view(torch.uint8).tolist())
+    if isinstance(state, dict):
+        return {key: bits(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [bits(value) for value in state]
+    return state
+
+
+# --- data
+
+
+@pytest.mark.parametrize("make", [lambda windows: windows, lambda windows: Digits.load(8)], ids=["text", "digits"])
+def test_batches_are_a_function_of_seed_and_step(make, windows):
+    # A generator that remembers would give a resumed run other batches.
+    data = make(windows)
+    again = make(windows)
+    _ = again.batch(3, 0), again.batch(4, 7)
+    for seed, step in ((0, 0), (3, 11), (3, 1000)):
+        for ours, theirs in zip(data.batch(seed, step), again.batch(seed, step), strict=True):
+            assert torch.equal(ours, theirs)
+    assert not torch.equal(data.batch(0, 0)[0], data.batch(0, 1)[0])
+    assert not torch.equal(data.batch(0, 0)[0], data.batch(1, 0)[0])
+
+
+def test_text_targets_are_the_next_characters(windows):
+    inputs, targets = windows.batch(0, 5)
+    assert inputs.shape == targets.shape == (2, 16)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    text = windows.corpus.decode([*inputs[0].tolist(), int(targets[0, -1])])
+    assert text in TEXT
+
+
+def test_no_validation_character_is_trained_on():
+    # Text whose last tenth is made of characters of its own.
+    corpus = Corpus.of("a" * 900 + "b" * 100, "a text")
+    windows = Windows(corpus, size=64, context=8)
+    b = corpus.encode("b")[0]
+    for step in range(20):
+        inputs, targets = windows.batch(0, step)
+        assert b not in inputs
+        assert b not in targets
+    assert all((targets == b).all() for _, targets in windows.validation())
+    trained = {tuple(row) for row in Digits.load().train[0].tolist()}
+    held_out = {tuple(row) for row in Digits.load().held_out[0].tolist()}
+    assert len(trained) + len(held_out) == 1797
+    assert not trained & held_out
+
+
+def test_an_epoch_of_digits_shows_each_image_once():
+    digits = Digits.load(100)
+    rows = torch.cat([digits.batch(0, step)[0] for step in range(digits.steps_per_epoch)])
+    assert len({tuple(row) for row in rows.tolist()}) == len(rows) == 1100
+
+
+def test_rare_characters_become_unknown():
+    text = "a" * 250_000 + "é" * 3 + "ü"
+    corpus = Corpus.of(text, "a text")
+    assert corpus.vocabulary == f"aé{UNKNOWN}"
+    assert corpus.decode(corpus.codes[-4:].tolist()) == f"ééé{UNKNOWN}"
+
+
+def test_library_is_bounded_and_the_same_twice():
+    first, second = Corpus.library(50_000), Corpus.library(50_000)
+    assert first.sha256 == second.sha256
+    assert 25_000 < len(first.codes) <= 50_000
+    assert "import" in first.decode(first.codes.tolist())
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [(None, "cannot read"), (b"", "empty"), (b"too short", "a smaller --context")]
+)
+def test_unusable_texts_are_refused(content, named, tmp_path):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(HBFPError, match=named):
+        Windows(Corpus.read(path), size=2, context=16)
+
+
+# --- models
+
+
+def test_gpt_does_not_look_ahead(windows):
+    model = tiny_run(windows, "fp32").model.eval()
+    codes, _ = windows.batch(0, 0)
+    changed = codes.clone()
+    changed[:, 9:] = 0
+    assert torch.equal(model(codes)[:, :9], model(changed)[:, :9])
+
+
+def test_sample_depends_on_its_seed_alone(windows):
+    model = tiny_run(windows, "fp32").model
+    first = sample(model, [1], 20, seed=5)
+    torch.rand(3)
+    assert sample(model, [1], 20, seed=5) == first
+    assert sample(model, [1], 20, seed=6) != first
+    assert len(first) == 20
+    assert model.training
+
+
+@pytest.mark.parametrize("sizes", [{"width": 100}, {"width": 0}, {"layers": 0}, {"context": 0}])
+def test_impossible_sizes_are_refused(sizes):
+    with pytest.raises(HBFPError):
+        GPTShape(10, **sizes)
+
+
+# --- the loop
+
+
+def test_learning_rate_warms_up_and_ends_at_a_tenth():
+    plan = Plan("fp32", 200, learning_rate=1.0)
+    rates = [plan.rate(step) for step in range(200)]
+    assert rates[0] == 0.1
+    assert rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert 0.1 < rates[-1] < 0.101
+
+
+@pytest.mark.parametrize(
+    "bad", [{"recipe": "hbfp3"}, {"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan}]
+)
+def test_impossible_plans_are_refused(bad):
+    with pytest.raises(HBFPError):
+        Plan(**{"recipe": "fp32", "steps": 1, **bad})
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "hbfp4", "booster"])
+def test_cut_and_resumed_run_equals_the_uncut_one(recipe, windows, tmp_path):
+    # Hunts state outside of the checkpoint: generators, counters, the optimizer's moments, Booster's phase.
+    whole = tiny_run(windows, recipe)
+    train(whole, windows, tmp_path / "whole.pt", every=100, settings={})
+
+    first = tiny_run(windows, recipe)
+    for _ in range(4):
+        first.advance(windows.batch(0, first.step))
+    save_checkpoint(tmp_path / "part.pt", first, {})
+    torch.rand(7)
+    second = tiny_run(windows, recipe)
+    second.load_state_dict(read_checkpoint(tmp_path / "part.pt"))
+    train(second, windows, tmp_path / "resumed.pt", every=100, settings={})
+
+    assert second.step == whole.step == 6
+    assert bits(second.state_dict()) == bits(whole.state_dict())
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "hbfp4"])
+def test_the_loss_falls(recipe):
+    digits = Digits.load()
+    torch.manual_seed(0)
+    run = Run(DigitsClassifier(64), Plan(recipe, 60, learning_rate=5e-3), digits.batch(0, 0)[0])
+    before = run.evaluate(digits.validation())
+    for step in range(60):
+        run.advance(digits.batch(0, step))
+    after = run.evaluate(digits.validation())
+    assert after.loss < before.loss / 2
+    assert after.accuracy > 0.8
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(windows):
+    run = tiny_run(windows, "fp32")
+    with torch.no_grad():
+        run.model.norm.weight.fill_(math.inf)
+    with pytest.raises(HBFPError, match="learning rate"):
+        run.advance(windows.batch(0, 0))
+
+
+# --- checkpoints and Ctrl-C
+
+
+class Interrupting:
+    """Data that stops the run, as Ctrl-C would between two steps."""
+
+    def __init__(self, windows, at):
+        self.windows, self.at = windows, at
+
+    def batch(self, seed, step):
+        if step == self.at:
+            raise KeyboardInterrupt
+        return self.windows.batch(seed, step)
+
+    def validation(self):
+        return self.windows.validation()
+
+
+def test_interrupt_leaves_a_checkpoint_that_resumes(windows, tmp_path):
+    run = tiny_run(windows, "fp32")
+    with pytest.raises(KeyboardInterrupt):
+        train(run, Interrupting(windows, at=3), tmp_path / "checkpoint.pt", every=100, settings={"kept": True})
+    content = read_checkpoint(tmp_path / "checkpoint.pt")
+    assert content["step"] == 3
+    assert content["settings"] == {"kept": True}
+    resumed = tiny_run(windows, "fp32")
+    resumed.load_state_dict(content)
+    train(resumed, windows, tmp_path / "checkpoint.pt", every=100, settings={})
+    whole = tiny_run(windows, "fp32")
+    train(whole, windows, tmp_path / "whole.pt", every=100, settings={})
+    assert bits(resumed.state_dict()) == bits(whole.state_dict())
+
+
+def test_first_signal_waits_for_the_step(windows, tmp_path):
+    # A signal in the middle of the optimizer would leave half of the weights a step behind.
+    run = tiny_run(windows, "fp32")
+    run.optimizer.register_step_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT) if run.step == 2 else None)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, windows, tmp_path / "checkpoint.pt", every=100, settings={})
+    assert signal.getsignal(signal.SIGINT) is before
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+
+
+def test_half_a_step_is_not_saved(windows, tmp_path):
+    run = tiny_run(windows, "fp32")
+
+    def interrupt(*_):
+        if run.step == 2:
+            raise KeyboardInterrupt
+
+    run.optimizer.register_step_post_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, windows, tmp_path / "checkpoint.pt", every=1, settings={})
+    assert run.torn
+    assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
+
+
+def test_second_signal_is_raised_at_once():
+    with deferred_interrupt() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "folder" / "file"
+    with replacing(path) as file:
+        file.write(b"old")
+
+    def fail():
+        with replacing(path) as file:
+            file.write(b"new")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "noise", "other"])
+def test_other_files_are_no_checkpoints(content, tmp_path):
+    path = tmp_path / "file"
+    if content is None:
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(FileError):
+        read_checkpoint(path)
+    with pytest.raises(FileError, match="no checkpoint"):
+        read_checkpoint(tmp_path / "absent")
+
+
+# --- hbfp train
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Options of a run that takes a second."""
+    data = tmp_path / "text.txt"
+    data.write_text(TEXT)
+    options = f"--steps 4 --batch 2 --layers 1 --width 64 --context 16 --recipe hbfp4 --data {data}"
+    return options.split()
+
+
+def test_train_from_the_command_line(small, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["train", *small, "--out", str(out), "--sample", "10", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 4
+    assert math.isfinite(result["final_loss"])
+    assert 0 <= result["accuracy"] <= 1
+    assert len(result["sample"]) == 10
+    assert read_checkpoint(out / "checkpoint.pt")["settings"]["recipe"] == "hbfp4"
+
+
+def test_train_stopped_and_resumed(small, tmp_path, capsys, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["train", *small, "--out", str(whole)]) == 0
+    batch = Windows.batch
+    with monkeypatch.context() as patch:
+        patch.setattr(Windows, "batch", lambda self, seed, step: Interrupting(_Plain(self, batch), 2).batch(seed, step))
+        assert main(["train", *small, "--out", str(parts)]) == 130
+    assert f"hbfp train --resume --out {parts}" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(parts)]) == 0
+    ours, theirs = (read_checkpoint(folder / "checkpoint.pt") for folder in (parts, whole))
+    assert bits(ours) == bits(theirs)
+
+
+class _Plain:
+    """A data set behind the method it had before it was replaced."""
+
+    def __init__(self, windows, batch):
+        self.windows, self.original = windows, batch
+
+    def batch(self, seed, step):
+        return self.original(self.windows, seed, step)
+
+
+def test_train_refuses_what_would_be_another_run(small, tmp_path, capsys):
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["train", *out]) == 2
+    assert "--data" in capsys.readouterr().err
+    assert main(["train", "--resume", *out]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+    assert main(["train", *small, *out]) == 0
+    capsys.readouterr()
+    assert main(["train", *small, *out]) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", "--resume", "--lr", "0.5", *out]) == 2
+    assert "--lr" in capsys.readouterr().err
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT.upper())
+    assert main(["train", "--resume", "--data", str(other), *out]) == 2
+    assert "not the text" in capsys.readouterr().err
+
+
+# --- hbfp demo
+
+
+def test_demo_writes_its_report(tmp_path, capsys):
+    assert main(["demo", "--quick", "--steps", "6", "--out", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    assert all(name in captured.out for name in ("fp32", "hbfp4", "hbfp6", "booster", "report.html"))
+    assert "step 6/6" in captured.err
+    assert "\x1b" not in captured.out + captured.err
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [task["task"] for task in report["tasks"]] == ["digits", "text"]
+    for task in report["tasks"]:
+        runs = {run["name"]: run for run in task["runs"]}
+        assert list(runs) == ["fp32", "hbfp4", "hbfp6", "booster"]
+        for run in runs.values():
+            assert len(run["losses"]) == 6
+            assert all(map(math.isfinite, [run["final_loss"], *run["losses"]]))
+            assert 0 <= run["accuracy"] <= 1
+            assert run["seconds_per_step"] > 0
+        # The runs start from the same weights and see the same batch: only rounding tells their first losses apart.
+        first = [run["losses"][0] for run in runs.values()]
+        assert np.ptp(first) < 0.1
+        assert (runs["fp32"]["share_4bit"], runs["hbfp4"]["share_4bit"], runs["hbfp6"]["share_4bit"]) == (0, 1, 0)
+        # Booster: 6 bits in the first and last layer, and, in the last of six steps, everywhere.
+        assert 0 < runs["booster"]["share_4bit"] < runs["booster"]["share_4bit_paper"] < 1
+        assert task["packed"]["logits_identical"] is True
+        assert task["packed"]["file_bytes"] == runs["hbfp4"]["file_bytes"]
+        assert task["packed"]["file_bytes"] < task["packed"]["fp32_bytes"] / 3
+        assert all(run["logits_identical"] for name, run in runs.items() if name != "fp32")
+
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 2
+    # Self-contained: nothing is fetched (namespaces are names, not addresses that are read).
+    fetched = re.findall(r"""(?:src|href)\s*=\s*["'](?!#)([^"']*)|url\((?!#)([^)]*)\)|@import""", page)
+    assert fetched == []
+    assert not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_demo_runs_one_task(tmp_path, capsys):
+    assert main(["demo", "--task", "digits", "--quick", "--steps", "4", "--out", str(tmp_path), "--json"]) == 0
+    assert [task["task"] for task in json.loads(capsys.readouterr().out)["tasks"]] == ["digits"]
