@@ -105,8 +105,8 @@ class Packed:
     @property
     def level(self) -> str: ...
 
-def prepack(operand: Floats | Planes, left: Format, threads: int) -> Packed:
-    """Kernel layout of a 2-D right operand, for left operands in format `left`'s block."""
+def prepack(operand: Floats | Planes, threads: int) -> Packed:
+    """Kernel layout of a 2-D right operand."""
 
 def product(
     a: Floats | Planes,

@@ -24,12 +24,12 @@ impl Format {
         exponent_bits: i64,
         exponent_bias: Option<i64>,
     ) -> PyResult<Self> {
-        // Out-of-range integers become values that the core refuses by name.
-        let size = |n: i64| usize::try_from(n).unwrap_or(0);
-        let byte = |n: i64| u8::try_from(n).unwrap_or(0);
+        let refuse = |what: &str, n: i64| FormatError::new_err(format!("expected {what}; found {n}"));
+        let size = |n: i64, what| usize::try_from(n).map_err(|_| refuse(what, n));
+        let byte = |n: i64, what| u8::try_from(n).map_err(|_| refuse(what, n));
         let shape = match (tile, block) {
-            (Some(t), _) => BlockShape::Tile(size(t)),
-            (None, Some(n)) => BlockShape::Line(size(n)),
+            (Some(t), _) => BlockShape::Tile(size(t, "a tile side of 1…32")?),
+            (None, Some(n)) => BlockShape::Line(size(n, "a block of 1…1024 elements, or None for the whole tensor")?),
             (None, None) => BlockShape::Tensor,
         };
         let rule = match exponent_rule {
@@ -42,8 +42,10 @@ impl Format {
             }
         };
         let bias = exponent_bias.map(|b| i32::try_from(b).unwrap_or(i32::MAX));
-        BlockFormat::new(byte(bits), shape)
-            .and_then(|f| f.with_rule(rule).with_exponent(byte(exponent_bits), bias))
+        let bits = byte(bits, "a mantissa width of 2…16 bits, sign included")?;
+        let exponent_bits = byte(exponent_bits, "an exponent width of 2…8 bits")?;
+        BlockFormat::new(bits, shape)
+            .and_then(|f| f.with_rule(rule).with_exponent(exponent_bits, bias))
             .map(|inner| Self { inner })
             .map_err(|e| to_python(&e))
     }

@@ -213,5 +213,10 @@ pub(crate) fn contiguous<'a, 'py, T: Element>(
         let text = format!("{what}: expected shape {shape:?}; found {:?}", array.shape());
         return Err(ShapeError::new_err(text));
     }
-    array.as_slice().map_err(|_| ShapeError::new_err(format!("{what}: expected C-contiguous memory; found another layout")))
+    let other = || ShapeError::new_err(format!("{what}: expected C-contiguous memory; found another layout"));
+    // `as_slice` takes Fortran order too.
+    if !array.is_c_contiguous() {
+        return Err(other());
+    }
+    array.as_slice().map_err(|_| other())
 }

@@ -69,7 +69,9 @@ pub fn encode(
 ) -> Result<Planes> {
     let layout = PlaneLayout::new(format, x.shape(), axis)?;
     let mut lines = x.lines(lines_axis(format, x.shape(), axis))?;
-    lines.merge();
+    if !matches!(format.shape(), BlockShape::Tile(_)) {
+        lines.merge(); // tiles start afresh in each matrix
+    }
     let (exponents, mantissas) = Codes::from_floats(ctx, &lines, format, mode).to_planes(&layout);
     Ok(Planes { exponents, mantissas })
 }
@@ -97,7 +99,9 @@ pub unsafe fn quantize(
 ) -> Result<()> {
     let layout = PlaneLayout::new(format, x.shape(), axis)?;
     let mut lines = x.lines(lines_axis(format, x.shape(), axis))?;
-    lines.merge();
+    if !matches!(format.shape(), BlockShape::Tile(_)) {
+        lines.merge(); // tiles start afresh in each matrix
+    }
     let (count, k) = (lines.matrices() * lines.lines, lines.k);
     // SAFETY: the caller vouches for the output.
     let out = unsafe { SharedMut::from_raw(out, count * k) };
