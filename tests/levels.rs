@@ -72,10 +72,9 @@ impl TestOperand {
 fn check_product(name: &str, ctx: &Context<'_>, a: &TestOperand, b: &TestOperand, (m, n): (usize, usize), what: &str) {
     let mut out = Guarded::new(m * n, 7.0);
     let right = Right::Operand(b.operand());
-    product(ctx, &a.operand(), &right, out.as_mut(), Epilogue::default(), &mut Workspace::default()).unwrap();
+    product(ctx, &a.operand(), &right, out.elements(), Epilogue::default(), &mut Workspace::default()).unwrap();
     let (ea, eb) = (a.encoded(), b.encoded());
-    let expected: Vec<f32> =
-        (0..m * n).map(|i| reference::product(&ea, &eb, i / n, i % n, 0.0, None)).collect();
+    let expected: Vec<f32> = (0..m * n).map(|i| reference::product(&ea, &eb, i / n, i % n, 0.0, None)).collect();
     assert_eq!(bits(out.checked()), bits(&expected), "{name}: {what}");
 }
 
@@ -106,15 +105,14 @@ fn encodes_like_the_definition() {
             assert_eq!(planes.exponents, expected.exponents, "{what}");
             let layout = PlaneLayout::new(format, &shape, axis).unwrap();
             let codes = hbfp::encode::unpack_codes(&layout, &planes.exponents, &planes.mantissas).unwrap();
-            let logical: Vec<i16> = (0..lines * k)
-                .map(|i| expected.codes[if axis == 1 { i } else { i % lines * k + i / lines }])
-                .collect();
+            let logical: Vec<i16> =
+                (0..lines * k).map(|i| expected.codes[if axis == 1 { i } else { i % lines * k + i / lines }]).collect();
             assert_eq!(codes, logical, "{what}");
             // decode and quantise agree with each other, and write nowhere else.
             let decoded = hbfp::encode::decode(&layout, &planes.exponents, &planes.mantissas).unwrap();
             let mut out = Guarded::new(lines * k, 0.0);
             // SAFETY: `out` has as many elements as x and lies apart from it.
-            unsafe { quantize(&ctx, &x, out.as_mut().as_mut_ptr(), format, axis, mode).unwrap() };
+            unsafe { quantize(&ctx, &x, out.elements().as_mut_ptr(), format, axis, mode).unwrap() };
             assert_eq!(bits(out.checked()), bits(&decoded), "{what}");
         }
     });
@@ -127,8 +125,16 @@ fn products_of_every_pair_of_widths() {
         for left in 2..=16 {
             for right in 2..=16 {
                 let stream = u64::from(left) * 16 + u64::from(right);
-                let a = TestOperand::new((5, 70), true, line(left, 32), Fill::Plain, RoundingMode::NEAREST_EVEN, stream);
-                let b = TestOperand::new((19, 70), true, line(right, 32), Fill::Ties, RoundingMode::NEAREST_EVEN, stream + 9);
+                let a =
+                    TestOperand::new((5, 70), true, line(left, 32), Fill::Plain, RoundingMode::NEAREST_EVEN, stream);
+                let b = TestOperand::new(
+                    (19, 70),
+                    true,
+                    line(right, 32),
+                    Fill::Ties,
+                    RoundingMode::NEAREST_EVEN,
+                    stream + 9,
+                );
                 check_product(name, &ctx, &a, &b, (5, 19), &format!("{left} x {right} bits"));
             }
         }
@@ -174,7 +180,7 @@ fn borders_of_the_fast_path() {
                         format: fa,
                         mode: RoundingMode::NEAREST_EVEN,
                     };
-                    let sign = |i: usize| if i / k % 2 == 0 { -1.0 } else { 1.0 };
+                    let sign = |i: usize| if (i / k).is_multiple_of(2) { -1.0 } else { 1.0 };
                     let b = TestOperand {
                         values: (0..n * k).map(|i| sign(i) * fb.max_code() as f32 * 2f32.powi(scale)).collect(),
                         shape: [n, k],
@@ -219,10 +225,14 @@ fn accumulation_bias_batches_and_packing() {
             };
             let run = |b: &Right<'_>, shared: bool, what: &str| {
                 let mut out = Guarded::new(matrices * m * n, 0.0);
-                out.as_mut().copy_from_slice(&start);
-                product(&ctx, &a, b, out.as_mut(), epilogue, &mut Workspace::default()).unwrap();
+                out.elements().copy_from_slice(&start);
+                product(&ctx, &a, b, out.elements(), epilogue, &mut Workspace::default()).unwrap();
                 let expected: Vec<f32> = (0..matrices * m * n).map(|i| expected(i, shared)).collect();
-                assert_eq!(bits(out.checked()), bits(&expected), "{name}: {what}, accumulate {accumulate}, bias {with_bias}");
+                assert_eq!(
+                    bits(out.checked()),
+                    bits(&expected),
+                    "{name}: {what}, accumulate {accumulate}, bias {with_bias}"
+                );
             };
             run(&Right::Operand(operand(&w, &[matrices, n, k], fb)), false, "batched");
             let one = operand(&w[..n * k], &[n, k], fb);
@@ -235,7 +245,12 @@ fn accumulation_bias_batches_and_packing() {
 #[test]
 fn planes_multiply_like_the_floats_they_came_from() {
     for_each_level(|name, ctx| {
-        for (fa, fb) in [("hbfp4b64", "hbfp6b64"), ("hbfp12b16", "hbfp4b16"), ("hbfp4t8", "hbfp5t8"), ("hbfp4tensor", "hbfp8tensor")] {
+        for (fa, fb) in [
+            ("hbfp4b64", "hbfp6b64"),
+            ("hbfp12b16", "hbfp4b16"),
+            ("hbfp4t8", "hbfp5t8"),
+            ("hbfp4tensor", "hbfp8tensor"),
+        ] {
             let (fa, fb): (BlockFormat, BlockFormat) = (fa.parse().unwrap(), fb.parse().unwrap());
             let (m, n, k) = (13, 22, 90);
             for across in [false, true] {
@@ -243,9 +258,12 @@ fn planes_multiply_like_the_floats_they_came_from() {
                 let b_shape = if across { [k, n] } else { [n, k] };
                 let axis = usize::from(!across);
                 let (xt, wt) = (FloatTensor::new(&x, &[m, k]).unwrap(), FloatTensor::new(&w, &b_shape).unwrap());
-                let planes = |x: &FloatTensor<'_>, format, axis| encode(&ctx, x, format, axis, RoundingMode::NEAREST_EVEN).unwrap();
+                let planes = |x: &FloatTensor<'_>, format, axis| {
+                    encode(&ctx, x, format, axis, RoundingMode::NEAREST_EVEN).unwrap()
+                };
                 let (pa, pb) = (planes(&xt, fa, 1), planes(&wt, fb, axis));
-                let (la, lb) = (PlaneLayout::new(fa, &[m, k], 1).unwrap(), PlaneLayout::new(fb, &b_shape, axis).unwrap());
+                let (la, lb) =
+                    (PlaneLayout::new(fa, &[m, k], 1).unwrap(), PlaneLayout::new(fb, &b_shape, axis).unwrap());
                 let a = Operand::Planes { layout: &la, exponents: &pa.exponents, mantissas: &pa.mantissas, axis: 1 };
                 let b = Operand::Planes { layout: &lb, exponents: &pb.exponents, mantissas: &pb.mantissas, axis };
                 let mode = RoundingMode::NEAREST_EVEN;
@@ -260,7 +278,7 @@ fn planes_multiply_like_the_floats_they_came_from() {
                     } else {
                         Right::Operand(b)
                     };
-                    product(&ctx, a, &right, out.as_mut(), Epilogue::default(), &mut Workspace::default()).unwrap();
+                    product(&ctx, a, &right, out.elements(), Epilogue::default(), &mut Workspace::default()).unwrap();
                     bits(out.checked())
                 };
                 let expected = run(&af, bf.clone(), false);
@@ -286,7 +304,8 @@ fn all_levels_and_teams_agree_on_large_products_and_softmax() {
         };
         let mut out = vec![0.0; m * n];
         let b = Right::Operand(operand(&w, &[k, n], 0, 1));
-        product(&ctx, &operand(&x, &[m, k], 1, 0), &b, &mut out, Epilogue::default(), &mut Workspace::default()).unwrap();
+        product(&ctx, &operand(&x, &[m, k], 1, 0), &b, &mut out, Epilogue::default(), &mut Workspace::default())
+            .unwrap();
         let softmax = hbfp::attention::Softmax { rows: m, columns: n, scale: 0.37, causal: true, mask: None };
         let mut p = out.clone();
         softmax.apply(&ctx, &mut p).unwrap();
@@ -312,11 +331,11 @@ fn softmax_is_a_softmax() {
     let x = Fill::Plain.values(rows * columns, 8);
     for_each_level(|name, ctx| {
         let mut p = Guarded::new(rows * columns, 0.0);
-        p.as_mut().copy_from_slice(&x);
-        p.as_mut()[columns..2 * columns].fill(f32::NEG_INFINITY);
-        p.as_mut()[2 * columns + 5] = f32::NAN;
+        p.elements().copy_from_slice(&x);
+        p.elements()[columns..2 * columns].fill(f32::NEG_INFINITY);
+        p.elements()[2 * columns + 5] = f32::NAN;
         let softmax = hbfp::attention::Softmax { rows, columns, scale: 3.0, causal: false, mask: None };
-        softmax.apply(&ctx, p.as_mut()).unwrap();
+        softmax.apply(&ctx, p.elements()).unwrap();
         let p = p.checked();
         for r in [0, 3, 8] {
             let row = &x[r * columns..][..columns];
@@ -324,7 +343,10 @@ fn softmax_is_a_softmax() {
             for (j, &x) in row.iter().enumerate() {
                 let expected = (3.0 * f64::from(x)).exp() / total;
                 // Not inside the bit contract of the product: a comparison with exact arithmetic, f32 rounding apart.
-                assert!((f64::from(p[r * columns + j]) - expected).abs() < 1e-6 * expected, "{name}: row {r}, column {j}");
+                assert!(
+                    (f64::from(p[r * columns + j]) - expected).abs() < 1e-6 * expected,
+                    "{name}: row {r}, column {j}"
+                );
             }
         }
         assert!(p[columns..2 * columns].iter().all(|x| x.to_bits() == 0), "{name}: a row that is masked throughout");

@@ -82,7 +82,7 @@ class Run:
         """True while the optimizer writes: only then would a checkpoint hold half a step."""
         self.booster: Booster | None = None
         if plan.recipe != "fp32":
-            convert_(model, plan.recipe, example_inputs=(example,))
+            convert_(model, plan.recipe, example_inputs=(example,), seed=plan.seed)
         if plan.recipe == "booster":
             self.booster = Booster(model, total_steps=plan.steps, last_fraction=plan.last_fraction)
         matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]

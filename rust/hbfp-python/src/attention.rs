@@ -39,7 +39,8 @@ pub(crate) fn softmax(
     }
     let mut last = view.shape().iter().rev().copied();
     let (columns, rows) = (last.next().unwrap_or(1), last.next().unwrap_or(1));
-    let softmax = hbfp::attention::Softmax { rows, columns, scale, causal, mask: mask.as_ref().map(FloatView::as_slice) };
+    let softmax =
+        hbfp::attention::Softmax { rows, columns, scale, causal, mask: mask.as_ref().map(FloatView::as_slice) };
     let scores = view.as_mut_slice();
     run(py, threads, |ctx| softmax.apply(ctx, scores))
 }
@@ -66,7 +67,12 @@ pub(crate) fn softmax_backward(
 
 /// Sums over the rows of x [rows, n] in blocks of 64.
 #[pyfunction]
-pub(crate) fn column_sums(py: Python<'_>, x: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>, threads: usize) -> PyResult<()> {
+pub(crate) fn column_sums(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    threads: usize,
+) -> PyResult<()> {
     let x = FloatView::read(x, "x")?;
     x.expect_contiguous("x")?;
     let mut out = FloatView::write(out, "out")?;

@@ -103,7 +103,9 @@ fn choose(threads: usize) -> PyResult<Chosen> {
         if threading == Threading::OpenMp {
             look_for_openmp();
             return OPENMP.get().map(Chosen::OpenMp).ok_or_else(|| {
-                LevelError::new_err("HBFP_THREADING=openmp: expected a loaded OpenMP runtime; found none: import torch first")
+                LevelError::new_err(
+                    "HBFP_THREADING=openmp: expected a loaded OpenMP runtime; found none: import torch first",
+                )
             });
         }
     }

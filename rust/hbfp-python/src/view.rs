@@ -96,7 +96,8 @@ impl<'py> FloatView<'py> {
         let cpu: bool = x.getattr("is_cpu")?.extract()?;
         if !float32 || !cpu || x.call_method0("is_neg")?.extract()? {
             let found = format!("{dtype} on {}", x.getattr("device")?);
-            let text = format!("{what}: expected a strided float32 tensor on the CPU, without a lazy negation; found {found}");
+            let text =
+                format!("{what}: expected a strided float32 tensor on the CPU, without a lazy negation; found {found}");
             return Err(DTypeError::new_err(text));
         }
         let shape: Vec<usize> = x.getattr("shape")?.extract()?;
@@ -132,7 +133,10 @@ impl<'py> FloatView<'py> {
         if self.is_contiguous() {
             return Ok(());
         }
-        let text = format!("{what}: expected C-contiguous memory; found strides {:?} for shape {:?}", self.strides, self.shape);
+        let text = format!(
+            "{what}: expected C-contiguous memory; found strides {:?} for shape {:?}",
+            self.strides, self.shape
+        );
         Err(ShapeError::new_err(text))
     }
 
@@ -160,7 +164,8 @@ impl<'py> FloatView<'py> {
     pub(crate) fn expect_apart(&self, other: Range<usize>, what: &str) -> PyResult<()> {
         let own = self.extent();
         if own.start < other.end && other.start < own.end {
-            let text = format!("{what}: expected memory apart from the inputs'; found an overlap: write to a new array");
+            let text =
+                format!("{what}: expected memory apart from the inputs'; found an overlap: write to a new array");
             return Err(ShapeError::new_err(text));
         }
         Ok(())

@@ -52,7 +52,8 @@ impl Softmax<'_> {
             for row in task * ROWS..((task + 1) * ROWS).min(count) {
                 // SAFETY: every row belongs to one task.
                 let scores = unsafe { shared.part(row * columns, columns) };
-                let visible = if causal { (row % rows + 1 + columns).saturating_sub(rows).min(columns) } else { columns };
+                let visible =
+                    if causal { (row % rows + 1 + columns).saturating_sub(rows).min(columns) } else { columns };
                 match mask {
                     Some(mask) => {
                         let mask = &mask[row * columns..][..visible];

@@ -174,8 +174,11 @@ impl BlockFormat {
         }
         // floor(log2 amax) and the 23 fraction bits below the leading one, also for subnormals.
         let lead = 31 - amax.leading_zeros() as i32;
-        let (log2, fraction) =
-            if lead >= 23 { ((amax >> 23) as i32 - 127, amax & 0x7F_FFFF) } else { (lead - 149, (amax << (23 - lead)) & 0x7F_FFFF) };
+        let (log2, fraction) = if lead >= 23 {
+            ((amax >> 23) as i32 - 127, amax & 0x7F_FFFF)
+        } else {
+            (lead - 149, (amax << (23 - lead)) & 0x7F_FFFF)
+        };
         let exponent = match self.rule {
             ExponentRule::MaxExponent => log2 + 1,
             ExponentRule::Ceil => log2 + i32::from(fraction != 0),
@@ -268,7 +271,8 @@ impl FromStr for BlockFormat {
             format = format.with_rule(if rule == "ceil" { ExponentRule::Ceil } else { ExponentRule::NoClip });
         }
         let width = rest.next_if(|p| p.starts_with('e')).map(|p| number::<u8>(&p[1..]).ok_or_else(bad)).transpose()?;
-        let bias = rest.next_if(|p| p.starts_with("bias")).map(|p| number::<i32>(&p[4..]).ok_or_else(bad)).transpose()?;
+        let bias =
+            rest.next_if(|p| p.starts_with("bias")).map(|p| number::<i32>(&p[4..]).ok_or_else(bad)).transpose()?;
         if let Some(width) = width {
             format = format.with_exponent(width, bias)?;
         } else if bias.is_some() {

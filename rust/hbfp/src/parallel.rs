@@ -209,7 +209,8 @@ impl Team for Pool {
             state.generation += 1;
             (state.workers, state.running) = (workers, workers - 1);
             // SAFETY: erases the lifetime; this function returns only when no worker uses the body any more.
-            let body: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(std::ptr::from_ref(body)) };
+            let body: *const (dyn Fn(usize) + Sync + 'static) =
+                unsafe { std::mem::transmute(std::ptr::from_ref(body)) };
             state.body = Some(Body(body));
         }
         self.shared.work.notify_all();

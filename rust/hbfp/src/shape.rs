@@ -67,7 +67,10 @@ impl<'a> FloatTensor<'a> {
         let last = rank - 1;
         let rows = element_count(&shape[..last])?;
         if rows as u64 > 1 << 32 {
-            return Err(Error::shape("at most 2^32 rows (the product of all dimensions but the last)", rows.to_string()));
+            return Err(Error::shape(
+                "at most 2^32 rows (the product of all dimensions but the last)",
+                rows.to_string(),
+            ));
         }
         let by_line = axis == last;
         let (line_dim, batch_dims): (usize, Vec<usize>) = if by_line {

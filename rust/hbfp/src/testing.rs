@@ -111,7 +111,7 @@ impl Guarded {
         Self { data, len }
     }
     /// The elements.
-    pub fn as_mut(&mut self) -> &mut [f32] {
+    pub fn elements(&mut self) -> &mut [f32] {
         &mut self.data[Self::BAND..Self::BAND + self.len]
     }
     /// The elements, once both bands were found untouched.

@@ -8,6 +8,8 @@ use crate::rng::Seed;
 
 /// C tile += A panel · B panel; conditions as for [`super::generic::product::tile_dot4`].
 pub(crate) type TileFn = unsafe fn(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: *mut f32);
+type QuantizeRow = unsafe fn(*const f32, usize, Scaling, f32, *const u16, *mut f32);
+type RoundStrip = unsafe fn(*const f32, usize, *const f32, f32, *const u16, *mut i32, *mut i32);
 type RoundRow<T, R> = unsafe fn(*const f32, usize, Scaling, *const u16, *mut T) -> R;
 
 /// A tile kernel and the products it is exact for.
@@ -32,9 +34,9 @@ pub struct Kernels {
     /// Indexed by rounding.
     pub(crate) round_row_i8: [RoundRow<i8, [i32; 2]>; 4],
     pub(crate) round_row_i16: [RoundRow<i16, ()>; 4],
-    pub(crate) quantize_row: [unsafe fn(*const f32, usize, Scaling, f32, *const u16, *mut f32); 4],
+    pub(crate) quantize_row: [QuantizeRow; 4],
     pub(crate) stage_strip: unsafe fn(*const f32, isize, usize, *mut f32, *mut i32),
-    pub(crate) round_strip: [unsafe fn(*const f32, usize, *const f32, f32, *const u16, *mut i32, *mut i32); 4],
+    pub(crate) round_strip: [RoundStrip; 4],
     pub(crate) fill_random: unsafe fn(Seed, Counters, *mut u16),
     pub(crate) softmax_row: unsafe fn(*mut f32, usize),
     pub(crate) softmax_backward_row: unsafe fn(*const f32, *mut f32, usize, f32),

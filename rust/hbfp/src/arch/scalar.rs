@@ -170,9 +170,7 @@ impl<const N: usize> Simd for Scalar<N> {
     }
     #[inline(always)]
     fn add_i16(self, a: Self::V, b: Self::V) -> Self::V {
-        zip(a, b, |a, b| {
-            (a.wrapping_add(b) & 0xFFFF) | ((a >> 16).wrapping_add(b >> 16) << 16)
-        })
+        zip(a, b, |a, b| (a.wrapping_add(b) & 0xFFFF) | ((a >> 16).wrapping_add(b >> 16) << 16))
     }
     #[inline(always)]
     fn sum_halves(self, a: Self::V) -> Self::V {

@@ -68,8 +68,9 @@ impl Codes {
                 for l in 0..width {
                     let row = matrix * x.lines + line + l;
                     // SAFETY: every line belongs to one task.
-                    let (c, line_codes) =
-                        unsafe { (&mut exponents.part(row * blocks + at / block, 1)[0], codes.part(row * k + at, part.n)) };
+                    let (c, line_codes) = unsafe {
+                        (&mut exponents.part(row * blocks + at / block, 1)[0], codes.part(row * k + at, part.n))
+                    };
                     if !shared {
                         // SAFETY: load_lines made n elements readable.
                         *c = format.exponent_code(unsafe { (ctx.kernels.amax_row)(from.x[l], part.n) });
@@ -115,7 +116,8 @@ impl Codes {
         let exponents = match self.format.shape() {
             BlockShape::Line(n) => {
                 let bytes = layout.mantissas()[1];
-                for (line, row) in self.codes.chunks_exact(self.k.max(1)).zip(mantissas.chunks_exact_mut(bytes.max(1))) {
+                for (line, row) in self.codes.chunks_exact(self.k.max(1)).zip(mantissas.chunks_exact_mut(bytes.max(1)))
+                {
                     for (codes, out) in line.chunks(n).zip(row.chunks_mut(packed_bytes(n, bits))) {
                         pack(codes, bits, out);
                     }
@@ -196,7 +198,10 @@ impl Codes {
                             out.codes[row * k + at] = tile[i * t + j];
                             out.exponents[row * blocks + at / t] = exponent;
                         } else if tile[i * t + j] != 0 {
-                            return Err(Error::code("zeros outside the tensor", format!("another code in tile {index}")));
+                            return Err(Error::code(
+                                "zeros outside the tensor",
+                                format!("another code in tile {index}"),
+                            ));
                         }
                     }
                     Ok(())
@@ -204,7 +209,7 @@ impl Codes {
                 Ok(out)
             }
             BlockShape::Tensor => {
-                let matrices = if rows * columns == 0 { 0 } else { layout.k / (rows * columns) };
+                let matrices = layout.k.checked_div(rows * columns).unwrap_or(0);
                 let (lines, k) = if across { (columns, rows) } else { (rows, columns) };
                 let mut out = Self::zeros(format, matrices, lines, k);
                 let Some(&c) = exponents.first() else { return Ok(out) };

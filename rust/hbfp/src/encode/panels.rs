@@ -256,7 +256,8 @@ impl StripWriter<'_> {
             }
             for (i, l) in lines.enumerate() {
                 // A block of zeros adds nothing under any exponent.
-                let scale = if ends.zero[l] && ends.c[l] != NAN_EXPONENT { 0 } else { i32::from(ends.c[l]) - EXPONENT_OFFSET };
+                let scale =
+                    if ends.zero[l] && ends.c[l] != NAN_EXPONENT { 0 } else { i32::from(ends.c[l]) - EXPONENT_OFFSET };
                 if !FAST_SCALES.contains(&scale) {
                     *general = 1;
                 }
@@ -358,7 +359,8 @@ fn rows_of_floats(
         assert!(out.len() >= part.n + ROW_PADDING);
         // SAFETY: n elements are readable with their random bits; the line of codes has room for n and the padding,
         // whose end only the next line's codes overwrite.
-        let sums = unsafe { round(from.x[l], part.n, Scaling::new(&format, ends.c[l]), from.random[l], out.as_mut_ptr()) };
+        let sums =
+            unsafe { round(from.x[l], part.n, Scaling::new(&format, ends.c[l]), from.random[l], out.as_mut_ptr()) };
         (ends.sums[0][l], ends.sums[1][l]) = (sums[0], sums[1]);
     }
 }

@@ -50,7 +50,11 @@ pub(super) fn multiply(
     if workers > 1 {
         let tasks = |r: usize, c: usize| al.matrices * al.panels.div_ceil(r) * bl.panels.div_ceil(c);
         while tasks(row_panels, column_panels) < 8 * workers && (row_panels > 8 || column_panels > 1) {
-            if column_panels > 1 { column_panels = column_panels.div_ceil(2) } else { row_panels = row_panels.div_ceil(2) }
+            if column_panels > 1 {
+                column_panels = column_panels.div_ceil(2)
+            } else {
+                row_panels = row_panels.div_ceil(2)
+            }
         }
     }
     let (row_tasks, column_tasks) = (al.panels.div_ceil(row_panels), bl.panels.div_ceil(column_panels));
@@ -113,7 +117,10 @@ impl Job<'_> {
         }
         let (ap, bp) = (matrix * al.panels + i, if bl.shared { 0 } else { matrix * bl.panels } + j);
         let general = self.a.general[ap] | self.b.general[bp] != 0;
-        let (a_at, b_at) = (ap * al.panel_bytes() + blocks.start * al.block_bytes, bp * bl.panel_bytes() + blocks.start * bl.block_bytes);
+        let (a_at, b_at) = (
+            ap * al.panel_bytes() + blocks.start * al.block_bytes,
+            bp * bl.panel_bytes() + blocks.start * bl.block_bytes,
+        );
         debug_assert!(a_at + blocks.len() * al.block_bytes <= self.a.bytes.capacity());
         debug_assert!(b_at + blocks.len() * bl.block_bytes <= self.b.bytes.capacity());
         // SAFETY: the panels were laid out with these layouts, so the blocks lie inside both buffers; the tile has

@@ -83,7 +83,11 @@ pub(crate) fn tile(steps: usize, columns: usize, offset: i32, a: &[u8], b: &[u8]
                 for t in 0..steps {
                     let x = &a[16 * t + 4 * i..][..4];
                     let w = &b[4 * (columns * t + j)..][..4];
-                    d += x.iter().zip(w).map(|(&x, &w)| i64::from(x as i8) * (i64::from(w) - i64::from(offset))).sum::<i64>();
+                    d += x
+                        .iter()
+                        .zip(w)
+                        .map(|(&x, &w)| i64::from(x as i8) * (i64::from(w) - i64::from(offset)))
+                        .sum::<i64>();
                 }
                 c[i * columns + j] += term(d, left, right);
             }

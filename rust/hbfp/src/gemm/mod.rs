@@ -84,7 +84,14 @@ impl Operand<'_> {
                 let lines = shape[if *axis == rank - 1 { rank - 2 } else { rank - 1 }];
                 if panels && lines_format && layout.format().bits() <= 8 {
                     let row = layout.mantissas()[1];
-                    return Ok(Resolved::Planes(PlaneLines { exponents, mantissas, matrices, lines, k: layout.k, row }));
+                    return Ok(Resolved::Planes(PlaneLines {
+                        exponents,
+                        mantissas,
+                        matrices,
+                        lines,
+                        k: layout.k,
+                        row,
+                    }));
                 }
                 let mut codes = Codes::from_planes(layout, exponents, mantissas, *axis != rank - 1)?;
                 (codes.matrices, codes.lines, codes.k) = (matrices, lines, shape[*axis]);

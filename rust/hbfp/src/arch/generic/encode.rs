@@ -251,6 +251,7 @@ pub(crate) unsafe fn stage_strip<S: Simd>(
 /// - `inverse` is valid for reading `STRIP` elements;
 /// - `words` is valid for writing `steps * STRIP` words, `sums` for `2 * STRIP`.
 #[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "what a strip is made of, and where it goes")]
 pub(crate) unsafe fn round_strip<S: Simd, const R: u8>(
     s: S,
     staging: *const f32,

@@ -67,12 +67,7 @@ pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, 
                 for c in &mut c {
                     let (p0, p1) = (s.mul_low_u32(c[0], m0), s.mul_low_u32(c[2], m1));
                     // Only the low half of each 64-bit lane counts; products leave their high halves behind.
-                    *c = [
-                        s.xor(s.xor(s.high_u32(p1), c[1]), v0),
-                        p1,
-                        s.xor(s.xor(s.high_u32(p0), c[3]), v1),
-                        p0,
-                    ];
+                    *c = [s.xor(s.xor(s.high_u32(p1), c[1]), v0), p1, s.xor(s.xor(s.high_u32(p0), c[3]), v1), p0];
                 }
                 k0 = k0.wrapping_add(WEYL[0]);
                 k1 = k1.wrapping_add(WEYL[1]);
