@@ -295,9 +295,10 @@ def softmax(
 
 
 def _run_softmax(scores: Tensor, scale: float, causal: bool, mask: Tensor | None, reuse: bool) -> Tensor:
-    scores = _float32(scores)
-    out = scores if reuse and scores.is_contiguous() else torch.empty(scores.shape, dtype=torch.float32, device="cpu")
-    _core.softmax(scores, out, scale, causal, None if mask is None else _float32(mask), torch.get_num_threads())
+    scores = _float32(scores).contiguous()
+    out = scores if reuse else torch.empty(scores.shape, dtype=torch.float32, device="cpu")
+    mask = None if mask is None else _float32(mask).contiguous()
+    _core.softmax(scores, out, scale, causal, mask, torch.get_num_threads())
     return out
 
 
@@ -315,8 +316,8 @@ def softmax_backward(p: Tensor, dp: Tensor, scale: float, *, reuse: bool = False
 
 
 def _run_softmax_backward(p: Tensor, dp: Tensor, scale: float, reuse: bool) -> Tensor:
-    p, dp = _float32(p), _float32(dp)
-    out = dp if reuse and dp.is_contiguous() else torch.empty(dp.shape, dtype=torch.float32, device="cpu")
+    p, dp = _float32(p).contiguous(), _float32(dp).contiguous()
+    out = dp if reuse else torch.empty(dp.shape, dtype=torch.float32, device="cpu")
     _core.softmax_backward(p, dp, out, scale, torch.get_num_threads())
     return out
 
@@ -332,7 +333,7 @@ def column_sums(x: Tensor) -> Tensor:
 
 
 def _run_column_sums(x: Tensor) -> Tensor:
-    x = _float32(x)
+    x = _float32(x).contiguous()
     out = torch.empty(x.shape[1], dtype=torch.float32, device="cpu")
     _core.column_sums(x, out, torch.get_num_threads())
     return out

@@ -1,0 +1,58 @@
+"""Wide weights: the optimizer's master copy kept in block floating point, too.
+
+The narrow codes of each product are derived from the weights; the weights themselves stay wide: float32, or, after
+`wide_weights`, 16-bit mantissas in blocks of 64 (Drumond et al., *Training DNNs with Hybrid Block Floating Point*,
+NeurIPS 2018, keep them so).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hbfp import ops
+from hbfp.errors import ConversionError
+from hbfp.format import HBFP
+from hbfp.policy import layer_states
+
+__all__ = ["wide_weights"]
+
+
+def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int = 16) -> RemovableHandle:
+    """Rounds the weights of the converted layers to HBFP after every step of `optimizer`, in place.
+
+    Weights are blocked along their last axis in blocks of 64 and rounded to nearest even. Momentum and all else that the
+    optimizer keeps is untouched, and so are biases and parameters of layers in FP32.
+
+    Args:
+        optimizer: any torch optimizer, made before or after conversion.
+        model: a converted model. Weights that the optimizer does not hold are left alone.
+        bits: mantissa width, 2…16, sign included.
+
+    Returns:
+        A handle; `.remove()` ends it.
+
+    Raises:
+        FormatError: `bits` is outside 2…16.
+        ConversionError: `model` has no converted layer with a weight.
+    """
+    format = HBFP(bits)
+    weights: dict[int, Tensor] = {}
+    for _, module, _ in layer_states(model):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            weights[id(weight)] = weight
+    if not weights:
+        raise ConversionError("no converted layer has a weight: call hbfp.convert_(model) before hbfp.wide_weights")
+
+    def widen(optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if id(parameter) in weights:
+                    with torch.no_grad():
+                        parameter.copy_(ops.quantize(parameter.detach(), format))
+
+    return optimizer.register_step_post_hook(widen)
