@@ -70,7 +70,7 @@ def text(quick: bool) -> Task:
         model=f"A GPT of {size.layers} layers, {size.width} wide, {size.heads} heads, context {size.context}, "
         "attention products included",
         source=f"{corpus.source}, {len(corpus.codes):,} characters, {data.size} × {data.context} a batch",
-        steps=60 if quick else 280,
+        steps=60 if quick else 300,
         learning_rate=1e-3,
         data=data,
         build=partial(GPT, size),
