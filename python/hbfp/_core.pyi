@@ -1,7 +1,8 @@
 """The compiled core. Private: the public surface is `hbfp`.
 
 Arrays named `x`, `out`, ... may be numpy arrays or CPU torch tensors (once `set_tensor_type` was called); they are read
-in place, by pointer and strides. Every function checks its arguments, releases the GIL and raises a child of `HBFPError`.
+in place, by pointer and strides. Every function checks its arguments, releases the GIL and raises a child of
+`HBFPError`.
 Roundings are numbered 0 nearest_even, 1 nearest_away, 2 toward_zero, 3 stochastic. `threads` is an upper bound; results
 never depend on it.
 """
@@ -11,6 +12,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__: list[str]
 __version__: str
 
 class HBFPError(ValueError): ...
@@ -28,7 +30,7 @@ class Format:
     def __new__(
         cls,
         bits: int,
-        block: int | None = 64,
+        block: int | None = ...,
         tile: int | None = None,
         exponent_rule: str = "max_exponent",
         exponent_bits: int = 8,
@@ -50,7 +52,7 @@ class Format:
     def exponent_bias(self) -> int: ...
     def plane_shapes(self, shape: tuple[int, ...], axis: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of the exponent and the mantissa plane of a tensor."""
-    def __eq__(self, other: object) -> bool: ...
+    def __eq__(self, other: object, /) -> bool: ...
     def __hash__(self) -> int: ...
 
 def encode(
@@ -64,7 +66,12 @@ def quantize(
     """decode(encode(x)) in one pass into `out`, C-contiguous f32 of x's shape; `out` may be `x` itself."""
 
 def decode(
-    exponents: NDArray[np.uint8], mantissas: NDArray[np.uint8], format: Format, shape: tuple[int, ...], axis: int, threads: int
+    exponents: NDArray[np.uint8],
+    mantissas: NDArray[np.uint8],
+    format: Format,
+    shape: tuple[int, ...],
+    axis: int,
+    threads: int,
 ) -> NDArray[np.float32]: ...
 def unpack(
     exponents: NDArray[np.uint8], mantissas: NDArray[np.uint8], format: Format, shape: tuple[int, ...], axis: int
@@ -72,24 +79,33 @@ def unpack(
     """The codes in the logical shape: int8, or int16 above 8 bits. Raises CodeError on a forbidden code, on non-zero
     padding and on codes under c = 255."""
 
-def pack(codes: NDArray[Any], exponents: NDArray[np.uint8], format: Format, axis: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def pack(
+    codes: NDArray[Any], exponents: NDArray[np.uint8], format: Format, axis: int
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Logical int8/int16 codes and the exponent *plane* -> both planes, validated."""
 
 @final
 class Floats:
     """An operand still in f32: encoded on the way into a product.
 
-    The last two dimensions are the matrix, leading ones are batch; `axis` (-1 or -2) is the reduction. Random bits follow
-    the tensor as given (FORMAT.md section 3)."""
+    The last two dimensions are the matrix, leading ones are batch; `axis` (-1 or -2) is the reduction. Random bits
+    follow the tensor as given (FORMAT.md section 3)."""
 
-    def __new__(cls, x: Any, axis: int, format: Format, rounding: int = 0, seed: int = 0, stream: int = 0) -> Floats: ...
+    def __new__(
+        cls, x: Any, axis: int, format: Format, rounding: int = 0, seed: int = 0, stream: int = 0
+    ) -> Floats: ...
 
 @final
 class Planes:
     """An encoded operand: both planes of a tensor of logical `shape`, blocked along `axis` (its reduction)."""
 
     def __new__(
-        cls, exponents: NDArray[np.uint8], mantissas: NDArray[np.uint8], format: Format, shape: tuple[int, ...], axis: int
+        cls,
+        exponents: NDArray[np.uint8],
+        mantissas: NDArray[np.uint8],
+        format: Format,
+        shape: tuple[int, ...],
+        axis: int,
     ) -> Planes: ...
 
 @final
@@ -121,8 +137,9 @@ def product(
     Batch dimensions of a and b are equal, or absent on b (then a's are flattened into M by the caller)."""
 
 def softmax(scores: Any, out: Any, scale: float, causal: bool, mask: Any | None, threads: int) -> None:
-    """Row softmax of scale * scores (+ mask, f32 of scores' shape) over the last dimension; causal: column j of row i of
-    the last two dimensions is masked when j > i + (columns - rows). `out` may be `scores`. A fully masked row gives 0."""
+    """Row softmax of scale * scores (+ mask, f32 of scores' shape) over the last dimension; causal: column j of row i
+    of the last two dimensions is masked when j > i + (columns - rows). `out` may be `scores`. A fully masked row gives
+    0."""
 
 def softmax_backward(p: Any, dp: Any, out: Any, scale: float, threads: int) -> None:
     """out = scale * p * (dp - rowsum(p * dp)); `out` may be `dp`."""

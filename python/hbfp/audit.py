@@ -1,7 +1,7 @@
 """What share of a training step ran in fixed point: every multiply-accumulate counted, none taken on trust.
 
-One forward and one backward pass run under a dispatch mode. Products of the integer core report themselves; products that
-torch computes in floating point are seen as operators and counted by torch's own FLOP formulas.
+One forward and one backward pass run under a dispatch mode. Products of the integer core report themselves; products
+that torch computes in floating point are seen as operators and counted by torch's own FLOP formulas.
 """
 
 from __future__ import annotations
@@ -98,11 +98,14 @@ class Audit:
         ]
         widths = [max(len(line[i]) for line in table) for i in range(len(head))]
         lines = [
-            "  ".join(f"{c:>{w}}" if i in (3, 4) else f"{c:<{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                f"{c:>{w}}" if i in (3, 4) else f"{c:<{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
             for line in table
         ]
         width = ", ".join(
-            f"{'FP32' if bits == FP32 else f'{bits}-bit'} {macs / self.macs:.2%}" for bits, macs in self.by_width.items()
+            f"{'FP32' if bits == FP32 else f'{bits}-bit'} {macs / self.macs:.2%}"
+            for bits, macs in self.by_width.items()
         )
         return "\n".join(line.rstrip() for line in [*lines, f"{self.macs:,} MACs: {width or 'none'}"])
 
@@ -111,7 +114,7 @@ class _FloatProducts(TorchDispatchMode):
     """Sees every operator; enters those that have a FLOP formula."""
 
     def __init__(self, enter: Callable[[str, int], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.enter = enter
 
     def __torch_dispatch__(
@@ -129,8 +132,8 @@ class _FloatProducts(TorchDispatchMode):
 def audit(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None) -> Audit:
     """Counts the MACs of one training step of `model` on `inputs`, and says where they ran.
 
-    One forward and one backward pass are computed; gradients, training modes, buffers, random generators and the step of
-    random streams are as before afterwards.
+    One forward and one backward pass are computed; gradients, training modes, buffers, random generators and the step
+    of random streams are as before afterwards.
 
     Args:
         model: any module, converted or not.
@@ -150,7 +153,11 @@ def audit(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
     stack: list[str] = []
 
     def product(entry: ops.Product) -> None:
-        layer = names.get(id(entry.source), "functional call") if isinstance(entry.source, LayerState) else "functional call"
+        layer = (
+            names.get(id(entry.source), "functional call")
+            if isinstance(entry.source, LayerState)
+            else "functional call"
+        )
         formats = str(entry.left) if entry.left == entry.right else f"{entry.left} x {entry.right}"
         counted[layer, entry.name, formats, max(entry.left.bits, entry.right.bits), ""] += entry.macs
 
@@ -186,8 +193,10 @@ def audit(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
             out = model(*inputs)
             total = loss(out) if loss is not None else _sum(out)
             if not total.requires_grad:
-                raise HBFPError("expected an output that depends on a parameter or input with requires_grad; found none")
-            total.backward()  # type: ignore[no-untyped-call]
+                raise HBFPError(
+                    "expected an output that depends on a parameter or input with requires_grad; found none"
+                )
+            total.backward()
     finally:
         ops.recorders.remove(product)
         for handle in handles:

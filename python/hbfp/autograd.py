@@ -4,8 +4,8 @@ Every operand is encoded anew along the reduction of the product at hand (FORMAT
 between forward and backward; what is kept are the float tensors, and of those only the ones that a gradient needs.
 Backward computes the gradients that are asked for and no others.
 
-Each function takes `seed` and `stream` as numbers. The stream's low four bits are 0; every operand adds its role, so that
-no two operands of a step share random bits. Recomputation with the same numbers gives the same bits.
+Each function takes `seed` and `stream` as numbers. The stream's low four bits are 0; every operand adds its role, so
+that no two operands of a step share random bits. Recomputation with the same numbers gives the same bits.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Role(IntEnum):
 # Plain numbers: the eager path adds them to a stream at every call.
 _X, _W, _DY_X, _W_X, _DY_W, _X_W, _Q, _K, _P, _V, _DO_P, _DO_V, _DS_Q, _DS_K, _P_V, _QKV = (int(role) for role in Role)
 
-# Differentiating a second time would need gradients of the encoding itself: `once_differentiable` says so when it happens.
+# Differentiating a second time would need gradients of the encoding itself: `once_differentiable` says so when it
+# happens.
 _once = cast(Callable[[Callable[..., Any]], Callable[..., Any]], once_differentiable)
 
 
@@ -129,9 +130,7 @@ class MatmulFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, b: Tensor, recipe: Recipe, seed: int, stream: int, source: object
-    ) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, recipe: Recipe, seed: int, stream: int, source: object) -> Tensor:
         need_a, need_b = ctx.needs_input_grad[:2]
         ctx.save_for_backward(a if need_b else None, b if need_a else None)
         ctx.shapes = a.shape, b.shape
@@ -158,7 +157,8 @@ class MatmulFunction(torch.autograd.Function):
         if need_a:
             policy = recipe.input_gradient
             da = multiply(
-                dc, -1, _expand(b, batch) if b.dim() > 2 else b, -1, policy.formats, policy.roundings, seed, (stream | _DY_X, stream | _W_X),
+                dc, -1, _expand(b, batch) if b.dim() > 2 else b, -1, policy.formats, policy.roundings, seed,
+                (stream | _DY_X, stream | _W_X),
                 name="input gradient", source=source,
             )  # fmt: skip
             da = _sum_to(da, a_shape)
@@ -203,14 +203,16 @@ class AttentionFunction(torch.autograd.Function):
         multiply = _multiply(recipe)
         batch = _batch_of(q, k, v)
         scores = multiply(
-            _expand(q, batch), -1, _expand(k, batch), -1, policy.formats, policy.roundings, seed, (stream | _Q, stream | _K),
+            _expand(q, batch), -1, _expand(k, batch), -1, policy.formats, policy.roundings, seed,
+            (stream | _Q, stream | _K),
             name="scores", source=source,
         )  # fmt: skip
         wide_mask = None if mask is None else mask.expand(scores.shape)
         p = ops.softmax(scores, scale, causal, wide_mask, reuse=True)
         keep = _kept(p, dropout)
         out = multiply(
-            _drop(p, keep, dropout), -1, _expand(v, batch), -2, policy.formats, policy.roundings, seed, (stream | _P, stream | _V),
+            _drop(p, keep, dropout), -1, _expand(v, batch), -2, policy.formats, policy.roundings, seed,
+            (stream | _P, stream | _V),
             name="context", source=source,
         )  # fmt: skip
         need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
@@ -247,8 +249,8 @@ class AttentionFunction(torch.autograd.Function):
             dv = _sum_to(dv, v_shape)
         if need_q or need_k or need_mask:
             dp = multiply(
-                do, -1, _expand(v, batch), -1, towards_input.formats, towards_input.roundings, seed, (stream | _DO_P, stream | _QKV),
-                name="gradient of P", source=source,
+                do, -1, _expand(v, batch), -1, towards_input.formats, towards_input.roundings, seed, (stream | _DO_P,
+                stream | _QKV), name="gradient of P", source=source,
             )  # fmt: skip
             dp = _drop(dp, keep, dropout)
             if need_mask:
@@ -288,7 +290,7 @@ def _expand(x: Tensor, batch: torch.Size) -> Tensor:
 
 def _batch_of(*tensors: Tensor) -> torch.Size:
     try:
-        return torch.broadcast_shapes(*(x.shape[:-2] for x in tensors))
+        return torch.Size(torch.broadcast_shapes(*(x.shape[:-2] for x in tensors)))
     except RuntimeError:
         shapes = ", ".join(str(tuple(x.shape)) for x in tensors)
         raise ShapeError(f"batch dimensions do not broadcast: {shapes}") from None

@@ -6,9 +6,10 @@ Every function here comes in two forms that give the same bits:
 - under `torch.compile`, under a dispatch mode and for tensor subclasses it goes through `torch.ops.hbfp.*`, which other
   parts of torch can see, trace and replace.
 
-Rules of the door: float16, bfloat16 and float64 are cast to float32 on the way in (float64 rounds to nearest-even), other
-dtypes and devices raise; results are fresh float32 tensors, never views; nothing is remembered between calls, so seed and
-streams are arguments. There are no derivatives at this level: `hbfp.autograd` builds them from these.
+Rules of the door: float16, bfloat16 and float64 are cast to float32 on the way in (float64 rounds to nearest-even),
+other
+dtypes and devices raise; results are fresh float32 tensors, never views; nothing is remembered between calls, so seed
+and streams are arguments. There are no derivatives at this level: `hbfp.autograd` builds them from these.
 """
 
 from __future__ import annotations
@@ -155,9 +156,7 @@ def _run_product(
     return out
 
 
-def _record(
-    a: Tensor, a_axis: int, out: Tensor, formats: tuple[HBFP, HBFP], name: str, source: object
-) -> None:
+def _record(a: Tensor, a_axis: int, out: Tensor, formats: tuple[HBFP, HBFP], name: str, source: object) -> None:
     macs = out.numel() * a.shape[a_axis]
     report = Product(name, source, macs, formats[0], formats[1])
     for recorder in tuple(recorders):
@@ -400,7 +399,7 @@ def _column_sums_kernel(x: Tensor) -> Tensor:
     return _run_column_sums(x)
 
 
-@torch.library.register_fake("hbfp::product", lib=_LIBRARY)
+@torch.library.register_fake("hbfp::product", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _product_fake(
     a: Tensor,
     a_axis: int,
@@ -418,21 +417,21 @@ def _product_fake(
     return a.new_empty(_product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
 
 
-@torch.library.register_fake("hbfp::quantize", lib=_LIBRARY)
+@torch.library.register_fake("hbfp::quantize", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _quantize_fake(x: Tensor, format: str, axis: int, rounding: int, seed: int, stream: int) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("hbfp::softmax", lib=_LIBRARY)
+@torch.library.register_fake("hbfp::softmax", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _softmax_fake(scores: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("hbfp::softmax_backward", lib=_LIBRARY)
+@torch.library.register_fake("hbfp::softmax_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _softmax_backward_fake(p: Tensor, dp: Tensor, scale: float) -> Tensor:
     return dp.new_empty(dp.shape, dtype=torch.float32)
 
 
-@torch.library.register_fake("hbfp::column_sums", lib=_LIBRARY)
+@torch.library.register_fake("hbfp::column_sums", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _column_sums_fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.float32)

@@ -24,8 +24,8 @@ __all__ = ["wide_weights"]
 def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int = 16) -> RemovableHandle:
     """Rounds the weights of the converted layers to HBFP after every step of `optimizer`, in place.
 
-    Weights are blocked along their last axis in blocks of 64 and rounded to nearest even. Momentum and all else that the
-    optimizer keeps is untouched, and so are biases and parameters of layers in FP32.
+    Weights are blocked along their last axis in blocks of 64 and rounded to nearest even. Momentum and all else that
+    the optimizer keeps is untouched, and so are biases and parameters of layers in FP32.
 
     Args:
         optimizer: any torch optimizer, made before or after conversion.

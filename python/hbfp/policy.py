@@ -173,7 +173,7 @@ class Recipe:
         pairs = [policy.formats for policy in self.products.values()]
         if len({format for pair in pairs for format in pair}) == 1:
             return str(pairs[0][0])
-        return ", ".join(f"{left}×{right}" for left, right in pairs)  # noqa: RUF001
+        return ", ".join(f"{left}×{right}" for left, right in pairs)
 
 
 # --- recipes by name -------------------------------------------------------------------------------------------------
@@ -210,7 +210,8 @@ def recipe(value: str | HBFP | Recipe) -> Recipe:
         value: "hbfp4", "hbfp6", "hbfp8" (stochastic gradients, nearest-even weights and activations, one width),
             "booster" (hbfp4 with the first and last layer in HBFP6; see `hbfp.Booster` for its schedule), "emulator"
             (what the published emulators do: `ceil` exponents, stochastic rounding everywhere); or a format, as
-            `hbfp.HBFP6` or "hbfp6b16", which gives the default roundings in that format; or a recipe, returned as it is.
+            `hbfp.HBFP6` or "hbfp6b16", which gives the default roundings in that format; or a recipe, returned as it
+            is.
 
     Raises:
         HBFPError: no recipe is called so, and no format is written so.

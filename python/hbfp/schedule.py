@@ -71,8 +71,8 @@ class Booster:
     ) -> None:
         if not isinstance(total_steps, int) or total_steps < 1:
             raise ScheduleError(
-                f"total_steps must be the number of steps of the whole run; found {total_steps!r}: the boosted steps are "
-                "counted back from its end"
+                f"total_steps must be the number of steps of the whole run; found {total_steps!r}: the boosted steps "
+                "are counted back from its end"
             )
         if last_fraction is not None:
             if not 0.0 <= last_fraction <= 1.0:
@@ -81,12 +81,14 @@ class Booster:
         elif steps_per_epoch is not None:
             if steps_per_epoch < 1 or last_epochs < 0:
                 raise ScheduleError(
-                    f"an epoch has a step or more and epochs are not negative; found steps_per_epoch={steps_per_epoch}, "
-                    f"last_epochs={last_epochs}"
+                    f"an epoch has a step or more and epochs are not negative; found "
+                    f"steps_per_epoch={steps_per_epoch}, last_epochs={last_epochs}"
                 )
             boosted = steps_per_epoch * last_epochs
         else:
-            raise ScheduleError("give steps_per_epoch (with last_epochs), or last_fraction: how long is the boosted end?")
+            raise ScheduleError(
+                "give steps_per_epoch (with last_epochs), or last_fraction: how long is the boosted end?"
+            )
         if boosted > total_steps:
             raise ScheduleError(f"{boosted} boosted steps are more than the {total_steps} steps of the run")
         root_states(model)  # raises for a model that was not converted
@@ -138,10 +140,11 @@ class Booster:
             cut = min(max(cut, 1), width - 1)
         label = "first, last  "
         inner = "all others   "
+        change = f"{self.base} until step {self.boosted_from}, then {self.boost}"
         return "\n".join(
             (
                 f"{label}{'#' * width}  {self.boost}",
-                f"{inner}{'.' * cut}{'#' * (width - cut)}  {self.base} until step {self.boosted_from}, then {self.boost}",
+                f"{inner}{'.' * cut}{'#' * (width - cut)}  {change}",
                 f"{'step':<{len(label)}}0{self.total_steps:>{width - 1}}",
             )
         )

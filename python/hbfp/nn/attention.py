@@ -15,9 +15,10 @@ __all__ = ["DotProductAttention"]
 class DotProductAttention(nn.Module):
     """softmax(scale · query · keyᵀ + mask) · value, without parameters.
 
-    A network that holds one of these in place of the call to `torch.nn.functional.scaled_dot_product_attention` computes
-    the same as before, until `hbfp.convert_` gives it formats: then both products, and the four of the backward pass, run
-    in fixed point. Use one module per call: its number tells its random bits from others'.
+    A network that holds one of these in place of the call to `torch.nn.functional.scaled_dot_product_attention`
+    computes
+    the same as before, until `hbfp.convert_` gives it formats: then both products, and the four of the backward pass,
+    run in fixed point. Use one module per call: its number tells its random bits from others'.
 
     Args:
         recipe: None until conversion; or a name, a format or a `hbfp.Recipe`, for use without `convert_`.

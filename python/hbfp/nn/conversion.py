@@ -144,8 +144,8 @@ def _refuse(candidate: _Candidate) -> None:
     missing = isinstance(module, nn.Linear) and "weight" not in module._parameters
     if parametrize.is_parametrized(module) or missing:
         raise ConversionError(
-            f"{name!r} is parametrised (weight_norm, spectral_norm, ...): its weight is computed anew at each use, which "
-            f"is not supported yet: remove the parametrisation, or keep it in FP32 by "
+            f"{name!r} is parametrised (weight_norm, spectral_norm, ...): its weight is computed anew at each use, "
+            f"which is not supported yet: remove the parametrisation, or keep it in FP32 by "
             f"rules={{{candidate.names[0]!r}: None}}"
         )
 
@@ -153,9 +153,7 @@ def _refuse(candidate: _Candidate) -> None:
 def _decide(candidates: Sequence[_Candidate], rules: Sequence[Rule], base: Recipe) -> None:
     """Gives every candidate its recipe, by the first rule that covers it."""
     for candidate in candidates:
-        deciding = {
-            name: next((rule for rule in rules if rule.covers(name)), None) for name in candidate.names
-        }
+        deciding = {name: next((rule for rule in rules if rule.covers(name)), None) for name in candidate.names}
         if len({rule and rule.recipe for rule in deciding.values()}) > 1:
             raise RuleError(
                 f"one module is called {candidate.name!r}, and the rules say different things of its names: "
@@ -270,8 +268,8 @@ def convert_(
     """Has the layers of `model` compute in fixed point, in place.
 
     Parameters, their identity, hooks and state_dict keys do not change; `revert_` takes it all back. A converted model
-    draws new random bits at each training forward; `hbfp.set_step` or a `hbfp.Booster` ties them to your own step, which
-    makes runs resumable.
+    draws new random bits at each training forward; `hbfp.set_step` or a `hbfp.Booster` ties them to your own step,
+    which makes runs resumable.
 
     Args:
         model: any module; a layer by itself is fine.
@@ -289,7 +287,8 @@ def convert_(
 
     Raises:
         RuleError: a rule matches nothing, or cannot be read.
-        ConversionError: a module is converted already, is parametrised or has no shape yet; or there is none to convert.
+        ConversionError: a module is converted already, is parametrised or has no shape yet; or there is none to
+        convert.
         HBFPError: there is no such recipe.
 
     After an error the model is as it was.

@@ -3,8 +3,8 @@
 Each has torch's signature and a few keywords more: `recipe` says in which formats (a name, a format or a
 `hbfp.Recipe`), `seed` and `stream` choose the random bits of stochastic rounding. Give each call site and each training
 step a stream of its own, made by `hbfp.policy.stream(step, site)`; the same numbers give the same bits. Inputs in
-float16, bfloat16 and float64 are cast; results are float32. Integers and complex numbers raise `DTypeError`, tensors that
-do not fit raise `ShapeError`. Gradients are fixed-point products too; they cannot be differentiated a second time.
+float16, bfloat16 and float64 are cast; results are float32. Integers and complex numbers raise `DTypeError`, tensors
+that do not fit raise `ShapeError`. Gradients are fixed-point products too; they cannot be differentiated a second time.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def linear(
 def matmul(input: Tensor, other: Tensor, *, recipe: RecipeLike, seed: int = 0, stream: int = 0) -> Tensor:
     """input · other, with the meaning `torch.matmul` gives to vectors and to batch dimensions.
 
-    Shapes: input [..., M, K] or [K], other [..., K, N] or [K]; result [..., M, N] less the dimension that a vector lacks.
-    Where `other` is a matrix, the batch dimensions of `input` count as rows of one matrix.
+    Shapes: input [..., M, K] or [K], other [..., K, N] or [K]; result [..., M, N] less the dimension that a vector
+    lacks. Where `other` is a matrix, the batch dimensions of `input` count as rows of one matrix.
     """
     _words(seed, stream)
     left = input.unsqueeze(0) if input.dim() == 1 else input
@@ -68,8 +68,7 @@ def bmm(input: Tensor, mat2: Tensor, *, recipe: RecipeLike, seed: int = 0, strea
     """Batched product. Shapes: input [B, M, K], mat2 [B, K, N]; result [B, M, N]."""
     if input.dim() != 3 or mat2.dim() != 3 or input.shape[0] != mat2.shape[0]:
         raise ShapeError(
-            f"bmm takes [B, M, K] and [B, K, N]; found {tuple(input.shape)} and {tuple(mat2.shape)}: "
-            "matmul broadcasts"
+            f"bmm takes [B, M, K] and [B, K, N]; found {tuple(input.shape)} and {tuple(mat2.shape)}: matmul broadcasts"
         )
     _words(seed, stream)
     return autograd.matmul(input, mat2, _recipe(recipe), seed, stream)
@@ -103,6 +102,4 @@ def scaled_dot_product_attention(
         [..., L, Ev]. A row whose every column is masked gives 0.
     """
     _words(seed, stream)
-    return autograd.attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale, _recipe(recipe), seed, stream
-    )
+    return autograd.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, _recipe(recipe), seed, stream)

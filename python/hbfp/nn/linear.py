@@ -53,9 +53,7 @@ class Linear(nn.Linear):
             return super().forward(input)
         if state.solo and self.training:
             state.root.advance()
-        return autograd.linear(
-            input, self.weight, self.bias, state.recipe, state.root.seed, state.stream(), state
-        )
+        return autograd.linear(input, self.weight, self.bias, state.recipe, state.root.seed, state.stream(), state)
 
     def extra_repr(self) -> str:
         state = self.hbfp_state

@@ -58,7 +58,8 @@ class Block(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = self.attention(query, key, value, is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))
-        return x + self.down(self.gelu(self.up(self.mlp_norm(x))))
+        mlp: Tensor = self.down(self.gelu(self.up(self.mlp_norm(x))))
+        return x + mlp
 
 
 class GPT(nn.Module):

@@ -126,7 +126,7 @@ class Run:
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
         loss = cross_entropy(self.model(inputs), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.torn = True
         self.optimizer.step()
