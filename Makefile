@@ -67,7 +67,7 @@ vectors: setup ## Write tests/vectors anew from the exact-arithmetic oracle
 
 .PHONY: docs
 docs: setup ## Build the core crate's documentation, inner parts too, into target/doc
-	RUSTDOCFLAGS="-D warnings" cargo doc --package hbfp --no-deps --document-private-items --locked
+	RUSTDOCFLAGS="-D warnings -A rustdoc::private-intra-doc-links" cargo doc --package hbfp --no-deps --document-private-items --locked
 
 .PHONY: clean
 clean: ## Remove .venv and everything that was built

@@ -12,7 +12,34 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__: list[str]
+__all__ = [
+    "CodeError",
+    "DTypeError",
+    "Floats",
+    "Format",
+    "FormatError",
+    "HBFPError",
+    "LevelError",
+    "NonFiniteError",
+    "Packed",
+    "Planes",
+    "ShapeError",
+    "__version__",
+    "column_sums",
+    "decode",
+    "encode",
+    "info",
+    "pack",
+    "philox4x32",
+    "prepack",
+    "product",
+    "quantize",
+    "set_tensor_type",
+    "softmax",
+    "softmax_backward",
+    "unpack",
+]
+
 __version__: str
 
 class HBFPError(ValueError): ...
