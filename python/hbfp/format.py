@@ -99,6 +99,8 @@ class HBFP:
     exponent_bias: int | None = field(default=None, kw_only=True)
     core: _core.Format = field(init=False, compare=False)
     """The compiled core's form of the same description."""
+    text: str = field(init=False, compare=False)
+    """The written form, as `str` gives it."""
 
     def __post_init__(self) -> None:
         rule = ExponentRule.parse(self.exponent_rule)
@@ -121,6 +123,7 @@ class HBFP:
             "exponent_bits": core.exponent_bits,
             "exponent_bias": core.exponent_bias,
             "core": core,
+            "text": str(core),
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
@@ -149,7 +152,7 @@ class HBFP:
         )
 
     def __str__(self) -> str:
-        return str(self.core)
+        return self.text
 
     def __repr__(self) -> str:
         return f"HBFP.parse({str(self)!r})"

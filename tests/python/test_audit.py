@@ -1,0 +1,96 @@
+"""The audit's count: by hand, against torch's own counter, and with everything left as it was."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import hbfp  # noqa: E402
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+        self.attention = hbfp.nn.DotProductAttention()
+        self.out = nn.Linear(32, 32)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(self.attention(q, k, v, is_causal=True))
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 8))
+
+
+def test_counted_by_hand():
+    model = mlp()
+    hbfp.convert_(model, "booster", rules={"2": hbfp.HBFP4})
+    found = hbfp.audit(model, torch.randn(10, 16))
+    first, second = 10 * 16 * 32, 10 * 32 * 8
+    # The first layer's input needs no gradient; it is alone in what a schedule may change, so first and last.
+    assert found.macs == 2 * first + 3 * second
+    assert found.by_layer == {"0": 2 * first, "2": 3 * second}
+    assert found.by_product == {
+        "forward": first + second,
+        "input gradient": second,
+        "weight gradient": first + second,
+    }
+    assert found.share(4) == 3 * second / found.macs
+    assert found.share() == 1.0
+    found.require()
+
+
+@pytest.mark.parametrize(("make", "shape"), [(mlp, (10, 16)), (Attention, (2, 6, 32))])
+def test_agrees_with_torchs_counter_on_the_fp32_model(make, shape):
+    model, x = make(), torch.randn(*shape)
+    with FlopCounterMode(display=False) as counter, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+        model(x).sum().backward()
+    hbfp.convert_(model, "hbfp4")
+    found = hbfp.audit(model, x)
+    assert found.macs == counter.get_total_flops() // 2
+    assert found.share(4) == 1.0
+
+
+def test_what_stays_fp32_is_listed_with_the_reason():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(11, 16)
+            self.layer = nn.Linear(16, 16)
+            self.conv = nn.Conv1d(16, 16, 3, padding=1)
+
+        def forward(self, x):
+            h = self.layer(self.embedding(x))
+            h = self.conv(h.transpose(1, 2)).transpose(1, 2)
+            return h @ self.embedding.weight.t()
+
+    model = Tied()
+    hbfp.convert_(model, "hbfp4")
+    found = hbfp.audit(model, torch.arange(8).reshape(2, 4))
+    assert 0.0 < found.share() < 1.0
+    assert any("not supported yet" in row.reason for row in found.fp32 if row.layer == "conv")
+    assert any("functional call" in row.reason for row in found.fp32)
+    with pytest.raises(hbfp.HBFPError, match="not supported yet"):
+        found.require(1.0)
+    assert "FP32" in str(found)
+
+
+def test_nothing_is_left_behind():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 2)).eval()
+    hbfp.convert_(model, "hbfp4")
+    x = torch.randn(6, 8)
+    model(x).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    buffers = [b.clone() for b in model.buffers()]
+    state, step = torch.get_rng_state(), model[0].hbfp_state.root.step
+    hbfp.audit(model, x)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert all(torch.equal(b, c) for b, c in zip(model.buffers(), buffers, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model[0].hbfp_state.root.step == step
+    assert not model.training
+    assert not model[0]._forward_hooks

@@ -1,0 +1,62 @@
+"""Packed models: small, strict, and bit-identical in what they compute."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402
+
+import hbfp  # noqa: E402
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Embedding(20, 64), nn.Linear(64, 256), nn.LayerNorm(256), nn.Linear(256, 64))
+
+
+@pytest.mark.parametrize("recipe", ["hbfp4", "hbfp6", "booster"])
+def test_loaded_models_compute_the_same_bits(tmp_path, recipe):
+    path, x = tmp_path / "m.safetensors", torch.arange(20).reshape(4, 5)
+    saved, loaded = model(), model(1)
+    for m in (saved, loaded):
+        hbfp.convert_(m, recipe, example_inputs=x)
+        m.eval()
+    expected = saved(x)
+    assert not torch.equal(loaded(x), expected)
+    hbfp.save_model(path, saved)
+    hbfp.load_model(path, loaded)
+    assert torch.equal(loaded(x).view(torch.int32), expected.view(torch.int32))
+    if recipe == "hbfp4":
+        weights = hbfp.HBFP4.storage_bytes((256, 64), 1) + hbfp.HBFP4.storage_bytes((64, 256), 1)
+        plain = 4 * (20 * 64 + 256 + 2 * 256 + 64)
+        assert weights + plain < path.stat().st_size < weights + plain + 2500
+
+
+def test_tied_tensors_are_stored_once(tmp_path):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(9, 16)
+            self.head = nn.Linear(16, 9, bias=False)
+            self.head.weight = self.embedding.weight
+
+    tied = Tied()
+    hbfp.convert_(tied, "hbfp6")
+    hbfp.save_model(tmp_path / "t.safetensors", tied)
+    assert len(hbfp.load(tmp_path / "t.safetensors")) == 1
+    hbfp.load_model(tmp_path / "t.safetensors", tied)
+    assert tied.head.weight is tied.embedding.weight
+
+
+def test_another_architecture_is_refused_and_untouched(tmp_path):
+    saved = model()
+    hbfp.convert_(saved, "hbfp4")
+    hbfp.save_model(tmp_path / "m.safetensors", saved)
+    other = nn.Sequential(nn.Embedding(20, 64), nn.Linear(64, 128))
+    before = other[1].weight.clone()
+    with pytest.raises(hbfp.FileError, match="unexpected"):
+        hbfp.load_model(tmp_path / "m.safetensors", other)
+    narrow = nn.Sequential(nn.Embedding(20, 64), nn.Linear(64, 99), nn.LayerNorm(99), nn.Linear(99, 64))
+    with pytest.raises(hbfp.FileError, match="expected shape"):
+        hbfp.load_model(tmp_path / "m.safetensors", narrow)
+    assert torch.equal(other[1].weight, before)
