@@ -193,19 +193,18 @@ pub(crate) unsafe fn quantize_row<S: Simd, const R: u8>(
         let (inverse, limit) = (s.splat_f32(scaling.inverse), s.splat_f32(scaling.limit));
         let minus = s.splat_f32(-scaling.limit);
         let scale = s.splat_f32(scale);
-        let value = |p: *const f32, i: usize| {
-            let r = if R == STOCHASTIC { s.load_u16(random.add(i)) } else { s.splat(0) };
-            s.mul_f32(s.to_f32(round::<S, R>(s, s.load(p.cast()), inverse, limit, minus, r)), scale)
-        };
         let mut i = 0;
         while i + S::LANES <= n {
-            s.store(out.add(i).cast(), value(x.add(i), i));
+            let r = if R == STOCHASTIC { s.load_u16(random.add(i)) } else { s.splat(0) };
+            let q = round::<S, R>(s, s.load(x.add(i).cast()), inverse, limit, minus, r);
+            s.store(out.add(i).cast(), s.mul_f32(s.to_f32(q), scale));
             i += S::LANES;
         }
         if i < n {
             let mut tail = padded_tail(x.add(i), n - i);
-            let v = value(tail.as_ptr(), i);
-            s.store(tail.as_mut_ptr().cast(), v);
+            let r = if R == STOCHASTIC { s.load_u16(random.add(i)) } else { s.splat(0) };
+            let q = round::<S, R>(s, s.load(tail.as_ptr().cast()), inverse, limit, minus, r);
+            s.store(tail.as_mut_ptr().cast(), s.mul_f32(s.to_f32(q), scale));
             std::ptr::copy_nonoverlapping(tail.as_ptr(), out.add(i), n - i);
         }
     }

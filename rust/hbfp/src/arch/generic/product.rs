@@ -41,6 +41,16 @@ pub(crate) const fn b_block_bytes(steps: usize, columns: usize) -> usize {
     4 * columns * (steps + 1)
 }
 
+/// A word of a panel in all lanes. (Not a closure: those do not inherit the caller's instructions.)
+///
+/// # Safety
+/// `p` is valid for reading four bytes.
+#[inline(always)]
+unsafe fn word<S: Simd>(s: S, p: *const u8) -> S::V {
+    // SAFETY: the caller vouches for the bytes.
+    s.splat(unsafe { p.cast::<i32>().read_unaligned() })
+}
+
 /// C tile += A panel · B panel by four-byte dot products.
 ///
 /// Budget: on AVX-512 VNNI 8 vpdpbusd a step, two a cycle; elsewhere two 16-bit multiply-adds take the place of each.
@@ -61,7 +71,6 @@ pub(crate) unsafe fn tile_dot4<S: Simd, const STEPS: usize>(
     let columns = 2 * S::LANES;
     // SAFETY: all offsets are inside the blocks and the tile that the caller vouches for.
     unsafe {
-        let word = |p: *const u8| s.splat(p.cast::<i32>().read_unaligned());
         let mut sum = [[s.splat(0); 2]; PANEL_ROWS];
         for (i, row) in sum.iter_mut().enumerate() {
             for (v, x) in row.iter_mut().enumerate() {
@@ -77,21 +86,22 @@ pub(crate) unsafe fn tile_dot4<S: Simd, const STEPS: usize>(
             for v in 0..2 {
                 let eb = s.load(b_end.add(4 * S::LANES * v).cast());
                 for (i, acc) in acc.iter_mut().enumerate() {
-                    acc[v] = s.add(eb, word(a_end.add(4 * i)));
+                    acc[v] = s.add(eb, word(s, a_end.add(4 * i)));
                 }
             }
             for t in 0..steps {
-                let x = [0, 1].map(|v| s.load(b.add(4 * (t * columns + v * S::LANES)).cast()));
+                let x0 = s.load(b.add(4 * t * columns).cast());
+                let x1 = s.load(b.add(4 * (t * columns + S::LANES)).cast());
                 for (i, acc) in acc.iter_mut().enumerate() {
-                    let w = word(a.add(16 * t + 4 * i));
-                    acc[0] = s.dot4(acc[0], x[0], w);
-                    acc[1] = s.dot4(acc[1], x[1], w);
+                    let w = word(s, a.add(16 * t + 4 * i));
+                    acc[0] = s.dot4(acc[0], x0, w);
+                    acc[1] = s.dot4(acc[1], x1, w);
                 }
             }
             for v in 0..2 {
                 let eb = s.load(b_end.add(4 * S::LANES * v).cast());
                 for i in 0..PANEL_ROWS {
-                    let zero = s.add(eb, word(a_end.add(16 + 4 * i)));
+                    let zero = s.add(eb, word(s, a_end.add(16 + 4 * i)));
                     sum[i][v] = s.add_f32(sum[i][v], s.sub_f32(acc[i][v], zero));
                 }
             }
@@ -126,7 +136,6 @@ pub(crate) unsafe fn tile_halves<S: Simd, const STEPS: usize>(
     let columns = 2 * S::LANES;
     // SAFETY: all offsets are inside the blocks and the tile that the caller vouches for.
     unsafe {
-        let word = |p: *const u8| s.splat(p.cast::<i32>().read_unaligned());
         for block in 0..blocks {
             let a = a.add(block * a_block_bytes(steps));
             let b = b.add(block * b_block_bytes(steps, columns));
@@ -134,20 +143,21 @@ pub(crate) unsafe fn tile_halves<S: Simd, const STEPS: usize>(
             let b_end = b.add(4 * columns * steps);
             let mut acc = [[s.splat(0); 2]; PANEL_ROWS];
             for (i, acc) in acc.iter_mut().enumerate() {
-                *acc = [word(a_end.add(4 * i)); 2];
+                *acc = [word(s, a_end.add(4 * i)); 2];
             }
             for t in 0..steps {
-                let x = [0, 1].map(|v| s.load(b.add(4 * (t * columns + v * S::LANES)).cast()));
+                let x0 = s.load(b.add(4 * t * columns).cast());
+                let x1 = s.load(b.add(4 * (t * columns + S::LANES)).cast());
                 for (i, acc) in acc.iter_mut().enumerate() {
-                    let w = word(a.add(16 * t + 4 * i));
-                    acc[0] = s.add_i16(acc[0], s.mul_pairs(x[0], w));
-                    acc[1] = s.add_i16(acc[1], s.mul_pairs(x[1], w));
+                    let w = word(s, a.add(16 * t + 4 * i));
+                    acc[0] = s.add_i16(acc[0], s.mul_pairs(x0, w));
+                    acc[1] = s.add_i16(acc[1], s.mul_pairs(x1, w));
                 }
             }
             for v in 0..2 {
                 let eb = s.load(b_end.add(4 * S::LANES * v).cast());
                 for (i, acc) in acc.iter().enumerate() {
-                    let zero = s.add(eb, word(a_end.add(16 + 4 * i)));
+                    let zero = s.add(eb, word(s, a_end.add(16 + 4 * i)));
                     let total = s.add(s.sum_halves(acc[v]), zero);
                     let at = c.add(i * columns + v * S::LANES).cast::<i32>();
                     s.store(at, s.add_f32(s.load(at), s.sub_f32(total, zero)));
