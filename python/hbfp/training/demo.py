@@ -168,7 +168,8 @@ def _shares(task: Task, run: Run) -> tuple[float, float]:
     if run.plan.recipe == "fp32":
         return 0.0, 0.0
     inputs, _ = task.data.batch(run.plan.seed, 0)
-    first, last = (_share(run, step, inputs) for step in (0, run.plan.steps - 1))
+    # One step past the last is boosted even where a tenth of the steps is none.
+    first, last = (_share(run, step, inputs) for step in (0, run.plan.steps))
     boosted = 1 - run.boosted_from / run.plan.steps
     return first * (1 - boosted) + last * boosted, first * (1 - 1 / _PAPER_EPOCHS) + last / _PAPER_EPOCHS
 

@@ -12,7 +12,7 @@ use crate::arch::simd::Simd;
 /// Partial sums of a row.
 pub(crate) const PARTIALS: usize = 16;
 const EXP_MIN: f32 = -87.0;
-const LN2_HI: f32 = 0.693_359_4; // 355 / 512: n · LN2_HI is exact
+const LN2_HI: f32 = 355.0 / 512.0; // so that n · LN2_HI is exact
 const LN2_LO: f32 = -2.121_944_4e-4;
 const COEFFICIENTS: [f32; 8] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
 
