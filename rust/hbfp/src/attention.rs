@@ -1,6 +1,6 @@
 //! The FP32 half of attention: softmax and its derivative, with the library's own exponential.
 //!
-//! [`crate::arch::generic::softmax`] fixes the order of operations, so that all levels and threads give the same bits.
+//! `crate::arch::generic::softmax` fixes the order of operations, so that all levels and threads give the same bits.
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint rows")]
 
 use crate::arch::generic::softmax::PARTIALS;

@@ -3,7 +3,7 @@
 //!
 //! The layers, each using only those above it:
 //! [`mod@format`] → [`rng`] → [`pack`] → [`shape`] → [`encode`] → [`gemm`], on kernels chosen per CPU [`Level`] and on
-//! the threads of a [`parallel::Team`]. [`reference`] tells the same contract again, slowly and obviously.
+//! the threads of a [`parallel::Team`]. [`mod@reference`] tells the same contract again, slowly and obviously.
 //!
 //! The crate keeps no state: kernels, threads, buffers and random streams are arguments.
 

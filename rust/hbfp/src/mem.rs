@@ -1,4 +1,4 @@
-//! Aligned buffers and shared writes to disjoint places: the only raw-pointer code outside [`crate::arch`] and the
+//! Aligned buffers and shared writes to disjoint places: the only raw-pointer code outside `crate::arch` and the
 //! two drivers.
 #![allow(unsafe_code, reason = "allocation with an alignment, and writes by several threads to parts of one buffer")]
 

@@ -1,5 +1,5 @@
 //! Operands in the kernels' layout: panels of 4 rows (left) or two registers of columns (right), encoded straight from
-//! f32, or laid out from planes or codes. [`crate::arch::generic::product`] draws the bytes.
+//! f32, or laid out from planes or codes. `crate::arch::generic::product` draws the bytes.
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint panels")]
 
 use super::blocks::{Part, RoundingMode, Scratch, load_lines, random_strip};
