@@ -164,6 +164,19 @@ fn products_of_random_shapes_blocks_and_orientations() {
 }
 
 #[test]
+fn long_reductions_go_over_the_panels_in_several_passes() {
+    // The driver takes 1024 elements of K at a time: later passes go on from C.
+    for_each_level(|name, ctx| {
+        for (k, block) in [(1024, 64), (1025, 64), (2500, 64), (2100, 1000), (3000, 48)] {
+            let format = line(4, block);
+            let a = TestOperand::new((5, k), true, format, Fill::Plain, RoundingMode::NEAREST_EVEN, 1);
+            let b = TestOperand::new((18, k), false, format, Fill::Wide, mode(Rounding::Stochastic, 2), 2);
+            check_product(name, &ctx, &a, &b, (5, 18), &format!("K = {k}, {format}"));
+        }
+    });
+}
+
+#[test]
 fn borders_of_the_fast_path() {
     // Scale exponents −74 and 52 are the last in the fast range, −75 and 53 the first outside; 8 bits in blocks of 260
     // and 261 lie on both sides of |D| < 2^22; all codes at ±Q make sums as large as they get.
