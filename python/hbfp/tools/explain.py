@@ -152,69 +152,80 @@ def derive(patterns: list[int], fmt: HBFP, rounding: Rounding, seed: int = 0, st
 
 def _note(pattern: int, y: Fraction | None, code: int, limit: int, stochastic: bool) -> str:
     if pattern & ~_SIGN > _INFINITY:
-        return "NaN: makes the block a NaN block"
+        return "NaN (1.6)"
     if pattern & ~_SIGN == _INFINITY:
-        return "infinite: makes the block a NaN block"
+        return "infinite (1.6)"
     if y is None:
-        return "minus zero has no code of its own" if pattern == _SIGN else ""
+        return "minus zero (1.5)" if pattern == _SIGN else ""
     notes = []
     if pattern == _SIGN:
-        notes.append("minus zero has no code of its own")
+        notes.append("minus zero (1.5)")
     if abs(y) > limit and abs(code) == limit:
-        notes.append("saturates")
+        notes.append("saturates (3.5)")
     elif not stochastic and (abs(y) * 2).denominator == 1 and y.denominator == 2:
         notes.append("a tie")
     if y != 0 and code == 0:
         notes.append("underflows")
     if 0 < pattern & ~_SIGN < 0x00800000:
-        notes.append("subnormal, read as it is")
+        notes.append("subnormal (1.9)")
     return ", ".join(notes)
 
 
+# What a rule or a rounding does, and the clause that says so.
 _RULES = {
-    "max_exponent": "floor(log2 amax) + 1",
-    "ceil": "ceil(log2 amax)",
-    "no_clip": "the smallest for which amax does not saturate",
+    "max_exponent": ("2.2", "floor(log2 amax) + 1"),
+    "ceil": ("2.3", "ceil(log2 amax)"),
+    "no_clip": ("2.4", "the least with which amax does not saturate"),
+}
+_ROUNDINGS = {
+    "nearest_even": ("3.2", "y to the nearest integer, a tie to the even one"),
+    "nearest_away": ("3.3", "y to the nearest integer, a tie away from zero"),
+    "toward_zero": ("3.4", "y without its fraction"),
+    "stochastic": ("3.6", "floor(y + r / 2^16), y to 16 fraction bits first"),
 }
 
 
 def _told(block: Block) -> list[str]:
-    """The derivation as lines of text; section numbers are those of docs/spec.md."""
+    """The derivation as lines of text, each with its clause of docs/spec.md."""
     from hbfp.format import HBFP
 
     fmt = HBFP.parse(block.format)
-    m, limit = fmt.bits, fmt.max_code
-    lines = [
-        f"{block.format}, {block.rounding}: codes of {m} bits, {-limit} to {limit}; one block of {len(block.elements)}",
-        "",
-        f"amax  = {block.amax} ({block.amax_bits}), element {block.amax_index}",
-    ]
-    if block.exponent_byte == 255:
-        lines.append(
-            "c     = 255 (0xff): a value is not finite, so this is a NaN block: codes are 0, values decode to NaN"
+    m, limit, byte = fmt.bits, fmt.max_code, block.exponent_byte
+    derivation = [("2.1", f"amax = {block.amax} ({block.amax_bits}), element {block.amax_index}")]
+    if byte == 255:
+        derivation.append(
+            ("1.6", "c = 255 (0xff): not all is finite, a NaN block; codes are 0 and values decode to NaN")
         )
     elif block.scale_exponent is None or block.block_exponent is None:
-        lines.append("c     = 0 (0x00): a block of zeros")
+        derivation.append(("1.5", "c = 0 (0x00): a block of zeros"))
     else:
         s, e = block.scale_exponent, block.block_exponent
         unclamped = e - (m - 1)
-        lines.append(f"E     = {_RULES[str(fmt.exponent_rule)]} = {e}   (rule {fmt.exponent_rule})")
-        lines.append(f"s     = E - (m - 1) = {e} - {m - 1} = {unclamped}")
+        clause, told = _RULES[str(fmt.exponent_rule)]
+        derivation.append((clause, f"E = {told} = {e}"))
+        derivation.append(("1.2", f"s = E - (m - 1) = {e} - {m - 1} = {unclamped}"))
         if s != unclamped:
-            lines.append(
-                f"        clamped to {s}, the {'smallest' if s > unclamped else 'largest'} that the format has"
-            )
-        lines.append(f"step  = 2^s = {_decimal(Fraction(2) ** s)}")
-        lines.append(f"c     = s + 127 = {block.exponent_byte} (0x{block.exponent_byte:02x})")
-    lines += ["", *_columns(block), ""]
-    lines.append(f"exponent plane  {block.exponent_plane}")
-    lines.append(f"mantissa plane  {block.mantissa_plane}")
-    return lines
+            end = "smallest" if s > unclamped else "largest"
+            derivation.append(("2.6", f"s = {s}, the {end} that the exponent's field holds"))
+        derivation.append(("1.3", f"c = s + 127 = {byte} (0x{byte:02x}); a step is 2^s = {_decimal(Fraction(2) ** s)}"))
+        derivation.append(("3.1", f"y = x * 2^-s = x * {_decimal(Fraction(2) ** -s)}"))
+        clause, told = _ROUNDINGS[block.rounding]
+        derivation.append((clause, f"q = {told}"))
+    return [
+        f"{block.format}, {block.rounding}: m = {m}, codes {-limit} to {limit}; one block of {len(block.elements)}",
+        "",
+        *(f"{clause}  {line}" for clause, line in derivation),
+        "",
+        *_columns(block),
+        "",
+        f"7.2  exponent plane  {block.exponent_plane}",
+        f"7.3  mantissa plane  {block.mantissa_plane}",
+    ]
 
 
 def _columns(block: Block) -> list[str]:
     stochastic = any(element.random_bits is not None for element in block.elements)
-    head = ["", "x", "float32", "y = x*2^-s", *(["r / 2^16"] if stochastic else []), "q", "stored", "q*2^s", ""]
+    head = ["", "x", "float32", "y", *(["r / 2^16"] if stochastic else []), "q", "stored", "value", ""]
     rows = [head]
     for index, element in enumerate(block.elements):
         random = [] if not stochastic else [f"{(element.random_bits or 0) / 65536:.5f}"]
