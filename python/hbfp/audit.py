@@ -1,7 +1,8 @@
 """What share of a training step ran in fixed point: every multiply-accumulate counted, none taken on trust.
 
 One forward and one backward pass run under a dispatch mode. Products of the integer core report themselves; products
-that torch computes in floating point are seen as operators and counted by torch's own FLOP formulas.
+that torch computes in floating point are seen as operators and counted by torch's own FLOP formulas, or by those below
+for the operators that torch has none for.
 """
 
 from __future__ import annotations
@@ -9,22 +10,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hbfp import ops
 from hbfp.errors import HBFPError
-from hbfp.policy import LayerState, layer_states
+from hbfp.nn.report import table
+from hbfp.policy import RootState, layer_states
 
 __all__ = ["Audit", "AuditRow", "audit"]
 
 FP32 = 32
 """Width under which products in floating point are entered."""
+
+UNCONVERTED = "a functional call, or a layer that was not converted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +40,7 @@ class AuditRow:
 
     layer: str
     product: str
-    """"forward", "input gradient", "weight gradient", …; for floating point the operator's name."""
+    """"forward", "input gradient", "weight gradient", …; in floating point the operator, and whether backward."""
     formats: str
     bits: int
     """The wider operand's mantissa; 32 for floating point."""
@@ -92,26 +99,59 @@ class Audit:
 
     def __str__(self) -> str:
         head = ("layer", "product", "formats", "MACs", "share", "reason")
-        table = [head] + [
+        lines = [
             (row.layer, row.product, row.formats, f"{row.macs:,}", f"{row.macs / self.macs:.2%}", row.reason)
             for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                f"{c:>{w}}" if i in (3, 4) else f"{c:<{w}}" for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in table
         ]
         width = ", ".join(
             f"{'FP32' if bits == FP32 else f'{bits}-bit'} {macs / self.macs:.2%}"
             for bits, macs in self.by_width.items()
         )
-        return "\n".join(line.rstrip() for line in [*lines, f"{self.macs:,} MACs: {width or 'none'}"])
+        return "\n".join([table(head, lines, right=(3, 4)), f"{self.macs:,} MACs: {width or 'none'}"])
+
+
+def _recurrent(*args: Any, **_: Any) -> int:
+    """One layer and direction: both weight matrices meet every row of every step."""
+    x, input_weight, hidden_weight = args[:3]
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return int(rows * (input_weight.numel() + hidden_weight.numel()))
+
+
+def _trilinear(*args: Any, **_: Any) -> int:
+    tensors, expanded = args[:3], args[3:6]
+    shapes = []
+    for x, dimensions in zip(tensors, expanded, strict=True):
+        shape = list(x.shape)
+        for dimension in sorted(dimensions):
+            shape.insert(dimension, 1)
+        shapes.append(shape)
+    return prod(max(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def _convolution_in_time(x: Tensor, weight: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    return out_val.numel() * weight.shape[0] * weight.shape[1]
+
+
+_aten = torch.ops.aten
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    _aten.mv: lambda a, x, **_: a.numel(),
+    _aten.addmv: lambda y, a, x, **_: a.numel(),
+    _aten.dot: lambda x, y, **_: x.numel(),
+    _aten.vdot: lambda x, y, **_: x.numel(),
+    _aten.addr: lambda c, x, y, **_: x.numel() * y.numel(),
+    _aten.addbmm: lambda c, a, b, **_: a.numel() * b.shape[-1],
+    _aten._addmm_activation: lambda c, a, b, **_: a.numel() * b.shape[-1],
+    _aten._trilinear: _trilinear,
+    _aten.mkldnn_rnn_layer: _recurrent,
+    _aten.mkldnn_rnn_layer_backward: lambda *args, **_: 2 * _recurrent(*args),
+    _aten.conv_tbc: _convolution_in_time,
+    _aten.conv_tbc_backward: lambda dy, x, w, *_, **__: 2 * dy.numel() * w.shape[0] * w.shape[1],
+}
+"""MACs of the products that torch's counter has no formula for; one that is missing here would go unseen."""
 
 
 class _FloatProducts(TorchDispatchMode):
-    """Sees every operator; enters those that have a FLOP formula."""
+    """Sees every operator; enters those that compute products."""
 
     def __init__(self, enter: Callable[[str, int], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -122,18 +162,69 @@ class _FloatProducts(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            flops = formula(*args, **kwargs, out_val=out)
-            self.enter(func._overloadpacket.__name__, int(flops) // 2)
+        operator = func._overloadpacket
+        if operator in flop_registry:
+            self.enter(operator.__name__, int(flop_registry[operator](*args, **kwargs, out_val=out)) // 2)
+        elif operator in _FORMULAS:
+            self.enter(operator.__name__, _FORMULAS[operator](*args, **kwargs, out_val=out))
         return out
+
+
+class _Whereabouts:
+    """Which module is computing, forward or backward: the innermost last.
+
+    A module's backward begins when the gradients of its outputs are known and ends when those of its inputs are; one
+    whose inputs need no gradient stays open until another begins.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.forward: list[str] = []
+        self.backward: list[str] = []
+        self.handles: list[Any] = []
+        for name, module in model.named_modules():
+            self.handles.append(module.register_forward_pre_hook(partial(self._enter, name)))
+            self.handles.append(module.register_forward_hook(partial(self._leave, name), always_call=True))
+
+    @property
+    def now(self) -> list[str]:
+        return self.backward if torch._C._current_graph_task_id() != -1 else self.forward
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _enter(self, name: str, _module: nn.Module, inputs: Any) -> None:
+        self.now.append(name)
+        self._when_known(inputs, partial(self._close, name))
+
+    def _leave(self, name: str, _module: nn.Module, _inputs: Any, outputs: Any) -> None:
+        if self.now and self.now[-1] == name:
+            self.now.pop()
+        self._when_known(outputs, partial(self._open, name))
+
+    def _when_known(self, values: Any, action: Callable[..., None]) -> None:
+        tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor) and x.requires_grad]
+        if tensors:
+            self.handles.append(register_multi_grad_hook(tensors, action))
+
+    def _open(self, name: str, _gradients: Any) -> None:
+        # A module and the one around it may return the same tensor, whose hooks run innermost first.
+        place = len(self.backward)
+        while place and (not name or self.backward[place - 1].startswith(f"{name}.")):
+            place -= 1
+        self.backward.insert(place, name)
+
+    def _close(self, name: str, _gradients: Any) -> None:
+        if name in self.backward:
+            # Only itself: the module whose output this input was is open by now.
+            del self.backward[len(self.backward) - 1 - self.backward[::-1].index(name)]
 
 
 def audit(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None) -> Audit:
     """Counts the MACs of one training step of `model` on `inputs`, and says where they ran.
 
-    One forward and one backward pass are computed; gradients, training modes, buffers, random generators and the step
-    of random streams are as before afterwards.
+    One forward and one backward pass are computed, in training mode; gradients (of parameters and of inputs), training
+    modes, buffers, random generators and the step of random streams are as before afterwards.
 
     Args:
         model: any module, converted or not.
@@ -148,46 +239,36 @@ def audit(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
     for name, module, state in layer_states(model):
         names[id(state)] = name or type(module).__name__
         roots[id(state.root)] = state.root
-    reasons = {name: reason for root in roots.values() for name, reason in root.left.items()}
+    reasons: dict[str, str] = {}
+    for name, module in model.named_modules():
+        root: RootState | None = module.__dict__.get("hbfp_root")
+        for left, reason in (root.left if root is not None else {}).items():
+            reasons[".".join(part for part in (name, left) if part)] = reason
     counted: dict[tuple[str, str, str, int, str], int] = defaultdict(int)
-    stack: list[str] = []
+    whereabouts = _Whereabouts(model)
 
     def product(entry: ops.Product) -> None:
-        layer = (
-            names.get(id(entry.source), "functional call")
-            if isinstance(entry.source, LayerState)
-            else "functional call"
-        )
-        formats = str(entry.left) if entry.left == entry.right else f"{entry.left} x {entry.right}"
+        layer = names.get(id(entry.source), "functional call")
+        formats = str(entry.left) if entry.left == entry.right else f"{entry.left} × {entry.right}"
         counted[layer, entry.name, formats, max(entry.left.bits, entry.right.bits), ""] += entry.macs
 
     def floating(operator: str, macs: int) -> None:
-        backward = torch._C._current_graph_task_id() != -1
-        layer = "backward" if backward else (stack[-1] if stack else type(model).__name__)
-        reason = next((reasons[name] for name in reversed(stack) if reasons.get(name)), "")
-        if not reason:
-            reason = "of a product in FP32" if backward else "a functional call, or a layer that was not converted"
-        counted[layer, operator, "FP32", FP32, reason] += macs
+        inside = whereabouts.now
+        layer = (inside[-1] if inside else "") or type(model).__name__
+        reason = next((reasons[name] for name in reversed(inside) if reasons.get(name)), "")
+        if whereabouts.now is whereabouts.backward:
+            operator += ", backward"
+        counted[layer, operator, "FP32", FP32, reason or UNCONVERTED] += macs
 
     modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
+    leaves = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.is_leaf]
+    gradients = [(leaf, leaf.grad) for leaf in (*model.parameters(), *leaves)]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     steps = [(root, root.step, root.automatic) for root in roots.values()]
-    handles = []
-    for name, module in model.named_modules():
-
-        def entered(_module: nn.Module, _args: Any, name: str = name) -> None:
-            stack.append(name or type(model).__name__)
-
-        def left(_module: nn.Module, _args: Any, _out: Any) -> None:
-            stack.pop()
-
-        handles.append(module.register_forward_pre_hook(entered))
-        handles.append(module.register_forward_hook(left, always_call=True))
     ops.recorders.append(product)
     try:
-        for parameter, _ in gradients:
-            parameter.grad = None
+        for leaf, _ in gradients:
+            leaf.grad = None
         model.train()
         with torch.random.fork_rng(devices=()), torch.enable_grad(), _FloatProducts(floating):
             out = model(*inputs)
@@ -199,12 +280,11 @@ def audit(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
             total.backward()
     finally:
         ops.recorders.remove(product)
-        for handle in handles:
-            handle.remove()
+        whereabouts.remove()
         for module, training in modes:
             module.training = training
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+        for leaf, gradient in gradients:
+            leaf.grad = gradient
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

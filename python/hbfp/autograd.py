@@ -296,6 +296,16 @@ def _batch_of(*tensors: Tensor) -> torch.Size:
         raise ShapeError(f"batch dimensions do not broadcast: {shapes}") from None
 
 
+def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, no two the same object where torch.compile traces: it cannot when a function is given one twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    seen: list[Tensor] = []
+    for x in tensors:
+        seen.append(x.view_as(x) if any(x is other for other in seen) else x)
+    return tuple(seen)
+
+
 # --- the same as plain functions, with the checks that autograd's interface has no room for --------------------------
 
 
@@ -322,6 +332,7 @@ def matmul(a: Tensor, b: Tensor, recipe: Recipe, seed: int, stream: int, source:
         raise ShapeError(f"matmul takes [..., M, K] and [..., K, N]; found {tuple(a.shape)} and {tuple(b.shape)}")
     if b.dim() > 2:
         _batch_of(a, b)
+    a, b = _distinct(a, b)
     out: Tensor = MatmulFunction.apply(a, b, recipe, seed, stream, source)
     return out
 
@@ -361,6 +372,7 @@ def attention(
             raise ShapeError(f"the mask must broadcast to the scores, {scores}; found {tuple(mask.shape)}")
     if scale is None:
         scale = 1.0 / sqrt(max(q.shape[-1], 1))
+    q, k, v = _distinct(q, k, v)
     out: Tensor = AttentionFunction.apply(q, k, v, mask, causal, scale, dropout, recipe, seed, stream, source)
     return out
 

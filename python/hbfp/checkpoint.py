@@ -1,7 +1,9 @@
 """Models as packed files: converted weights as the codes that the forward product reads, everything else as it is.
 
-The codes are those of the layer's forward weight format, nearest-even, blocked along the inputs. Encoding is idempotent
-under the `max_exponent` rule: a loaded model encodes its weights to the same codes, so its outputs are the same bits.
+A loaded model must compute the same bits. It does where encoding is idempotent: a decoded weight encodes to the codes
+it came from. So a weight is packed if its layer's forward product rounds it deterministically and by an exponent rule
+other than `ceil`, and if nothing but converted layers of one format reads it (a tied embedding looks rows up in FP32);
+other weights are stored as they are.
 """
 
 from __future__ import annotations
@@ -17,20 +19,29 @@ from torch import Tensor, nn
 from hbfp.array import BlockArray, encode
 from hbfp.errors import FileError
 from hbfp.files import load, save
-from hbfp.format import HBFP, Rounding
-from hbfp.policy import layer_states
+from hbfp.format import ExponentRule, Rounding
+from hbfp.policy import OperandPolicy, layer_states
 
 __all__ = ["load_model", "save_model"]
 
 
-def _packed_formats(model: nn.Module) -> dict[int, HBFP]:
-    """Format of each converted weight, by the identity of its memory (tied weights are one)."""
-    formats: dict[int, HBFP] = {}
-    for _, module, state in layer_states(model):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            formats[id(weight)] = state.recipe.forward.formats[1]
-    return formats
+def _packed(model: nn.Module) -> dict[int, OperandPolicy]:
+    """How each weight that can be packed is encoded, by the identity of its tensor (tied weights are one)."""
+    policies: dict[int, OperandPolicy | None] = {}
+    states = {id(module): state for _, module, state in layer_states(model)}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            state = states.get(id(module))
+            policy = state.recipe.forward.right if state is not None and name == "weight" else None
+            if policies.setdefault(id(parameter), policy) != policy:
+                policies[id(parameter)] = None
+    return {key: policy for key, policy in policies.items() if policy is not None and _idempotent(policy)}
+
+
+def _idempotent(policy: OperandPolicy) -> bool:
+    return policy.rounding is not Rounding.STOCHASTIC and policy.format.exponent_rule != ExponentRule.CEIL
 
 
 def _entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -50,36 +61,47 @@ def _entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _array(tensor: Tensor) -> Any:
-    return np.from_dlpack(tensor.detach().cpu().contiguous())
+    tensor = tensor.detach().cpu()
+    # numpy has no bfloat16; float32 holds all of its values.
+    return np.from_dlpack((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).contiguous())
 
 
 def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
-    """Writes the model's state_dict with the weights of converted layers packed.
+    """Writes the model's state_dict with the weights of converted layers packed, blocked along the inputs.
 
     Args:
         path: of the file (safetensors); it appears complete or not at all.
-        model: converted by `hbfp.convert_`; at the widths in force now.
+        model: converted by `hbfp.convert_`; at the widths in force now. bfloat16 tensors are stored as float32.
 
     Raises:
         FileError: something in the state_dict is not a tensor.
         DTypeError: a plain tensor's type can't be stored.
         OSError: the file can't be written.
     """
-    formats = _packed_formats(model)
+    policies = _packed(model)
     tensors, _ = _entries(model)
     content: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        format = formats.get(id(tensor))
+        policy = policies.get(id(tensor))
         array = _array(tensor)
-        content[name] = array if format is None else encode(array, format, axis=-1, rounding=Rounding.NEAREST_EVEN)
+        content[name] = array if policy is None else encode(array, policy.format, axis=-1, rounding=policy.rounding)
     save(path, content)
 
 
-def load_model(path: str | os.PathLike[str], model: nn.Module) -> None:
+def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bool = False) -> None:
     """Reads a file written by `save_model` into `model`, in place: converted or not, of the same architecture.
 
+    Values are cast to the types that the model's tensors have.
+
+    Args:
+        path: of the file.
+        model: where it has converted layers they must compute in the formats of the file, or the outputs would be
+            others than those of the model that was saved. After a schedule, set its last step first.
+        any_format: load into layers of other formats nevertheless.
+
     Raises:
-        FileError: names or shapes of the file and the model differ (the model is as it was), or the file is broken.
+        FileError: names, shapes or formats of the file and the model differ (the model is as it was), or the file is
+            broken.
     """
     content: Mapping[str, Any] = load(path)
     tensors, _ = _entries(model)
@@ -89,6 +111,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> None:
             f"{os.fspath(path)}: expected the {len(tensors)} tensors of {type(model).__name__}; "
             f"missing {missing[:5]}, unexpected {unexpected[:5]}"
         )
+    policies = _packed(model)
     values: dict[str, Tensor] = {}
     for name, value in content.items():
         array = value.decode() if isinstance(value, BlockArray) else np.array(value)
@@ -96,6 +119,13 @@ def load_model(path: str | os.PathLike[str], model: nn.Module) -> None:
             raise FileError(
                 f"{os.fspath(path)}: {name}: expected shape {tuple(tensors[name].shape)}, as the model has it; "
                 f"found {array.shape}"
+            )
+        policy = policies.get(id(tensors[name]))
+        if isinstance(value, BlockArray) and policy is not None and value.format != policy.format and not any_format:
+            raise FileError(
+                f"{os.fspath(path)}: {name}: expected {policy.format}, in which the layer computes now; found "
+                f"{value.format}: set the schedule to the step that the model was saved at, or convert to that format, "
+                "or load with any_format=True"
             )
         values[name] = torch.from_numpy(array)
     with torch.no_grad():

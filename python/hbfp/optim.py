@@ -29,7 +29,7 @@ def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int =
 
     Args:
         optimizer: any torch optimizer, made before or after conversion.
-        model: a converted model. Weights that the optimizer does not hold are left alone.
+        model: a converted model. Weights that the optimizer does not hold (frozen ones) are left alone.
         bits: mantissa width, 2…16, sign included.
 
     Returns:
@@ -37,7 +37,7 @@ def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int =
 
     Raises:
         FormatError: `bits` is outside 2…16.
-        ConversionError: `model` has no converted layer with a weight.
+        ConversionError: `model` has no converted layer with a weight, or `optimizer` holds none of their weights.
     """
     format = HBFP(bits)
     weights: dict[int, Tensor] = {}
@@ -47,6 +47,12 @@ def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int =
             weights[id(weight)] = weight
     if not weights:
         raise ConversionError("no converted layer has a weight: call hbfp.convert_(model) before hbfp.wide_weights")
+
+    if not any(id(parameter) in weights for group in optimizer.param_groups for parameter in group["params"]):
+        raise ConversionError(
+            f"the optimizer holds none of the {len(weights)} weights of {type(model).__name__}'s converted layers: "
+            "make it of this model's parameters"
+        )
 
     def widen(optimizer: torch.optim.Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
         for group in optimizer.param_groups:

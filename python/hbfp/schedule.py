@@ -7,13 +7,14 @@ epoch or epochs. All of it is one pure function of the step, so that a resumed r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
 
 from hbfp.errors import ScheduleError
 from hbfp.format import HBFP, HBFP4, HBFP6
-from hbfp.policy import LayerState, Position, layer_states, root_states
+from hbfp.policy import LayerState, Position, Recipe, layer_states, root_states
 
 __all__ = ["Booster", "Phase", "set_step"]
 
@@ -29,6 +30,10 @@ def set_step(model: nn.Module, step: int) -> None:
     """
     for root in root_states(model):
         root.set_step(step)
+
+
+_GEOMETRY = attrgetter("block", "tile", "exponent_rule", "exponent_bits", "exponent_bias")
+"""All of a format but its width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +58,12 @@ class Booster:
         base: format of inner layers before that.
         boost: format of the first and the last layer throughout, and of all at the end.
 
+    A schedule changes widths: every operand of a layer takes the format, and keeps its rounding. Blocks and exponents
+    are the recipe's to choose, so `base` and `boost` must have those that the model was converted with.
+
     Raises:
-        ScheduleError: the total is unknown, or the boosted steps do not fit into it.
+        ScheduleError: the total is unknown, the boosted steps do not fit into it, or `base` or `boost` differ from a
+            layer's formats in more than width.
         ConversionError: the model has no converted layer.
     """
 
@@ -97,7 +106,7 @@ class Booster:
         self.boosted_from = total_steps - boosted
         self.base, self.boost = HBFP.parse(base), HBFP.parse(boost)
         self.current_step = 0
-        self._formats: dict[LayerState, HBFP] = {}
+        self._recipes: dict[LayerState, tuple[Recipe, Recipe]] = {}
         self.step(0)
 
     def is_boosted(self, step: int) -> bool:
@@ -117,13 +126,26 @@ class Booster:
         if not 0 <= global_step <= self.total_steps:
             raise ScheduleError(f"the step must be in 0…{self.total_steps}, the total given; found {global_step}")
         self.current_step = global_step
-        for _, _, state in layer_states(self.model):
+        for name, _, state in layer_states(self.model):
             if not state.pinned:
-                format = self.format_at(global_step, state.position)
-                if self._formats.get(state) != format:
-                    state.recipe = state.base.at(format)
-                    self._formats[state] = format
+                if state not in self._recipes:
+                    self._recipes[state] = self._widths(name, state.base)
+                base, boost = self._recipes[state]
+                state.recipe = boost if self.format_at(global_step, state.position) == self.boost else base
         set_step(self.model, global_step)
+
+    def _widths(self, name: str, recipe: Recipe) -> tuple[Recipe, Recipe]:
+        """A layer's recipe at the base and at the boosted width."""
+        for policy in recipe.products.values():
+            for found in policy.formats:
+                for wanted in (self.base, self.boost):
+                    if _GEOMETRY(found) != _GEOMETRY(wanted):
+                        raise ScheduleError(
+                            f"layer {name!r} was converted to {found}, from which the schedule's {wanted} differs in "
+                            "more than width: convert with the blocks and exponents you want, and give base and boost "
+                            "the same"
+                        )
+        return recipe.at(self.base), recipe.at(self.boost)
 
     def phases(self) -> tuple[Phase, ...]:
         """The phases of the run, in order; empty ones are left out."""

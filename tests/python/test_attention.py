@@ -75,3 +75,112 @@ def test_softmax_is_within_two_units_in_the_last_place():
     found = np.from_dlpack(ops.softmax(torch.tensor(x[None], dtype=torch.float32), 1.0)).view(np.uint32).ravel()
     exact = (np.exp(x) / np.exp(x).sum()).astype(np.float32).view(np.uint32)
     assert np.all(np.abs(found.astype(np.int64) - exact.astype(np.int64)) <= 2)
+
+
+STREAMS = {
+    "q": 6,
+    "k": 7,
+    "p": 8,
+    "v": 9,
+    "do for dp": 10,
+    "do for dv": 11,
+    "ds for dq": 12,
+    "ds for dk": 13,
+    "p for dv": 14,
+}
+"""Operand roles, FORMAT section 6; 15 is for Q, K and V in the backward pass."""
+
+
+def test_every_operand_draws_from_the_stream_of_its_role():
+    policy = MatmulPolicy(OperandPolicy(hbfp.HBFP4, "stochastic"), OperandPolicy(hbfp.HBFP4, "stochastic"))
+    recipe = Recipe(policy, policy, policy)
+    base, seed = (7 << 32) | (3 << 12), 5
+
+    def stochastic(a, a_axis, a_role, b, b_axis, b_role):
+        left, right = (
+            reference.encode(np.from_dlpack(t.detach().contiguous()), hbfp.HBFP4, axis, "stochastic", seed, base | role)
+            for t, axis, role in ((a, a_axis, a_role), (b, b_axis, b_role))
+        )
+        left, right = left if a_axis == -1 else left.mT, right if b_axis == -2 else right.mT
+        return torch.from_numpy(reference.matmul(left, right).copy())
+
+    q, k, v = (values(2, 5, 12, seed=i).requires_grad_() for i in range(3))
+    out = attention(q, k, v, recipe=recipe, seed=seed, stream=base)
+    do = values(*out.shape, seed=9)
+    out.backward(do)
+    p = ops.softmax(stochastic(q, -1, STREAMS["q"], k, -1, STREAMS["k"]), 1 / math.sqrt(12))
+    assert torch.equal(out, stochastic(p, -1, STREAMS["p"], v, -2, STREAMS["v"]))
+    dp = stochastic(do, -1, STREAMS["do for dp"], v, -1, 15)
+    ds = ops.softmax_backward(p, dp, 1 / math.sqrt(12))
+    assert torch.equal(v.grad, stochastic(p, -2, STREAMS["p for dv"], do, -2, STREAMS["do for dv"]))
+    assert torch.equal(q.grad, stochastic(ds, -1, STREAMS["ds for dq"], k, -2, 15))
+    assert torch.equal(k.grad, stochastic(ds, -2, STREAMS["ds for dk"], q, -2, 15))
+
+
+@pytest.mark.parametrize(
+    ("needs", "products"),
+    [
+        ("q", ["gradient of P", "gradient of Q"]),
+        ("k", ["gradient of P", "gradient of K"]),
+        ("v", ["gradient of V"]),
+        ("m", ["gradient of P"]),
+        ("qkvm", ["gradient of V", "gradient of P", "gradient of Q", "gradient of K"]),
+    ],
+)
+def test_backward_computes_only_what_is_asked_for(needs, products):
+    q, k, v, mask = (values(2, 5, 5, seed=i).requires_grad_(name in needs) for i, name in enumerate("qkvm"))
+    seen = []
+    ops.recorders.append(lambda product: seen.append(product.name))
+    try:
+        attention(q, k, v, mask, recipe="hbfp4").sum().backward()
+    finally:
+        ops.recorders.clear()
+    assert seen == ["scores", "context", *products]
+    assert [t.grad is not None for t in (q, k, v, mask)] == [name in needs for name in "qkvm"]
+
+
+def test_dropout_is_torchs_generator_and_scales_both_ways():
+    q, v = values(4, 6, 8), values(4, 6, 8, seed=1).requires_grad_()
+    torch.manual_seed(1)
+    out = attention(q, q, v, dropout_p=0.25, recipe=NEAREST)
+    torch.manual_seed(1)
+    keep = torch.empty(4, 6, 6).bernoulli_(0.75)
+    p = ops.softmax(product(q, -1, q, -1), 1 / math.sqrt(8)) * keep * (1.0 / 0.75)
+    assert torch.equal(out, product(p, -1, v, -2))
+    do = values(*out.shape, seed=3)
+    out.backward(do)
+    assert torch.equal(v.grad, product(p, -2, do, -2))
+    assert not attention(q, q, v, dropout_p=1.0, recipe=NEAREST).any()
+
+
+def test_learned_masks_and_broadcast_heads_get_torchs_gradients():
+    q, k = values(2, 4, 5, 8), values(2, 1, 5, 8, seed=1)
+    mask = values(4, 5, 5, seed=2)
+
+    def gradients(function):
+        inputs = [t.clone().requires_grad_() for t in (q, k, mask)]
+        function(inputs[0], inputs[1], inputs[1], inputs[2]).sin().sum().backward()
+        return [t.grad for t in inputs]
+
+    ours = gradients(lambda *arguments: attention(*arguments, recipe="hbfp16b64"))
+    theirs = gradients(torch.nn.functional.scaled_dot_product_attention)
+    for a, b in zip(ours, theirs, strict=True):
+        # A comparison with FP32 arithmetic: 16-bit mantissas leave about 2^-15 of the largest value of a block.
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attn_mask": torch.ones(5, 5, dtype=torch.bool), "is_causal": True},
+        {"dropout_p": 1.5},
+        {"attn_mask": torch.ones(4, 5)},
+        {"attn_mask": torch.ones(5, 5, dtype=torch.int32)},
+        {"stream": 3},
+        {"seed": -1},
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments):
+    q = values(2, 5, 8)
+    with pytest.raises(hbfp.HBFPError):
+        attention(q, q, q, recipe="hbfp4", **arguments)

@@ -94,3 +94,87 @@ def test_nothing_is_left_behind():
     assert model[0].hbfp_state.root.step == step
     assert not model.training
     assert not model[0]._forward_hooks
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.LSTM(8, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0])
+
+
+class Bilinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 6)
+        self.pair = nn.Bilinear(6, 6, 3)
+
+    def forward(self, x):
+        h = self.head(x)
+        return self.pair(h, h)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "forward", "backward"),
+    [
+        (Recurrent, (5, 2, 8), 5 * 2 * 4 * 16 * (8 + 16), 2),
+        (Bilinear, (7, 8), 7 * 3 * 6 * 6, 3),
+    ],
+)
+def test_products_without_a_formula_in_torchs_counter_are_seen(make, shape, forward, backward):
+    """They would leave an audit that says 100 % of a network that is mostly LSTM."""
+    model = make()
+    hbfp.convert_(model, "hbfp4")
+    found = hbfp.audit(model, torch.randn(*shape))
+    layer = "rnn" if make is Recurrent else "pair"
+    assert found.by_layer[layer] == (1 + backward) * forward
+    assert {row.reason for row in found.fp32} == {"not supported yet"}
+    with pytest.raises(hbfp.HBFPError, match=layer):
+        found.require(1.0)
+
+
+def test_vectors_are_products_too():
+    class Vectors(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.layer(x)
+            with torch.no_grad():
+                y[0].dot(y[1])
+                y.mv(y[0])
+            return y
+
+    model = Vectors()
+    hbfp.convert_(model, "hbfp4")
+    found = hbfp.audit(model, torch.randn(5, 8))
+    assert sum(row.macs for row in found.fp32) == 8 + 40
+
+
+def test_backward_is_entered_where_it_belongs():
+    model = nn.Sequential(
+        nn.Conv1d(4, 8, 3), nn.ReLU(), nn.Conv1d(8, 8, 1), nn.Flatten(), nn.Linear(48, 2), nn.Linear(2, 2)
+    )
+    hbfp.convert_(model, "hbfp4", rules={"5": None})
+    x = torch.randn(3, 4, 8)
+    found = hbfp.audit(model, x)
+    first, second, last = 3 * 6 * 4 * 8 * 3, 3 * 6 * 8 * 8, 3 * 2 * 2
+    assert {name: found.by_layer[name] for name in "025"} == {"0": 2 * first, "2": 3 * second, "5": 3 * last}
+    assert {row.reason for row in found.fp32 if row.layer == "5"} == {"rule '5'"}
+    outer = nn.Sequential(model)  # a converted model inside another: the reasons go with it
+    assert {row.reason for row in hbfp.audit(outer, x).fp32} == {"not supported yet", "rule '5'"}
+    hbfp.revert_(model)
+    with FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    assert found.macs == hbfp.audit(model, x).macs == counter.get_total_flops() // 2
+
+
+def test_gradients_of_inputs_are_left_alone():
+    model, x = mlp(), torch.randn(10, 16, requires_grad=True)
+    hbfp.convert_(model, "hbfp4")
+    assert hbfp.audit(model, x).by_layer["0"] == 3 * 10 * 16 * 32
+    assert x.grad is None

@@ -151,3 +151,66 @@ def test_each_training_forward_draws_new_bits_and_a_set_step_repeats_them():
     hbfp.set_step(model, 7)
     repeated = [model(x) for _ in range(2)]
     assert torch.equal(*repeated)
+
+
+def test_the_reference_backend_gives_the_same_bits():
+    from dataclasses import replace
+
+    def step(backend):
+        x, w, b = values(2, 5, 20).requires_grad_(), values(7, 20, seed=1).requires_grad_(), values(7).requires_grad_()
+        recipe = replace(hbfp.recipe("emulator"), backend=backend)
+        functional.linear(x, w, b, recipe=recipe, seed=3, stream=stream(1, 2)).square().sum().backward()
+        return [bits(t.grad) for t in (x, w, b)]
+
+    assert all(np.array_equal(a, b) for a, b in zip(step("integer"), step("reference"), strict=True))
+
+
+@pytest.mark.parametrize(
+    "shapes", [((5, 20), (2, 3, 20, 7)), ((2, 1, 5, 20), (3, 20, 7)), ((20,), (20, 7)), ((20,), (20,))]
+)
+def test_matmul_broadcasts_as_torchs(shapes):
+    a, b = (values(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
+    functional.matmul(a, b, recipe="hbfp16b64").sin().sum().backward()
+    ours = a.grad, b.grad
+    a.grad = b.grad = None
+    torch.matmul(a, b).sin().sum().backward()
+    for found, expected in zip(ours, (a.grad, b.grad), strict=True):
+        # A comparison with FP32 arithmetic: 16-bit mantissas leave about 2^-15 of the largest value of a block.
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floats_are_cast_and_their_gradients_cast_back(dtype):
+    x, w = values(3, 8).to(dtype).requires_grad_(), values(4, 8, seed=1).to(dtype).requires_grad_()
+    y = functional.linear(x, w, recipe="hbfp8")
+    assert torch.equal(y, functional.linear(x.float(), w.float(), recipe="hbfp8"))
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, w.grad.dtype) == (torch.float32, dtype, dtype)
+
+
+def test_results_are_no_views_and_may_be_changed_in_place():
+    """A view made inside a custom function must not be changed in place, and ReLU(inplace=True) does."""
+    w = values(4, 8).requires_grad_()
+    y = functional.linear(values(2, 3, 8), w, recipe="hbfp8")
+    assert not y._is_view()
+    torch.relu_(y).sum().backward()
+
+
+@pytest.mark.parametrize("batch", [(0,), (), (2, 0)])
+def test_empty_batches_and_single_vectors(batch):
+    x, w, b = values(*batch, 8).requires_grad_(), values(4, 8).requires_grad_(), values(4).requires_grad_()
+    y = functional.linear(x, w, b, recipe="hbfp8")
+    assert y.shape == (*batch, 4)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    if 0 in batch:
+        assert not w.grad.any()
+        assert not b.grad.any()
+
+
+def test_a_frozen_weight_keeps_no_activations():
+    x, w = values(3, 8).requires_grad_(), values(4, 8)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        functional.linear(x, w, recipe="hbfp8").sum()
+    assert kept == [(4, 8)]

@@ -60,3 +60,64 @@ def test_another_architecture_is_refused_and_untouched(tmp_path):
     with pytest.raises(hbfp.FileError, match="expected shape"):
         hbfp.load_model(tmp_path / "m.safetensors", narrow)
     assert torch.equal(other[1].weight, before)
+
+
+class TiedThroughNorm(nn.Module):
+    """The embedding's rows are read in FP32 and pass a norm: rounding them would show."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 64)
+        self.norm = nn.LayerNorm(64)
+        self.head = nn.Linear(64, 9, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.head(self.norm(self.embedding(x).cumsum(-1)))
+
+
+@pytest.mark.parametrize(
+    ("make", "recipe"),
+    [(TiedThroughNorm, "hbfp4"), (model, "emulator"), (model, "hbfp4b64-noclip"), (model, "hbfp4t8")],
+)
+def test_what_would_not_come_back_to_the_bit_is_not_packed(tmp_path, make, recipe):
+    """A weight that FP32 reads too, and encodings that are not idempotent."""
+    saved, loaded = make(), make()
+    for m in (saved, loaded):
+        hbfp.convert_(m, recipe)
+        m.eval()
+    x = torch.arange(9)
+    hbfp.save_model(tmp_path / "m.safetensors", saved)
+    hbfp.load_model(tmp_path / "m.safetensors", loaded)
+    assert torch.equal(loaded(x).view(torch.int32), saved(x).view(torch.int32))
+
+
+def test_formats_of_another_phase_are_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    saved, loaded = (nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))) for _ in range(2))
+    hbfp.convert_(saved, "hbfp6")
+    hbfp.convert_(loaded, "hbfp4")
+    hbfp.save_model(path, saved)
+    before = [p.clone() for p in loaded.parameters()]
+    with pytest.raises(hbfp.FileError, match="expected hbfp4b64"):
+        hbfp.load_model(path, loaded)
+    assert all(torch.equal(a, b) for a, b in zip(before, loaded.parameters(), strict=True))
+    hbfp.load_model(path, loaded, any_format=True)
+    expected = torch.from_numpy(hbfp.quantize(saved[0].weight.detach().tolist(), hbfp.HBFP6))
+    assert torch.equal(loaded[0].weight, expected)
+
+
+def test_bfloat16_buffers_and_counters_come_back(tmp_path):
+    def make():
+        return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.LayerNorm(8, dtype=torch.bfloat16))
+
+    saved, loaded = make(), make()
+    for m in (saved, loaded):
+        hbfp.convert_(m, "hbfp4")
+    nn.init.normal_(saved[2].weight)
+    saved[1](torch.randn(4, 8))
+    hbfp.save_model(tmp_path / "m.safetensors", saved)
+    hbfp.load_model(tmp_path / "m.safetensors", loaded)
+    for name in ("1.running_mean", "1.num_batches_tracked", "2.weight"):
+        assert torch.equal(saved.state_dict()[name], loaded.state_dict()[name])
+        assert saved.state_dict()[name].dtype == loaded.state_dict()[name].dtype

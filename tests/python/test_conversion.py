@@ -150,3 +150,114 @@ def test_recipes_and_streams():
     assert stream(1, 2, 3, 4) == (1 << 32) | (2 << 12) | (3 << 4) | 4
     with pytest.raises(hbfp.HBFPError, match="site"):
         stream(0, 2**20)
+
+
+def test_none_skips_a_module_by_any_of_its_names():
+    layer = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(4, 4)})
+    with pytest.raises(hbfp.RuleError, match="different things"):
+        hbfp.convert_(model, "hbfp4", rules={"b": None})
+    hbfp.convert_(model, "hbfp4", rules={"[ab]": None})
+    assert list(formats(model)) == ["c"]
+
+
+def test_none_skips_what_is_inside():
+    model = nn.ModuleDict({"encoder": Late(), "head": nn.Linear(4, 4)})
+    hbfp.convert_(model, "hbfp4", rules={"encoder": None})
+    assert list(formats(model)) == ["head"]
+
+
+def test_a_width_for_what_cannot_have_one_is_refused():
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+    with pytest.raises(hbfp.RuleError, match="no module that can be converted"):
+        hbfp.convert_(model, "hbfp4", rules={"0": hbfp.HBFP6})
+    hbfp.convert_(model, "hbfp4", rules={"0": None})
+
+
+def test_attention_reaches_into_its_children_and_so_they_stay():
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+            self.head = nn.Linear(8, 2)
+
+    model = Encoder()
+    report = hbfp.convert_(model, "hbfp4")
+    assert list(formats(model)) == ["head"]
+    assert [(row.name, row.note) for row in report.left] == [("layer", "not supported yet")]
+
+
+def test_a_lazy_layer_is_refused():
+    with pytest.raises(hbfp.ConversionError, match="no shape yet"):
+        hbfp.convert_(nn.Sequential(nn.LazyLinear(4)), "hbfp4")
+
+
+def test_nothing_to_convert_is_refused():
+    with pytest.raises(hbfp.ConversionError, match="nothing to convert"):
+        hbfp.convert_(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()))
+
+
+def test_the_trace_leaves_no_trace():
+    """Modes per module, batch statistics, generators and hooks; also when the forward pass fails."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 4))
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError):
+        hbfp.convert_(model, "hbfp4", example_inputs=torch.randn(2, 99, generator=torch.Generator()))
+    assert not formats(model)
+    hbfp.convert_(model, "hbfp4", example_inputs=torch.zeros(2, 4))
+    assert [module.training for module in model] == [True, False, True, True]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks for module in model)
+
+
+def test_first_and_last_by_name():
+    model = Late()
+    hbfp.convert_(model, "booster", first="first", last="last")
+    assert widths(model) == {"first": 6, "middle": 4, "last": 6}
+    with pytest.raises(hbfp.ConversionError, match="not among"):
+        hbfp.convert_(Late(), "booster", first="embedding")
+
+
+def test_attention_module_before_between_and_after():
+    module = hbfp.nn.DotProductAttention()
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.attention = module
+    q = torch.randn(2, 3, 5, 8)
+    plain = module(q, q, q, is_causal=True)
+    assert torch.equal(plain, nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+    hbfp.convert_(model, "hbfp4")
+    assert not torch.equal(module(q, q, q, is_causal=True), plain)
+    hbfp.revert_(model)
+    assert torch.equal(module(q, q, q, is_causal=True), plain)
+
+
+def test_a_layer_built_directly_is_adopted_and_given_back():
+    layer = hbfp.nn.Linear(8, 8, recipe="hbfp8")
+    model = nn.Sequential(layer, nn.Linear(8, 8))
+    own = layer.hbfp_state
+    hbfp.convert_(model, "hbfp4")
+    assert widths(model) == {"0": 4, "1": 4}
+    hbfp.revert_(model)
+    assert layer.hbfp_state is own
+    x = torch.randn(4, 8)
+    step = own.root.step
+    layer(x)
+    layer.eval()(x)
+    assert own.root.step == step + 1
+
+
+def test_only_training_forwards_advance_the_step_and_copies_go_their_own_way():
+    model = Late()
+    hbfp.convert_(model, "emulator")
+    other = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    x = torch.randn(2, 8)
+    model(x)
+    model(x)
+    model.eval()(x)
+    assert model.first.hbfp_state.root.step == 2
+    assert other.first.hbfp_state.root.step == 0
+    other(x)
+    assert {m.hbfp_state.root.step for m in (other.first, other.middle, other.last)} == {1}

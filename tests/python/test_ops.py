@@ -39,3 +39,72 @@ def test_compiled_products_are_bit_equal():
 def test_other_devices_and_layouts_are_refused_by_name():
     with pytest.raises(hbfp.DTypeError, match="move it with"):
         ops._run_column_sums(torch.ones(3, 3).to_sparse())
+
+
+STRIDED = {
+    "batched": (values(2, 3, 9, 5).mT, -1, "hbfp4b16", 0, 0, values(2, 3, 7, 9), -1, "hbfp4b16", 3, 2**62, 0, None),
+    "expanded": (values(4, 9).expand(2, 4, 9), -2, "hbfp4b16", 3, 0, values(2, 4, 6), -2, "hbfp8b16", 0, 0, 1, None),
+    "many rows": (values(2, 3, 9), -1, "hbfp4t4", 0, 0, values(9, 5), -2, "hbfp4t4", 0, 0, 0, values(5)),
+    "half": (values(3, 9).bfloat16(), -1, "hbfp4tensor", 0, 0, values(5, 9).double(), -1, "hbfp4tensor", 0, 0, 0, None),
+    "gradients": (values(5, 9).requires_grad_(), -1, "hbfp4b64", 0, 0, values(5, 9), -1, "hbfp4b64", 0, 0, 0, None),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered.*:UserWarning")
+def test_opcheck_of_products(name):
+    torch.library.opcheck(torch.ops.hbfp.product.default, STRIDED[name])
+
+
+def test_both_lanes_give_the_same_bits():
+    x, w = values(2, 3, 70), values(5, 70, seed=1)
+    arguments = (x, -1, w, -1, (hbfp.HBFP4, hbfp.HBFP6), (3, 3), 2**64 - 1, (2**63 + 16, 2**64 - 16), values(5))
+
+    seen = []
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        dispatched = ops.product(*arguments)
+    assert seen == ["hbfp.product.default"]
+    assert torch.equal(dispatched, ops.product(*arguments))
+
+
+def test_meta_tensors_give_shapes():
+    model = torch.nn.Linear(8, 5, device="meta")
+    hbfp.convert_(model, "hbfp4")
+    out = model(torch.empty(2, 3, 8, device="meta"))
+    assert (out.shape, out.device.type) == ((2, 3, 5), "meta")
+
+
+@pytest.mark.parametrize("recipe", ["hbfp4", "emulator"])
+def test_compiled_layers_give_the_same_bits_and_gradients(recipe):
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(70, 20), torch.nn.ReLU(), torch.nn.Linear(20, 3))
+    hbfp.convert_(model, recipe)
+    hbfp.set_step(model, 2**31 + 5)  # a stream whose signed form is negative
+    attend = hbfp.nn.DotProductAttention(recipe=recipe).eval()
+
+    def step(x):
+        h = model(x)
+        return attend(h, h, h, is_causal=True).square().sum()
+
+    def gradients(function):
+        x = values(2, 6, 70).requires_grad_()
+        model.zero_grad()
+        function(x).backward()
+        return [x.grad, *(p.grad for p in model.parameters())]
+
+    eager = gradients(step)
+    compiled = gradients(torch.compile(step, backend="aot_eager", fullgraph=True))
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+
+
+def test_a_negated_view_is_read_with_its_sign():
+    z = torch.complex(values(3, 8), values(3, 8, seed=1)).conj()
+    assert z.imag.is_neg()
+    assert torch.equal(ops.quantize(z.imag, hbfp.HBFP8), ops.quantize(-values(3, 8, seed=1), hbfp.HBFP8))

@@ -45,3 +45,11 @@ def test_a_model_that_was_not_converted_is_refused():
     model = nn.Linear(4, 4)
     with pytest.raises(hbfp.ConversionError):
         hbfp.wide_weights(torch.optim.SGD(model.parameters(), 0.1), model)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    """It would round nothing, in silence."""
+    model, other = nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4)
+    hbfp.convert_(model, "hbfp4")
+    with pytest.raises(hbfp.ConversionError, match="none of the 1 weights"):
+        hbfp.wide_weights(torch.optim.SGD(other.parameters(), 0.1), model)

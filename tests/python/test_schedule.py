@@ -81,3 +81,24 @@ def test_steps_outside_the_run_are_refused():
             booster.step(step)
     with pytest.raises(hbfp.ConversionError):
         hbfp.Booster(nn.Linear(2, 2), total_steps=10, last_fraction=0.5)
+
+
+@pytest.mark.parametrize("recipe", ["emulator", "hbfp4b16", "hbfp4t8"])
+def test_a_schedule_changes_widths_and_nothing_else(recipe):
+    """The defaults, in blocks of 64 under max_exponent, must not replace blocks and exponents that the user chose."""
+    model = converted(recipe)
+    with pytest.raises(hbfp.ScheduleError, match="more than width"):
+        hbfp.Booster(model, total_steps=10, last_fraction=0.5)
+    wider = hbfp.recipe(recipe).formats.replace("hbfp4", "hbfp6")
+    booster = hbfp.Booster(model, total_steps=10, last_fraction=0.5, base=hbfp.recipe(recipe).formats, boost=wider)
+    booster.step(9)
+    assert {m.hbfp_state.recipe.formats for m in model} == {wider}
+    assert model[1].hbfp_state.recipe.forward.roundings == hbfp.recipe(recipe).forward.roundings
+
+
+def test_two_schedules_of_one_model_do_not_remember():
+    model = converted()
+    first, second = (hbfp.Booster(model, total_steps=10, last_fraction=0.5) for _ in range(2))
+    second.step(9)
+    first.step(0)
+    assert widths(model) == [6, 4, 4, 6]

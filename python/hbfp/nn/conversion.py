@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
@@ -113,7 +114,7 @@ def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     base = next((base for base in kind.__mro__ if base in LAYERS), None)
     if base is not None:
         added = sorted(_added_methods(kind, base))
-        if not added:
+        if not added or isinstance(module, LazyModuleMixin):  # the latter is for `_refuse`
             return LAYERS[base], ""
         return None, f"subclass of {base.__name__} with its own {', '.join(added)}"
     own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
@@ -154,10 +155,13 @@ def _decide(candidates: Sequence[_Candidate], rules: Sequence[Rule], base: Recip
     """Gives every candidate its recipe, by the first rule that covers it."""
     for candidate in candidates:
         deciding = {name: next((rule for rule in rules if rule.covers(name)), None) for name in candidate.names}
-        if len({rule and rule.recipe for rule in deciding.values()}) > 1:
+        if len({base if rule is None else rule.recipe for rule in deciding.values()}) > 1:
             raise RuleError(
                 f"one module is called {candidate.name!r}, and the rules say different things of its names: "
-                + ", ".join(f"{name!r} by {rule.pattern!r}" for name, rule in deciding.items() if rule is not None)
+                + ", ".join(
+                    f"{name!r} by {'no rule' if rule is None else repr(rule.pattern)}"
+                    for name, rule in deciding.items()
+                )
             )
         rule = deciding[candidate.names[0]]
         if candidate.target is None:

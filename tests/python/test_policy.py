@@ -1,0 +1,110 @@
+"""Recipes, rules and streams: read once, refused by name, and nothing decided by accident.
+
+The bugs these hunt: a rule that matches nothing and says nothing, a `None` that does not skip, two operands whose
+blocks cannot meet, two call sites that share random bits.
+"""
+
+import copy
+import pickle
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import hbfp  # noqa: E402
+from hbfp import reference  # noqa: E402
+from hbfp.autograd import Role  # noqa: E402
+from hbfp.policy import MatmulPolicy, OperandPolicy, RootState, parse_rules, stream  # noqa: E402
+
+BASE = hbfp.recipe("hbfp4")
+
+
+def test_default_rounds_gradients_stochastically_and_nothing_else():
+    for name in ("hbfp4", "hbfp6", "hbfp8", "booster"):
+        recipe = hbfp.recipe(name)
+        assert recipe.forward.roundings == (0, 0)
+        assert recipe.input_gradient.roundings == recipe.weight_gradient.roundings == (3, 0)
+
+
+def test_the_emulators_recipe():
+    recipe = hbfp.recipe("emulator")
+    assert recipe.formats == "hbfp4b64-ceil"
+    assert all(policy.roundings == (3, 3) for policy in recipe.products.values())
+
+
+def test_formats_are_recipes_too():
+    assert hbfp.recipe("hbfp6b16") == hbfp.recipe(hbfp.HBFP(6, 16))
+    assert hbfp.recipe("hbfp6b64") == hbfp.recipe("hbfp6")
+    assert hbfp.recipe(BASE) is BASE
+
+
+def test_frozen_copied_and_pickled():
+    recipe = replace(BASE, backend="reference")
+    with pytest.raises(FrozenInstanceError):
+        recipe.backend = "integer"
+    assert copy.deepcopy(recipe) == pickle.loads(pickle.dumps(recipe)) == recipe
+    assert hash(recipe) != hash(BASE)
+
+
+def test_blocks_that_cannot_meet_are_refused():
+    with pytest.raises(hbfp.FormatError, match="cut alike"):
+        MatmulPolicy(OperandPolicy(hbfp.HBFP4), OperandPolicy(hbfp.HBFP(4, 16)))
+    mixed = MatmulPolicy(OperandPolicy(hbfp.HBFP4), OperandPolicy(hbfp.HBFP6))
+    assert mixed.bits == 6
+
+
+@pytest.mark.parametrize("change", [{"backend": "gpu"}, {"wide_weights": 17}, {"boost": "int6"}])
+def test_recipes_are_checked(change):
+    with pytest.raises(hbfp.HBFPError):
+        replace(BASE, **change)
+
+
+def test_a_pattern_covers_what_is_inside():
+    (rule,) = parse_rules({"blocks.1": None}, BASE)
+    assert rule.covers("blocks.1.mlp.up")
+    assert not rule.covers("blocks.10")
+    assert not rule.covers("blocks")
+    (rule,) = parse_rules({"re:blocks[.][02]": hbfp.HBFP6}, BASE)
+    assert rule.covers("blocks.0.up")
+    assert not rule.covers("blocks.1")
+
+
+def test_values_of_rules():
+    rules = parse_rules({"a": hbfp.HBFP6, "b": "hbfp8", "c": "booster", "d": None, "e": "hbfp6b16"}, BASE)
+    assert [str(rule.recipe) for rule in rules] == ["hbfp6b64", "hbfp8", "booster", "None", "hbfp6b16"]
+    assert [rule.pinned for rule in rules] == [True, True, False, False, True]
+    emulated = parse_rules({"a": hbfp.HBFP6}, hbfp.recipe("emulator"))
+    assert emulated[0].recipe.forward.roundings == (3, 3)  # a format changes formats
+
+
+@pytest.mark.parametrize("rules", [{"a": "int4"}, {"re:(": None}, {3: None}])
+def test_rules_that_cannot_be_read(rules):
+    with pytest.raises(hbfp.RuleError):
+        parse_rules(rules, BASE)
+
+
+@pytest.mark.parametrize("parts", [(0, 0, 0, 0), (1, 2, 3, 4), (2**32 - 1, 2**20 - 1, 255, 15), (0, 0, 257, 1)])
+def test_streams_are_those_of_the_oracle(parts):
+    assert stream(*parts) == reference.stream_number(*parts)
+
+
+@pytest.mark.parametrize("parts", [(2**32, 0), (-1, 0), (0, 2**20), (0, 0, 0, 16)])
+def test_parts_that_do_not_fit_a_stream(parts):
+    with pytest.raises(hbfp.HBFPError, match="must be in"):
+        stream(*parts)
+
+
+def test_every_role_is_its_own():
+    assert sorted(Role) == list(range(16))
+
+
+def test_the_step_wraps_and_a_set_step_stays():
+    root = RootState(step=2**32 - 1)
+    root.advance()
+    assert root.step == 0
+    root.set_step(5)
+    root.advance()
+    assert root.step == 5
+    with pytest.raises(hbfp.HBFPError, match="step"):
+        root.set_step(2**32)
