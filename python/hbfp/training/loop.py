@@ -214,8 +214,10 @@ def train(
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Within, the first Ctrl-C is noted (the value asked for tells) and the second raises as usual."""
     noted = False
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: noted  # only the main thread is given signals
+    # Only the main thread is given signals; and who started us in the background asked that Ctrl-C be ignored.
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield lambda: noted
         return
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -223,7 +225,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         noted = True
         signal.signal(signal.SIGINT, before)
 
-    before = signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield lambda: noted
     finally:
