@@ -4,6 +4,10 @@ The bugs these hunt: an operand encoded along the wrong reduction, a random stre
 for, bits that depend on threads or on recomputation.
 """
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -214,3 +218,27 @@ def test_a_frozen_weight_keeps_no_activations():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         functional.linear(x, w, recipe="hbfp8").sum()
     assert kept == [(4, 8)]
+
+
+FORKED = """
+import os, signal
+import numpy as np
+import torch
+torch.set_num_threads(2)
+torch.mm(torch.randn(800, 800), torch.randn(800, 800))  # torch's threads exist, hbfp has used none yet
+import hbfp.nn.functional
+x, w = torch.ones(512, 1024), torch.ones(512, 1024)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    y = hbfp.nn.functional.linear(x, w, recipe="hbfp4")
+    os._exit(0 if (np.from_dlpack(y) == 1024).all() else 1)  # by numpy: torch's own threads do hang here
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_does_not_wait_for_its_parents_threads():
+    """The first product in a child, after torch's OpenMP threads were started in the parent, hung."""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

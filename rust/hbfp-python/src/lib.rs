@@ -9,11 +9,13 @@ mod product;
 mod run;
 mod view;
 
-use pyo3::prelude::*;
+use pyo3::pymodule;
 
 /// The compiled core of the Python package.
 #[pymodule(gil_used = false)]
 mod _core {
+    use pyo3::prelude::*;
+
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "a Python dunder name")]
     const __version__: &str = env!("CARGO_PKG_VERSION");
@@ -32,4 +34,10 @@ mod _core {
     use crate::run::info;
     #[pymodule_export]
     use crate::view::set_tensor_type;
+
+    #[pymodule_init]
+    fn init(_module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::run::remember_process();
+        Ok(())
+    }
 }

@@ -31,6 +31,11 @@ enum Threading {
 }
 static THREADING: OnceLock<Result<Threading, String>> = OnceLock::new();
 
+/// Called when the module is loaded: first use would be too late, it may come in a forked child.
+pub(crate) fn remember_process() {
+    let _ = HOME.set(std::process::id());
+}
+
 fn kernels() -> PyResult<&'static Kernels> {
     let kernels = KERNELS.get_or_init(|| match std::env::var("HBFP_LEVEL") {
         Ok(name) if !name.is_empty() => Level::request(&name).map(Kernels::of),
@@ -96,7 +101,7 @@ fn choose(threads: usize) -> PyResult<Chosen> {
         return Ok(Chosen::Serial);
     }
     #[cfg(target_os = "linux")]
-    if threading != Threading::Own && *HOME.get_or_init(std::process::id) == std::process::id() {
+    if threading != Threading::Own && HOME.get() == Some(&std::process::id()) {
         if let Some(openmp) = OPENMP.get() {
             return Ok(Chosen::OpenMp(openmp));
         }
