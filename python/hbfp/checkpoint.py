@@ -44,20 +44,17 @@ def _idempotent(policy: OperandPolicy) -> bool:
     return policy.rounding is not Rounding.STOCHASTIC and policy.format.exponent_rule != ExponentRule.CEIL
 
 
-def _entries(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of the state_dict under their first name, and for further names of the same tensor the first one."""
-    first: dict[int, str] = {}
+def _entries(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the state_dict; one that has several names under the first of them."""
+    seen: set[int] = set()
     tensors: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise FileError(f"{name}: expected a tensor in the state_dict; found {type(value).__name__}")
-        if id(value) in first:
-            tied[name] = first[id(value)]
-        else:
-            first[id(value)] = name
+        if id(value) not in seen:
+            seen.add(id(value))
             tensors[name] = value
-    return tensors, tied
+    return tensors
 
 
 def _array(tensor: Tensor) -> Any:
@@ -79,7 +76,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
         OSError: the file can't be written.
     """
     policies = _packed(model)
-    tensors, _ = _entries(model)
+    tensors = _entries(model)
     content: dict[str, Any] = {}
     for name, tensor in tensors.items():
         policy = policies.get(id(tensor))
@@ -104,7 +101,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bo
             broken.
     """
     content: Mapping[str, Any] = load(path)
-    tensors, _ = _entries(model)
+    tensors = _entries(model)
     missing, unexpected = sorted(tensors.keys() - content.keys()), sorted(content.keys() - tensors.keys())
     if missing or unexpected:
         raise FileError(

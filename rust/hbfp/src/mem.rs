@@ -1,5 +1,4 @@
-//! Aligned buffers and shared writes to disjoint places: the only raw-pointer code outside `crate::arch` and the
-//! two drivers.
+//! Aligned buffers, and shared writes to disjoint places by the tasks of a team.
 #![allow(unsafe_code, reason = "allocation with an alignment, and writes by several threads to parts of one buffer")]
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
