@@ -902,3 +902,84 @@ def bias_gradient(dy: ArrayLike) -> NDArray[np.float32]:
             total = float32_add(total, partial)
         result[j] = total
     return _floats(result)
+
+
+# --- softmax (6.13) --------------------------------------------------------------------------------------------------
+
+_NEGATIVE_INFINITY = SIGN | INFINITY
+_LOG2_E = round_to_float32(Fraction("1.44269504"))
+_LN2_HIGH = round_to_float32(Fraction("0.693359375"))
+_LN2_LOW = round_to_float32(Fraction("-2.12194440e-4"))
+_EXP_COEFFICIENTS = [round_to_float32(Fraction(1, n)) for n in (5040, 720, 120, 24, 6, 2, 1, 1)]
+_EXP_LEAST = -87
+_PARTIAL_SUMS = 16
+
+
+def float32_multiply(a: int, b: int) -> int:
+    """The float32 product of two finite bit patterns."""
+    product = float32_value(a) * float32_value(b)
+    return (a ^ b) & SIGN if product == 0 else round_to_float32(product)
+
+
+def _subtract(a: int, b: int) -> int:
+    return float32_add(a, b ^ SIGN)
+
+
+def _exponential(u: int) -> int:
+    """exp of u, which is not above 0."""
+    if not _is_finite(u) or float32_value(u) < _EXP_LEAST:
+        return 0
+    n = _round_half_even(float32_value(float32_multiply(u, _LOG2_E)))
+    n_pattern = round_to_float32(n)
+    r = _subtract(_subtract(u, float32_multiply(n_pattern, _LN2_HIGH)), float32_multiply(n_pattern, _LN2_LOW))
+    p = _EXP_COEFFICIENTS[0]
+    for c in _EXP_COEFFICIENTS[1:]:
+        p = float32_add(float32_multiply(p, r), c)
+    return float32_multiply(p, round_to_float32(_power_of_two(n)))
+
+
+def _sum_of_row(patterns: Sequence[int]) -> int:
+    partial = [0] * _PARTIAL_SUMS
+    for j, pattern in enumerate(patterns):
+        partial[j % _PARTIAL_SUMS] = float32_add(partial[j % _PARTIAL_SUMS], pattern)
+    for half in (8, 4, 2, 1):
+        for i in range(half):
+            partial[i] = float32_add(partial[i], partial[i + half])
+    return partial[0]
+
+
+def softmax(scores: ArrayLike, scale: float = 1) -> NDArray[np.float32]:
+    """Row softmax of scores · scale over the last dimension; scores are float32 and may be -inf, inf or NaN."""
+    patterns = _float32_patterns(scores)
+    factor = int(_float32_patterns(np.float32(scale)).item())
+    rows = _as_rows(patterns)
+    for i in range(rows.shape[0]):
+        row = [x if not _is_finite(x) else float32_multiply(x, factor) for x in rows[i].tolist()]
+        if any(_is_nan(x) or x == INFINITY for x in row):
+            rows[i] = CANONICAL_NAN
+            continue
+        finite = [x for x in row if _is_finite(x)]
+        if not finite:
+            rows[i] = 0
+            continue
+        top = max(finite, key=float32_value)
+        powers = [_exponential(x if not _is_finite(x) else _subtract(x, top)) for x in row]
+        total = float32_value(_sum_of_row(powers))
+        rows[i] = [round_to_float32(Fraction(float32_value(e), total)) for e in powers]
+    return _floats(rows.reshape(patterns.shape))
+
+
+def softmax_backward(p: ArrayLike, dp: ArrayLike, scale: float = 1) -> NDArray[np.float32]:
+    """Gradient of `softmax` for its scores, (p · (dp - sum of p · dp)) · scale, all finite."""
+    shape = np.shape(p)
+    factor = int(_float32_patterns(np.float32(scale)).item())
+    p_rows, dp_rows = _as_rows(_float32_patterns(p)), _as_rows(_float32_patterns(dp))
+    result = np.zeros(p_rows.shape, np.uint32)
+    for i in range(p_rows.shape[0]):
+        weights, gradients = p_rows[i].tolist(), dp_rows[i].tolist()
+        total = _sum_of_row([float32_multiply(a, b) for a, b in zip(weights, gradients, strict=True)])
+        result[i] = [
+            float32_multiply(float32_multiply(a, _subtract(b, total)), factor)
+            for a, b in zip(weights, gradients, strict=True)
+        ]
+    return _floats(result.reshape(shape))

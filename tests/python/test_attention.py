@@ -184,3 +184,23 @@ def test_what_does_not_fit_is_refused(arguments):
     q = values(2, 5, 8)
     with pytest.raises(hbfp.HBFPError):
         attention(q, q, q, recipe="hbfp4", **arguments)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 16, 17, 40])
+def test_softmax_and_its_derivative_equal_the_oracle(columns):
+    """A level, a sum order or an exponential of its own: clause 6.13 of the specification by exact arithmetic."""
+    scores = values(4, columns, seed=columns) * torch.tensor([[0.1], [3.0], [40.0], [1.0]])
+    scores[3, columns // 2 :] = float("-inf")
+    p = ops.softmax(scores, 0.7)
+    expected = reference.softmax(np.from_dlpack(scores), 0.7)
+    assert np.array_equal(np.from_dlpack(p).view(np.uint32), expected.view(np.uint32))
+    dp = values(4, columns, seed=columns + 1)
+    ds = np.from_dlpack(ops.softmax_backward(p, dp, 0.7))
+    expected = reference.softmax_backward(np.from_dlpack(p), np.from_dlpack(dp), 0.7)
+    assert np.array_equal(ds.view(np.uint32), expected.view(np.uint32))
+
+
+def test_softmax_of_what_is_not_finite():
+    scores = torch.tensor([[float("-inf")] * 3, [0.0, float("inf"), 1.0], [0.0, float("nan"), 1.0]])
+    expected = reference.softmax(np.from_dlpack(scores))
+    assert np.array_equal(np.from_dlpack(ops.softmax(scores, 1.0)).view(np.uint32), expected.view(np.uint32))

@@ -71,7 +71,7 @@ def test_the_vectors_are_not_stale():
 
 def test_a_changed_a_missing_and_a_strange_file_are_found(tmp_path):
     """The guard itself: a check that is never red guards nothing."""
-    assert len(vectors.generate(tmp_path)) == 6
+    assert len(vectors.generate(tmp_path)) == 7
     assert vectors.check(tmp_path) == []
     philox = tmp_path / "philox.json"
     philox.write_text(philox.read_text(encoding="utf-8").replace("6627e8d5", "6627e8d6"), encoding="utf-8")
@@ -301,3 +301,15 @@ def test_bias_gradient(case):
     assert patterns(out) == case["db"]
     _core.column_sums(floats(case["dy"], shape), out, 3)
     assert patterns(out) == case["db"]
+
+
+@cases("softmax")
+def test_softmax(case):
+    scores, (scale,) = floats(case["scores"], case["shape"]), floats(case["scale"], [1])
+    p = np.empty_like(scores)
+    _core.softmax(scores, p, float(scale), False, None, 1)
+    assert patterns(p) == case["p"]
+    if "ds" in case:
+        ds = np.empty_like(scores)
+        _core.softmax_backward(p, floats(case["dp"], case["shape"]), ds, float(scale), 1)
+        assert patterns(ds) == case["ds"]

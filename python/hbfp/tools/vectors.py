@@ -57,6 +57,7 @@ FLAGS = {
     "ShortTail": "The last block of a line is shorter: its exponent and its bytes are its own (4.1, 7.2).",
     "SlowScale": "A term that is not exact in float32: |D| above 2^24, or a result at the far ends of the range (5.4).",
     "StochasticColumnAxis": "Blocks across the rows draw the same bits as blocks along them (3.9).",
+    "Softmax": "The row softmax and its derivative: the exponential, 16 partial sums, one rounding each (6.13).",
     "StreamRoles": "Each operand of a training step draws from the stream of its own role (6.3, 6.4).",
     "Subnormal": "float32 subnormals are read as they are; the smallest step is 2^-127 (2.6, 2.7).",
     "TieAway": "A value half-way between two codes goes away from zero (3.3).",
@@ -854,6 +855,40 @@ def _bias_gradient_case(name: str, flags: list[str], words: NDArray[np.uint32]) 
     }
 
 
+# ------------------------------------------------------------------------------------------------------------ softmax
+
+
+def _softmax() -> Iterator[Case]:
+    for columns in (1, 2, 15, 16, 17, 40):
+        draw = _Draw(f"softmax/columns-{columns}")
+        yield _softmax_case(f"columns-{columns}", ["Softmax"], draw.patterns((2, columns), -6, 3))
+    # Around the least argument of the exponential, -87, which is 0x42AE0000 below the largest.
+    edge = np.array([[0, 0xC2ADFFFF, 0xC2AE0000, 0xC2AE0001, 0xC2B00000, 0x80000000]], np.uint32)
+    yield _softmax_case("least-argument", ["NegZero", "Softmax"], edge)
+    masked = np.array([[0x3F800000, 0xFF800000, 0], [0xFF800000] * 3, [0xFF800000, 0xC0000000, 0xFF800000]], np.uint32)
+    yield _softmax_case("masked", ["Softmax"], masked)
+    ends = np.array([[0, 0x7F800000, 0], [0, 0xFFC12345, 0]], np.uint32)
+    yield _softmax_case("not-finite", ["CanonicalNaN", "Softmax"], ends)
+
+
+def _softmax_case(name: str, flags: list[str], words: NDArray[np.uint32]) -> Case:
+    scale = float(np.float32(0.35))
+    p = reference.softmax(words.view(np.float32), scale)
+    case: Case = {
+        "name": name,
+        "flags": flags,
+        "shape": list(words.shape),
+        "scale": _hex(np.array([scale], np.float32)),
+        "scores": _hex(words),
+        "p": _hex(p),
+    }
+    if "CanonicalNaN" not in flags:
+        dp = _Draw(f"softmax/gradient/{name}").patterns(words.shape, -4, 2)
+        ds = reference.softmax_backward(p, dp.view(np.float32), scale)
+        case |= {"dp": _hex(dp), "ds": _hex(ds)}
+    return case
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 _TOPICS: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
@@ -866,6 +901,7 @@ _TOPICS: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
         "One step of a linear layer: y = x·wT + bias, dx = dy·w, dw = dyT·x; and bias gradients.",
         _training,
     ),
+    "softmax.json": ("p = softmax(scores · scale) by rows, and ds from dp.", _softmax),
 }
 
 
