@@ -189,6 +189,21 @@ impl BlockFormat {
         (scale + EXPONENT_OFFSET) as u8
     }
 
+    /// For normal `amax` the exponent is floor(log2) of its bits after adding the first number, plus the second: what
+    /// [`Self::exponent_code`] decides by comparisons, as one addition that carries into the exponent field.
+    pub(crate) fn exponent_carry(&self) -> (i32, i32) {
+        match self.rule {
+            ExponentRule::MaxExponent => (0, 1),
+            ExponentRule::Ceil => (0x7F_FFFF, 0),
+            ExponentRule::NoClip => (1 << (24 - i32::from(self.bits)), 1),
+        }
+    }
+
+    /// Smallest and largest scale exponent.
+    pub(crate) fn scale_range(&self) -> [i32; 2] {
+        [self.min_scale(), self.max_scale()]
+    }
+
     /// Length of the blocks along a reduction of `k` elements when this format takes part in a product.
     #[must_use]
     pub fn block_along(&self, k: usize) -> usize {

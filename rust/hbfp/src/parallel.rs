@@ -3,7 +3,7 @@
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// Something that runs `body(worker)` for `worker` in `0..workers`, possibly at once, and returns when all are done.
@@ -16,30 +16,55 @@ pub trait Team: Sync {
     fn name(&self) -> &'static str;
 }
 
+/// Tasks numbered from 0, run as `task(worker, index)`.
+#[derive(Clone, Copy)]
+pub(crate) struct Stage<'a> {
+    pub(crate) tasks: usize,
+    pub(crate) task: &'a (dyn Fn(usize, usize) + Sync),
+}
+
 /// Runs `task(worker, index)` for all indices below `tasks` on at most `workers` threads of `team`, in the default
 /// floating-point mode. A panic of a task is passed on when all workers have stopped.
 pub(crate) fn for_each_task(team: &dyn Team, workers: usize, tasks: usize, task: &(dyn Fn(usize, usize) + Sync)) {
-    let workers = workers.min(tasks);
+    for_each_stage(team, workers, &[Stage { tasks, task }]);
+}
+
+/// Runs stages one after the other in a single region of the team: a stage begins when the one before has ended.
+pub(crate) fn for_each_stage<const N: usize>(team: &dyn Team, workers: usize, stages: &[Stage<'_>; N]) {
+    let most = stages.iter().map(|stage| stage.tasks).max().unwrap_or(0);
+    let workers = workers.min(most);
     if workers <= 1 {
         let _mode = DefaultFloatMode::enter();
-        (0..tasks).for_each(|i| task(0, i));
+        for stage in stages {
+            (0..stage.tasks).for_each(|i| (stage.task)(0, i));
+        }
         return;
     }
-    let next = AtomicUsize::new(0);
+    // Tasks handed out and tasks done, by stage.
+    let next: [AtomicUsize; N] = std::array::from_fn(|_| AtomicUsize::new(0));
+    let done: [AtomicUsize; N] = std::array::from_fn(|_| AtomicUsize::new(0));
+    let stopped = AtomicBool::new(false);
     let panic: Mutex<Option<Box<dyn Any + Send>>> = Mutex::new(None);
     team.run(workers, &|worker| {
         let _mode = DefaultFloatMode::enter();
         let run = || {
-            loop {
-                let index = next.fetch_add(1, Ordering::Relaxed);
-                if index >= tasks {
-                    break;
+            for (i, stage) in stages.iter().enumerate() {
+                // Only tasks that some worker has begun are waited for, so a team of fewer workers ends as well.
+                if i > 0 && !wait_for(&done[i - 1], stages[i - 1].tasks, &stopped) {
+                    return;
                 }
-                task(worker, index);
+                loop {
+                    let index = next[i].fetch_add(1, Ordering::Relaxed);
+                    if index >= stage.tasks || stopped.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    (stage.task)(worker, index);
+                    done[i].fetch_add(1, Ordering::Release);
+                }
             }
         };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(run)) {
-            next.store(tasks, Ordering::Relaxed);
+            stopped.store(true, Ordering::Relaxed);
             *panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
         }
     });
@@ -47,6 +72,20 @@ pub(crate) fn for_each_task(team: &dyn Team, workers: usize, tasks: usize, task:
     if let Some(payload) = payload {
         resume_unwind(payload);
     }
+}
+
+/// Waits until `done` has reached `tasks`; false if a worker has stopped before.
+fn wait_for(done: &AtomicUsize, tasks: usize, stopped: &AtomicBool) -> bool {
+    let mut spins = 0u32;
+    while done.load(Ordering::Acquire) < tasks {
+        if stopped.load(Ordering::Relaxed) {
+            return false;
+        }
+        spins += 1;
+        // The tasks left over take microseconds, unless the scheduler took a worker's core away.
+        if spins < 10_000 { std::hint::spin_loop() } else { std::thread::yield_now() }
+    }
+    true
 }
 
 /// The calling thread alone.

@@ -1,6 +1,8 @@
 //! One table of kernels per level: the generic algorithms compiled for its instructions.
 
-use super::generic::encode::{NEAREST_AWAY, NEAREST_EVEN, STOCHASTIC, Scaling, TOWARD_ZERO};
+use super::generic::encode::{
+    BlockPlace, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, STRIP, Scaling, TOWARD_ZERO,
+};
 use super::generic::philox::Counters;
 use super::generic::product::Correction;
 use super::level::Level;
@@ -9,8 +11,10 @@ use crate::rng::Seed;
 /// C tile += A panel · B panel; conditions as for [`super::generic::product::tile_dot4`].
 pub(crate) type TileFn = unsafe fn(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: *mut f32);
 type QuantizeRow = unsafe fn(*const f32, usize, Scaling, f32, *const u16, *mut f32);
-type RoundStrip = unsafe fn(*const f32, usize, *const f32, f32, *const u16, *mut i32, *mut i32);
-type RoundRow<T, R> = unsafe fn(*const f32, usize, Scaling, *const u16, *mut T) -> R;
+type RoundRow = unsafe fn(*const f32, usize, Scaling, *const u16, *mut i16);
+type EncodeRows = unsafe fn(&[*const f32; 4], usize, &[*const u16; 4], &PanelCoding, &BlockPlace) -> bool;
+type EncodeStrip =
+    unsafe fn(*const f32, *const u16, *const i32, &PanelCoding, &[BlockPlace; STRIP / 8]) -> u32;
 
 /// A tile kernel and the products it is exact for.
 #[derive(Debug)]
@@ -18,8 +22,8 @@ pub(crate) struct TileKernel {
     pub(crate) correction: Correction,
     /// Whether sums stay exact: steps of a block, largest code of the left, width of the right operand.
     pub(crate) fits: fn(steps: usize, left_max: i32, right_bits: u8) -> bool,
-    /// The function for blocks of this many steps.
-    pub(crate) for_steps: fn(steps: usize) -> TileFn,
+    /// The function for blocks of this many steps and at least the first rows of a panel.
+    pub(crate) for_block: fn(steps: usize, rows: usize) -> TileFn,
 }
 
 /// The kernels of a level. Conditions of the functions stand at the generic algorithms of the same names.
@@ -30,13 +34,16 @@ pub struct Kernels {
     pub(crate) columns: usize,
     /// In order of preference; the last one fits everything the fast path admits.
     pub(crate) tiles: &'static [TileKernel],
+    /// The same straight from nibbles.
+    pub(crate) nibble_tiles: &'static [TileKernel],
+    pub(crate) unpack_nibbles: unsafe fn(blocks: usize, steps: usize, b: *const u8, out: *mut u8),
     pub(crate) amax_row: unsafe fn(*const f32, usize) -> u32,
     /// Indexed by rounding.
-    pub(crate) round_row_i8: [RoundRow<i8, [i32; 2]>; 4],
-    pub(crate) round_row_i16: [RoundRow<i16, ()>; 4],
+    pub(crate) round_row_i16: [RoundRow; 4],
     pub(crate) quantize_row: [QuantizeRow; 4],
     pub(crate) stage_strip: unsafe fn(*const f32, isize, usize, *mut f32, *mut i32),
-    pub(crate) round_strip: [RoundStrip; 4],
+    pub(crate) encode_rows: [EncodeRows; 4],
+    pub(crate) encode_strip: [EncodeStrip; 4],
     pub(crate) fill_random: unsafe fn(Seed, Counters, *mut u16),
     pub(crate) softmax_row: unsafe fn(*mut f32, usize),
     pub(crate) softmax_backward_row: unsafe fn(*const f32, *mut f32, usize, f32),
@@ -75,6 +82,14 @@ impl Kernels {
 }
 
 const DOT4: fn(usize, i32, u8) -> bool = |_, _, _| true;
+const WIDE: fn(usize, i32, u8) -> bool = DOT4;
+const SEGMENTS8: fn(usize, i32, u8) -> bool = |_, left_max, right_bits| segment_fits(8, left_max, right_bits);
+const SEGMENTS2: fn(usize, i32, u8) -> bool = |_, left_max, right_bits| segment_fits(2, left_max, right_bits);
+
+const fn segment_fits(steps: i64, left_max: i32, right_bits: u8) -> bool {
+    2 * steps * ((1i64 << right_bits) - 1) * (left_max as i64) < 1 << 15
+}
+
 const HALVES: fn(usize, i32, u8) -> bool = |steps, left_max, right_bits| {
     let right_max = (1i64 << (right_bits - 1)) - 1;
     let (steps, left_max) = (steps as i64, i64::from(left_max));
@@ -83,7 +98,29 @@ const HALVES: fn(usize, i32, u8) -> bool = |steps, left_max, right_bits| {
 
 /// Compiles the generic algorithms for one token: typed shells, and the table that lists them.
 macro_rules! kernels {
-    ($name:ident, $level:expr, $token:ty, $make:expr, [$($tile:ident $correction:ident $fits:ident),+], $attribute:tt) => {
+    // Inner rules: the attribute reaches each function as one token.
+    (@tiles $make:expr, $attribute:tt, $($tile:ident)+) => {
+        $(kernels!(@tile $make, $attribute, $tile);)+
+    };
+    (@tile $make:expr, $attribute:tt, $tile:ident) => {
+        fn $tile(steps: usize, rows: usize) -> TileFn {
+            #$attribute
+            unsafe fn run<const STEPS: usize, const ROWS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: *mut f32) {
+                unsafe { product::$tile::<_, STEPS, ROWS>($make, blocks, steps, a, b, c) }
+            }
+            match (steps, rows) {
+                (16, 1) => run::<16, 1>,
+                (_, 1) => run::<0, 1>,
+                (_, 2) => run::<0, 2>,
+                (4, _) => run::<4, 4>,
+                (8, _) => run::<8, 4>,
+                (16, _) => run::<16, 4>,
+                _ => run::<0, 4>,
+            }
+        }
+    };
+    ($name:ident, $level:expr, $token:ty, $make:expr, [$($tile:ident $correction:ident $fits:ident),+],
+     [$($nibbles:ident $nibbles_correction:ident $nibbles_fit:ident),+], $attribute:tt) => {
         pub(crate) mod $name {
             #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
             use super::*;
@@ -93,39 +130,30 @@ macro_rules! kernels {
             pub(crate) static KERNELS: Kernels = Kernels {
                 level: $level,
                 columns: 2 * <$token>::LANES,
-                tiles: &[$(TileKernel { correction: Correction::$correction, fits: $fits, for_steps: $tile }),+],
+                tiles: &[$(TileKernel { correction: Correction::$correction, fits: $fits, for_block: $tile }),+],
+                nibble_tiles: &[
+                    $(TileKernel { correction: Correction::$nibbles_correction, fits: $nibbles_fit, for_block: $nibbles }),+
+                ],
+                unpack_nibbles,
                 amax_row,
-                round_row_i8: [round_row_i8::<NEAREST_EVEN>, round_row_i8::<NEAREST_AWAY>, round_row_i8::<TOWARD_ZERO>, round_row_i8::<STOCHASTIC>],
                 round_row_i16: [round_row_i16::<NEAREST_EVEN>, round_row_i16::<NEAREST_AWAY>, round_row_i16::<TOWARD_ZERO>, round_row_i16::<STOCHASTIC>],
                 quantize_row: [quantize_row::<NEAREST_EVEN>, quantize_row::<NEAREST_AWAY>, quantize_row::<TOWARD_ZERO>, quantize_row::<STOCHASTIC>],
                 stage_strip,
-                round_strip: [round_strip::<NEAREST_EVEN>, round_strip::<NEAREST_AWAY>, round_strip::<TOWARD_ZERO>, round_strip::<STOCHASTIC>],
+                encode_rows: [encode_rows::<NEAREST_EVEN>, encode_rows::<NEAREST_AWAY>, encode_rows::<TOWARD_ZERO>, encode_rows::<STOCHASTIC>],
+                encode_strip: [encode_strip::<NEAREST_EVEN>, encode_strip::<NEAREST_AWAY>, encode_strip::<TOWARD_ZERO>, encode_strip::<STOCHASTIC>],
                 fill_random,
                 softmax_row,
                 softmax_backward_row,
             };
 
-            $(
-                fn $tile(steps: usize) -> TileFn {
-                    #$attribute
-                    unsafe fn run<const STEPS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: *mut f32) {
-                        unsafe { product::$tile::<_, STEPS>($make, blocks, steps, a, b, c) }
-                    }
-                    match steps {
-                        4 => run::<4>,
-                        8 => run::<8>,
-                        16 => run::<16>,
-                        _ => run::<0>,
-                    }
-                }
-            )+
+            kernels!(@tiles $make, $attribute, $($tile)+ $($nibbles)+);
+            #$attribute
+            unsafe fn unpack_nibbles(blocks: usize, steps: usize, b: *const u8, out: *mut u8) {
+                unsafe { product::unpack_nibbles($make, blocks, steps, b, out) }
+            }
             #$attribute
             unsafe fn amax_row(x: *const f32, n: usize) -> u32 {
                 unsafe { encode::amax_row($make, x, n) }
-            }
-            #$attribute
-            unsafe fn round_row_i8<const R: u8>(x: *const f32, n: usize, q: Scaling, r: *const u16, out: *mut i8) -> [i32; 2] {
-                unsafe { encode::round_row_i8::<_, R>($make, x, n, q, r, out) }
             }
             #$attribute
             unsafe fn round_row_i16<const R: u8>(x: *const f32, n: usize, q: Scaling, r: *const u16, out: *mut i16) {
@@ -140,10 +168,16 @@ macro_rules! kernels {
                 unsafe { encode::stage_strip($make, x, stride, n, staging, amax) }
             }
             #$attribute
-            unsafe fn round_strip<const R: u8>(
-                staging: *const f32, steps: usize, inverse: *const f32, limit: f32, random: *const u16, words: *mut i32, sums: *mut i32,
-            ) {
-                unsafe { encode::round_strip::<_, R>($make, staging, steps, inverse, limit, random, words, sums) }
+            unsafe fn encode_rows<const R: u8>(
+                x: &[*const f32; 4], n: usize, random: &[*const u16; 4], coding: &PanelCoding, place: &BlockPlace,
+            ) -> bool {
+                unsafe { encode::encode_rows::<_, R>($make, x, n, random, coding, place) }
+            }
+            #$attribute
+            unsafe fn encode_strip<const R: u8>(
+                staging: *const f32, random: *const u16, amax: *const i32, coding: &PanelCoding, places: &[BlockPlace; STRIP / 8],
+            ) -> u32 {
+                unsafe { encode::encode_strip::<_, R>($make, staging, random, amax, coding, places) }
             }
             #$attribute
             unsafe fn fill_random(seed: Seed, counters: Counters, out: *mut u16) {
@@ -161,17 +195,19 @@ macro_rules! kernels {
     };
 }
 
-kernels!(scalar, Level::Scalar, crate::arch::scalar::Scalar<8>, crate::arch::scalar::Scalar::<8>, [tile_dot4 Total DOT4], [inline]);
+kernels!(scalar, Level::Scalar, crate::arch::scalar::Scalar<8>, crate::arch::scalar::Scalar::<8>, [tile_dot4 Total DOT4],
+    [nibbles_dot4 Total DOT4], [inline]);
 #[cfg(target_arch = "x86_64")]
 kernels!(
     avx2, Level::Avx2, crate::arch::x86_64::avx2::Avx2, crate::arch::x86_64::avx2::Avx2::assume(),
-    [tile_halves Halves HALVES, tile_dot4 Total DOT4], [target_feature(enable = "avx2")]
+    [tile_halves Halves HALVES, tile_segments8 Total SEGMENTS8, tile_segments2 Total SEGMENTS2, tile_wide Wide WIDE],
+    [nibbles_halves Halves HALVES], [target_feature(enable = "avx2")]
 );
 #[cfg(target_arch = "x86_64")]
 kernels!(
     avx512vnni, Level::Avx512Vnni, crate::arch::x86_64::avx512vnni::Avx512Vnni,
     crate::arch::x86_64::avx512vnni::Avx512Vnni::assume(),
-    [tile_dot4 Total DOT4], [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    [tile_dot4 Total DOT4], [nibbles_dot4 Total DOT4], [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 );
 
 /// The generic kernels of the AVX2 and the AVX-512 level on plain arrays: what those levels compute, minus their
@@ -180,9 +216,10 @@ kernels!(
 pub mod models {
     use super::*;
     kernels!(lanes8, Level::Scalar, crate::arch::scalar::Scalar<8>, crate::arch::scalar::Scalar::<8>,
-        [tile_halves Halves HALVES, tile_dot4 Total DOT4], [inline]);
+        [tile_halves Halves HALVES, tile_segments8 Total SEGMENTS8, tile_segments2 Total SEGMENTS2, tile_wide Wide WIDE],
+        [nibbles_halves Halves HALVES], [inline]);
     kernels!(lanes16, Level::Scalar, crate::arch::scalar::Scalar<16>, crate::arch::scalar::Scalar::<16>,
-        [tile_dot4 Total DOT4], [inline]);
+        [tile_dot4 Total DOT4], [nibbles_dot4 Total DOT4], [inline]);
 
     /// The model of the AVX2 level.
     #[must_use]

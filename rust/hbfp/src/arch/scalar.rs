@@ -37,6 +37,12 @@ fn pair(b: u32, a: u32, byte: u32) -> i32 {
     product(byte) + product(byte + 1)
 }
 
+/// The low bytes of four codes, the first one lowest.
+#[inline(always)]
+fn word(codes: [u32; 4]) -> u32 {
+    u32::from_le_bytes(codes.map(|x| x as u8))
+}
+
 impl<const N: usize> Simd for Scalar<N> {
     type V = Lanes<N>;
     const LANES: usize = N;
@@ -66,12 +72,10 @@ impl<const N: usize> Simd for Scalar<N> {
         from_fn(|i| u32::from(h[i]))
     }
     #[inline(always)]
-    unsafe fn store_i8x4(self, p: *mut i8, v: [Self::V; 4]) {
-        for (j, v) in v.into_iter().enumerate() {
-            let bytes: [i8; N] = from_fn(|i| v[i] as i8);
-            // SAFETY: the caller vouches for 4 N bytes.
-            unsafe { p.add(j * N).cast::<[i8; N]>().write_unaligned(bytes) }
-        }
+    unsafe fn load_u8(self, p: *const u8) -> Self::V {
+        // SAFETY: the caller vouches for N bytes.
+        let b = unsafe { p.cast::<[u8; N]>().read_unaligned() };
+        from_fn(|i| u32::from(b[i]))
     }
     #[inline(always)]
     unsafe fn store_i16x2(self, p: *mut i16, v: [Self::V; 2]) {
@@ -85,6 +89,14 @@ impl<const N: usize> Simd for Scalar<N> {
     #[inline(always)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, u32::wrapping_add)
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, u32::wrapping_sub)
+    }
+    #[inline(always)]
+    fn min_i32(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| (a as i32).min(b as i32) as u32)
     }
     #[inline(always)]
     fn max_i32(self, a: Self::V, b: Self::V) -> Self::V {
@@ -113,6 +125,11 @@ impl<const N: usize> Simd for Scalar<N> {
     #[inline(always)]
     fn reduce_max_i32(self, a: Self::V) -> i32 {
         a.iter().fold(i32::MIN, |m, &x| m.max(x as i32))
+    }
+
+    #[inline(always)]
+    fn any_negative(self, a: Self::V) -> bool {
+        a.iter().any(|&x| (x as i32) < 0)
     }
 
     #[inline(always)]
@@ -173,8 +190,74 @@ impl<const N: usize> Simd for Scalar<N> {
         zip(a, b, |a, b| (a.wrapping_add(b) & 0xFFFF) | ((a >> 16).wrapping_add(b >> 16) << 16))
     }
     #[inline(always)]
+    fn mul_i16(self, a: Self::V, b: Self::V) -> Self::V {
+        zip(a, b, |a, b| (a.wrapping_mul(b) & 0xFFFF) | ((a >> 16).wrapping_mul(b >> 16) << 16))
+    }
+    #[inline(always)]
     fn sum_halves(self, a: Self::V) -> Self::V {
         map(a, |a| (i32::from(a as i16) + (a as i32 >> 16)) as u32)
+    }
+
+    #[inline(always)]
+    fn mul_halves(self, a: Self::V, b: Self::V) -> Self::V {
+        let half = |x: u32| [i32::from(x as i16), x as i32 >> 16];
+        zip(a, b, |a, b| (half(a)[0] * half(b)[0]).wrapping_add(half(a)[1] * half(b)[1]) as u32)
+    }
+    #[inline(always)]
+    fn high_bytes(self, a: Self::V) -> Self::V {
+        map(a, |a| (a >> 8) & 0x00FF_00FF)
+    }
+
+    #[inline(always)]
+    fn max_of_4(self, v: [Self::V; 4]) -> Self::V {
+        let top: [u32; 4] = from_fn(|i| self.reduce_max_i32(v[i]) as u32);
+        from_fn(|i| top[i % 4])
+    }
+    #[inline(always)]
+    fn sum_chunks(self, v: Self::V) -> Self::V {
+        from_fn(|i| v.iter().skip(i % 4).step_by(4).fold(0u32, |sum, &x| sum.wrapping_add(x)))
+    }
+    #[inline(always)]
+    fn sum_chunks_i16(self, v: Self::V) -> Self::V {
+        from_fn(|i| v.iter().skip(i % 4).step_by(4).fold([0u32], |[sum], &x| Scalar::<1>.add_i16([sum], [x]))[0])
+    }
+    #[inline(always)]
+    fn splat_in_chunks<const I: i32>(self, v: Self::V) -> Self::V {
+        from_fn(|i| v[i / 4 * 4 + I as usize])
+    }
+    #[inline(always)]
+    fn pack_words(self, v: [Self::V; 4]) -> Self::V {
+        // Word i of chunk c is number i * N / 4 + c: four codes of register i.
+        from_fn(|lane| {
+            let (chunk, i) = (lane / 4, lane % 4);
+            word(from_fn(|j| v[i][4 * chunk + j]))
+        })
+    }
+    #[inline(always)]
+    fn transpose_words(self, v: [Self::V; 4]) -> [Self::V; 4] {
+        from_fn(|j| from_fn(|lane| v[lane % 4][lane / 4 * 4 + j]))
+    }
+    #[inline(always)]
+    fn interleave_bytes(self, v: [Self::V; 4]) -> Self::V {
+        from_fn(|lane| word(from_fn(|j| v[j][lane])))
+    }
+    #[inline(always)]
+    fn widen_bytes(self, v: Self::V) -> [Self::V; 2] {
+        let extend = |x: u32| u32::from(x as u8 as i8 as i16 as u16);
+        let pair = |x: u32, i: u32| extend(x >> (8 * i)) | (extend(x >> (8 * i + 16)) << 16);
+        from_fn(|r| from_fn(|lane| pair(v[lane / 4 * 4 + 2 * r + lane % 4 / 2], lane as u32 % 2)))
+    }
+    #[inline(always)]
+    unsafe fn store_chunks(self, p: *mut u8, stride: usize, v: Self::V) {
+        for (c, chunk) in v.chunks_exact(4).enumerate() {
+            // SAFETY: the caller vouches for 16 bytes at every stride.
+            unsafe { p.add(c * stride).cast::<[u32; 4]>().write_unaligned([chunk[0], chunk[1], chunk[2], chunk[3]]) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_chunk(self, p: *mut u8, v: Self::V) {
+        // SAFETY: the caller vouches for 16 bytes.
+        unsafe { p.cast::<[u32; 4]>().write_unaligned([v[0], v[1], v[2], v[3]]) }
     }
 
     #[inline(always)]

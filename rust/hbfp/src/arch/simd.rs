@@ -27,16 +27,18 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for reading `LANES` u16; no alignment is needed.
     unsafe fn load_u16(self, p: *const u16) -> Self::V;
-    /// The low bytes of all lanes of four registers, in order.
+    /// `LANES` bytes widened to lanes.
     /// # Safety
-    /// `p` is valid for writing `4 * LANES` bytes; no alignment is needed.
-    unsafe fn store_i8x4(self, p: *mut i8, v: [Self::V; 4]);
+    /// `p` is valid for reading `LANES` bytes; no alignment is needed.
+    unsafe fn load_u8(self, p: *const u8) -> Self::V;
     /// The low halves of all lanes of two registers, in order; every lane fits an i16.
     /// # Safety
     /// `p` is valid for writing `2 * LANES` i16; no alignment is needed.
     unsafe fn store_i16x2(self, p: *mut i16, v: [Self::V; 2]);
 
     fn add(self, a: Self::V, b: Self::V) -> Self::V;
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V;
+    fn min_i32(self, a: Self::V, b: Self::V) -> Self::V;
     fn max_i32(self, a: Self::V, b: Self::V) -> Self::V;
     fn and(self, a: Self::V, b: Self::V) -> Self::V;
     fn or(self, a: Self::V, b: Self::V) -> Self::V;
@@ -45,6 +47,14 @@ pub(crate) trait Simd: Copy {
     fn sar<const N: i32>(self, a: Self::V) -> Self::V;
     /// The largest lane, as i32.
     fn reduce_max_i32(self, a: Self::V) -> i32;
+    /// Whether a lane, as i32, is below zero.
+    fn any_negative(self, a: Self::V) -> bool;
+    /// `v`, which the compiler may neither compute later nor earlier than the other values that pass through here: the
+    /// order of the source is the order of the instructions.
+    #[inline(always)]
+    fn in_order(self, v: Self::V) -> Self::V {
+        v
+    }
 
     fn add_f32(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub_f32(self, a: Self::V, b: Self::V) -> Self::V;
@@ -69,8 +79,44 @@ pub(crate) trait Simd: Copy {
     fn mul_pairs(self, b: Self::V, a: Self::V) -> Self::V;
     /// Per 16-bit half, wrapping.
     fn add_i16(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Per 16-bit half: the low half of the product.
+    fn mul_i16(self, a: Self::V, b: Self::V) -> Self::V;
     /// Per lane: the sum of its two signed halves.
     fn sum_halves(self, a: Self::V) -> Self::V;
+
+    /// Per lane: Σ over its two signed 16-bit halves of a times b.
+    fn mul_halves(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Per 16-bit half: the high byte, as an unsigned number.
+    fn high_bytes(self, a: Self::V) -> Self::V;
+
+    // A *chunk* is 128 bits of a register, four lanes: the unit in which codes of four lines are laid out.
+
+    /// Every chunk holds the largest lanes (as i32) of the four registers, in order.
+    fn max_of_4(self, v: [Self::V; 4]) -> Self::V;
+    /// Every chunk holds the sum of all chunks, lane by lane.
+    fn sum_chunks(self, v: Self::V) -> Self::V;
+    /// The same for 16-bit halves, wrapping.
+    fn sum_chunks_i16(self, v: Self::V) -> Self::V;
+    /// Lane `I` of every chunk in all lanes of the chunk, 0 ≤ I < 4.
+    fn splat_in_chunks<const I: i32>(self, v: Self::V) -> Self::V;
+    /// The low bytes of 4 · LANES consecutive codes −128…127, in words of four consecutive ones: with C chunks in a
+    /// register, chunk c holds words c, C + c, 2 C + c and 3 C + c.
+    fn pack_words(self, v: [Self::V; 4]) -> Self::V;
+    /// Per chunk: word j of register i becomes word i of register j.
+    fn transpose_words(self, v: [Self::V; 4]) -> [Self::V; 4];
+    /// Per lane: the low bytes of the same lane of four registers, all in −128…127.
+    fn interleave_bytes(self, v: [Self::V; 4]) -> Self::V;
+    /// Signed bytes widened to 16 bits: per lane its bytes 0 and 2 in one lane, 1 and 3 in the next; the first two lanes
+    /// of each chunk in the first register, the others in the second.
+    fn widen_bytes(self, v: Self::V) -> [Self::V; 2];
+    /// Chunk c of `v` to the 16 bytes from `p + c * stride` on.
+    /// # Safety
+    /// All these are valid for writing; no alignment is needed.
+    unsafe fn store_chunks(self, p: *mut u8, stride: usize, v: Self::V);
+    /// Chunk 0.
+    /// # Safety
+    /// `p` is valid for writing 16 bytes; no alignment is needed.
+    unsafe fn store_chunk(self, p: *mut u8, v: Self::V);
 
     /// Per 64-bit lane: the product of the low 32-bit halves.
     fn mul_low_u32(self, a: Self::V, b: Self::V) -> Self::V;

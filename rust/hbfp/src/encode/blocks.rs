@@ -5,6 +5,7 @@ use crate::arch::generic::encode::{ROW_PADDING, STRIP, Scaling};
 use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
 use crate::arch::kernels::Kernels;
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT, Rounding, power_of_two};
+use crate::mem::AlignedBytes;
 use crate::rng::Seed;
 use crate::shape::FloatLines;
 
@@ -52,7 +53,10 @@ pub(crate) struct Scratch {
     transposed: Vec<u16>,
     pub(crate) codes: Vec<i8>,
     pub(crate) wide: Vec<i16>,
-    pub(crate) words: Vec<i32>,
+    /// A B panel taken out of nibbles.
+    pub(crate) panel: AlignedBytes,
+    /// As many zeros as a block has elements.
+    pub(crate) zeros: Vec<f32>,
 }
 
 impl Scratch {
@@ -67,13 +71,14 @@ impl Scratch {
         self.transposed.resize(self.transposed.len().max(padded * STRIP + ROW_PADDING), 0);
         self.codes.resize(self.codes.len().max(padded * STRIP), 0);
         self.wide.resize(self.wide.len().max(padded), 0);
-        self.words.resize(self.words.len().max(padded / 4 * STRIP), 0);
+        grow(&mut self.zeros, padded);
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        4 * (self.staging.len() + self.words.len())
+        4 * (self.staging.len() + self.zeros.len())
             + 2 * (self.random.len() + self.transposed.len() + self.wide.len())
             + self.codes.len()
+            + self.panel.capacity()
     }
 }
 

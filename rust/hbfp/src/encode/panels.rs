@@ -5,8 +5,10 @@
 use super::blocks::{Part, RoundingMode, Scratch, load_lines, random_strip};
 use super::codes::{Codes, unpack_block};
 use super::{Context, per_worker};
-use crate::arch::generic::encode::{ROW_PADDING, STRIP, Scaling};
-use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER, a_block_bytes, b_block_bytes};
+use crate::arch::generic::encode::{BlockPlace, FAST_SCALES, PanelCoding, ROW_PADDING, STRIP};
+use crate::arch::generic::product::{
+    Correction, PANEL_ROWS, RIDER, a_block_bytes, b_block_bytes, nibble_block_bytes,
+};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT};
 use crate::mem::{AlignedBytes, SharedMut};
@@ -14,9 +16,6 @@ use crate::pack::packed_bytes;
 use crate::parallel::for_each_task;
 use crate::shape::FloatLines;
 use std::sync::{Mutex, PoisonError};
-
-/// Scale exponents whose every pairwise sum lies in −149…104, where the exponent can ride in an accumulator.
-const FAST_SCALES: std::ops::RangeInclusive<i32> = -74..=52;
 
 /// Lines of planes blocked along the reduction: rows of all matrices, one after the other.
 #[derive(Clone, Copy, Debug)]
@@ -86,32 +85,65 @@ pub(crate) struct PanelLayout {
     /// Panels of a matrix.
     pub(crate) panels: usize,
     pub(crate) block_bytes: usize,
-    /// What codes were raised by (right operands).
-    pub(crate) offset: i32,
+    pub(crate) side: Side,
+    /// Right operands of 4 bits or fewer that are kept: two codes a byte.
+    pub(crate) nibbles: bool,
     /// One matrix stands for all.
     pub(crate) shared: bool,
 }
 
 impl PanelLayout {
-    /// Panels of 4 lines (left), or of `width` lines raised by `offset` (right).
-    pub(crate) fn new(source: &Source<'_>, block: usize, width: usize, offset: Option<i32>) -> Self {
-        let left = offset.is_none();
+    /// Panels of `width` lines.
+    pub(crate) fn new(source: &Source<'_>, block: usize, width: usize, side: Side) -> Self {
         let (lines, k) = (source.lines(), source.k());
         let steps = block.div_ceil(4);
-        let block_bytes = if left { a_block_bytes(steps) } else { b_block_bytes(steps, width) };
+        let block_bytes = match side {
+            Side::Left { correction, .. } => a_block_bytes(steps, correction == Correction::Wide),
+            Side::Right { .. } => b_block_bytes(steps, width),
+        };
         let (blocks, panels) = (k.div_ceil(block), lines.div_ceil(width));
         let matrices = source.matrices();
-        let offset = offset.unwrap_or(0);
-        Self { matrices, lines, k, block, width, steps, blocks, panels, block_bytes, offset, shared: false }
+        Self { matrices, lines, k, block, width, steps, blocks, panels, block_bytes, side, nibbles: false, shared: false }
+    }
+    /// The same panels with two codes a byte.
+    pub(crate) fn in_nibbles(self) -> Self {
+        Self { block_bytes: nibble_block_bytes(self.steps, self.width), nibbles: true, ..self }
     }
     pub(crate) fn panel_bytes(&self) -> usize {
         self.blocks * self.block_bytes
     }
+    /// Number of a matrix's panel among all. Matrices begin with whole strips, so that strips are written whole.
+    pub(crate) fn panel(&self, matrix: usize, panel: usize) -> usize {
+        matrix * self.strips() * (STRIP / self.width) + panel
+    }
     pub(crate) fn bytes(&self) -> usize {
-        self.matrices * self.panels * self.panel_bytes()
+        self.panel(self.matrices, 0) * self.panel_bytes()
     }
     fn strips(&self) -> usize {
         self.lines.div_ceil(STRIP)
+    }
+    /// What right operands' codes are raised by.
+    pub(crate) fn offset(&self) -> i32 {
+        let (Side::Left { offset, .. } | Side::Right { offset }) = self.side;
+        offset
+    }
+    fn correction(&self) -> Option<Correction> {
+        match self.side {
+            Side::Left { correction, .. } => Some(correction),
+            Side::Right { .. } => None,
+        }
+    }
+
+    /// Where four lines from `line` of a strip on, or more of them in chunks, go; relative to the strip's first byte.
+    fn place(&self, base: *mut u8, line: usize, b: usize) -> BlockPlace {
+        let (panel, lane) = (line / self.width, line % self.width);
+        let first = base.wrapping_add(panel * self.panel_bytes() + b * self.block_bytes);
+        let (step, chunk) = match self.side {
+            Side::Left { .. } => ((self.block_bytes - 32) / self.steps, self.panel_bytes()),
+            Side::Right { .. } => (4 * self.width, 16),
+        };
+        let codes = first.wrapping_add(4 * lane);
+        BlockPlace { codes, ends: codes.wrapping_add(step * self.steps), step, chunk, steps: self.steps }
     }
 }
 
@@ -123,246 +155,346 @@ pub(crate) struct Panels {
     pub(crate) general: Vec<u8>,
 }
 
-/// Lays out both operands of a product, or one, in one pass over all strips.
-pub(crate) fn fill(
+impl Panels {
+    pub(crate) fn as_ref(&self) -> PanelsRef {
+        PanelsRef { bytes: self.bytes.as_ptr(), general: self.general.as_ptr() }
+    }
+}
+
+/// Panels of one operand that are to be filled.
+pub(crate) struct Job<'a> {
+    pub(crate) source: &'a Source<'a>,
+    pub(crate) format: BlockFormat,
+    pub(crate) layout: PanelLayout,
+    pub(crate) panels: &'a mut Panels,
+}
+
+/// A job whose memory is reserved: its strips are the tasks from `first` on.
+pub(crate) struct Filling<'a> {
+    first: usize,
+    source: &'a Source<'a>,
+    format: BlockFormat,
+    layout: PanelLayout,
+    bytes: SharedMut<'a, u8>,
+    general: SharedMut<'a, u8>,
+}
+
+impl Filling<'_> {
+    /// The panels, to be read once they are filled.
+    pub(crate) fn panels(&self) -> PanelsRef {
+        PanelsRef { bytes: self.bytes.as_ptr(), general: self.general.as_ptr() }
+    }
+}
+
+/// Panels that another stage of tasks writes, or has written.
+#[derive(Clone, Copy)]
+pub(crate) struct PanelsRef {
+    pub(crate) bytes: *const u8,
+    pub(crate) general: *const u8,
+}
+// SAFETY: whoever reads through the pointers vouches for the order.
+unsafe impl Send for PanelsRef {}
+// SAFETY: as above.
+unsafe impl Sync for PanelsRef {}
+
+/// Reserves the panels of `jobs`. Returns what [`fill_strip`] needs, and the number of strips.
+pub(crate) fn reserve<'a>(jobs: impl IntoIterator<Item = Job<'a>>) -> (Vec<Filling<'a>>, usize) {
+    let mut first = 0;
+    let fillings = jobs
+        .into_iter()
+        .map(|Job { source, format, layout, panels }| {
+            let len = layout.bytes();
+            let bytes = panels.bytes.reserve(len);
+            panels.general.clear();
+            panels.general.resize(layout.panel(layout.matrices, 0), 0);
+            // SAFETY: reserved just now; `panels` stays borrowed as long as this lives.
+            let bytes = unsafe { SharedMut::from_raw(bytes.as_ptr(), len) };
+            let general = SharedMut::new(&mut panels.general);
+            let filling = Filling { first, source, format, layout, bytes, general };
+            first += layout.matrices * layout.strips();
+            filling
+        })
+        .collect();
+    (fillings, first)
+}
+
+/// Lays out strip number `task` of all.
+///
+/// # Safety
+/// No other call for the same task is under way.
+pub(crate) unsafe fn fill_strip(
     ctx: &Context<'_>,
-    jobs: &mut [(&Source<'_>, BlockFormat, PanelLayout, Side, &mut Panels)],
+    fillings: &[Filling<'_>],
+    task: usize,
+    scratch: &mut Scratch,
+) -> Result<()> {
+    let Filling { first, source, format, layout, bytes, general } =
+        fillings.iter().rfind(|f| f.first <= task).expect("task 0 belongs to the first job");
+    let (matrix, strip) = ((task - first) / layout.strips(), (task - first) % layout.strips());
+    scratch.reserve(layout.block);
+    let panels = STRIP / layout.width;
+    let at = layout.panel(matrix, strip * panels);
+    // SAFETY: every strip's panels belong to one task.
+    let (bytes, general) =
+        unsafe { (bytes.part(at * layout.panel_bytes(), panels * layout.panel_bytes()), general.part(at, panels)) };
+    let line = strip * STRIP;
+    let mut writer =
+        StripWriter { ctx, layout, format: *format, matrix, line, lines: STRIP.min(layout.lines - line), bytes, general };
+    match source {
+        Source::Floats(x, mode) if takes_strips(x, *mode) => writer.strip_of_floats(x, *mode, scratch),
+        Source::Floats(x, mode) => writer.rows_of_floats(x, *mode, scratch),
+        Source::Planes(p) => return writer.rows_of_codes(scratch, |part, b, stride, scratch, ends| {
+            rows_of_planes(p, *format, part, b, layout, stride, scratch, ends)
+        }),
+        Source::Codes(c) => return writer.rows_of_codes(scratch, |part, b, stride, scratch, ends| {
+            rows_of_codes(c, part, b, stride, scratch, ends);
+            Ok(())
+        }),
+    }
+    Ok(())
+}
+
+/// Lays out operands, on all threads.
+pub(crate) fn fill<'a>(
+    ctx: &Context<'_>,
+    jobs: impl IntoIterator<Item = Job<'a>>,
     scratch: &mut Vec<Mutex<Scratch>>,
 ) -> Result<()> {
-    if scratch.len() < ctx.threads.max(1) {
-        *scratch = per_worker(ctx, Scratch::default);
-    }
+    reserve_scratch(ctx, scratch);
+    let (fillings, strips) = reserve(jobs);
+    let elements = fillings.iter().map(|f| f.layout.matrices * f.layout.lines * f.layout.k).sum();
     let failure: Mutex<Option<Error>> = Mutex::new(None);
-    let mut tasks = Vec::with_capacity(jobs.len());
-    let (mut first, mut elements) = (0, 0);
-    for (source, format, layout, side, panels) in jobs.iter_mut() {
-        let bytes = panels.bytes.reserve(layout.bytes());
-        panels.general.clear();
-        panels.general.resize(layout.matrices * layout.panels, 0);
-        // SAFETY: reserved just now, and borrowed mutably until the end of this function.
-        let bytes = unsafe { SharedMut::from_raw(bytes.as_ptr(), layout.bytes()) };
-        tasks.push((first, *source, *format, *layout, *side, bytes, SharedMut::new(&mut panels.general)));
-        first += layout.matrices * layout.strips();
-        elements += layout.matrices * layout.lines * layout.k;
-    }
-    for_each_task(ctx.team, ctx.workers(elements), first, &|worker, task| {
-        let (first, source, format, layout, side, bytes, general) =
-            tasks.iter().rfind(|t| t.0 <= task).expect("task 0 belongs to the first job");
-        let strip = task - first;
-        let (matrix, strip) = (strip / layout.strips(), strip % layout.strips());
+    for_each_task(ctx.team, ctx.workers(elements), strips, &|worker, task| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        scratch.reserve(layout.block);
-        let panels = STRIP / layout.width;
-        let at = matrix * layout.panels + strip * panels;
-        let panels = panels.min(layout.panels - strip * panels);
-        // SAFETY: every strip's panels belong to one task.
-        let (bytes, general) =
-            unsafe { (bytes.part(at * layout.panel_bytes(), panels * layout.panel_bytes()), general.part(at, panels)) };
-        let mut writer = StripWriter { layout, side: *side, bytes, general };
-        if let Err(error) = writer.fill(ctx, source, *format, matrix, strip, &mut scratch) {
+        // SAFETY: tasks are handed out once.
+        if let Err(error) = unsafe { fill_strip(ctx, &fillings, task, &mut scratch) } {
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
     });
-    let failure = failure.into_inner().unwrap_or_else(PoisonError::into_inner);
-    failure.map_or(Ok(()), Err)
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+/// One scratch a worker.
+pub(crate) fn reserve_scratch(ctx: &Context<'_>, scratch: &mut Vec<Mutex<Scratch>>) {
+    if scratch.len() < ctx.threads.max(1) {
+        *scratch = per_worker(ctx, Scratch::default);
+    }
 }
 
 /// Exponent bytes and code sums of the lines of a strip's block.
 struct BlockEnds {
     c: [u8; STRIP],
-    /// Whether all codes of a line are zero, if that is known.
+    /// Whether all codes of a line are zero.
     zero: [bool; STRIP],
     sums: [[i32; STRIP]; 2],
 }
 
+/// Writes the panels of a strip of `lines` lines from `line` on.
 struct StripWriter<'a> {
+    ctx: &'a Context<'a>,
     layout: &'a PanelLayout,
-    side: Side,
+    format: BlockFormat,
+    matrix: usize,
+    line: usize,
+    lines: usize,
     bytes: &'a mut [u8],
     general: &'a mut [u8],
 }
 
 impl StripWriter<'_> {
-    fn fill(
+    fn part(&self, line: usize, width: usize, b: usize) -> Part {
+        let PanelLayout { k, block, .. } = *self.layout;
+        Part { matrix: self.matrix, line: self.line + line, width, k: b * block, n: block.min(k - b * block) }
+    }
+
+    /// Lines that lie side by side.
+    fn strip_of_floats(&mut self, x: &FloatLines<'_>, mode: RoundingMode, scratch: &mut Scratch) {
+        let PanelLayout { steps, blocks, width, .. } = *self.layout;
+        let coding = PanelCoding::new(self.format, self.layout.offset(), self.layout.correction());
+        let kernels = self.ctx.kernels;
+        let encode = kernels.encode_strip[mode.rounding as usize];
+        let lanes = kernels.columns / 2;
+        let base = self.bytes.as_mut_ptr();
+        assert!(scratch.staging.len() >= 4 * steps * STRIP && scratch.random.len() >= 4 * steps * STRIP);
+        for b in 0..blocks {
+            let part = self.part(0, self.lines, b);
+            let mut amax = [0i32; STRIP];
+            if self.lines == STRIP {
+                // SAFETY: n rows of a full strip inside the view; staging has room for 4 * steps rows.
+                unsafe {
+                    let from = x.at(part.matrix, part.line, part.k);
+                    (kernels.stage_strip)(from, x.k_stride, part.n, scratch.staging.as_mut_ptr(), amax.as_mut_ptr());
+                }
+            } else {
+                for (j, row) in scratch.staging.chunks_exact_mut(STRIP).take(part.n).enumerate() {
+                    // SAFETY: `lines` neighbours inside the view.
+                    let from = unsafe {
+                        std::slice::from_raw_parts(x.at(part.matrix, part.line, part.k + j), self.lines)
+                    };
+                    row[..self.lines].copy_from_slice(from);
+                    row[self.lines..].fill(0.0);
+                    for (amax, x) in amax.iter_mut().zip(from) {
+                        *amax = (*amax).max((x.to_bits() & 0x7FFF_FFFF) as i32);
+                    }
+                }
+            }
+            scratch.staging[part.n * STRIP..4 * steps * STRIP].fill(0.0);
+            if mode.is_stochastic() {
+                random_strip(kernels, x, part, mode.seed, &mut scratch.random);
+            }
+            let places: [BlockPlace; STRIP / 8] =
+                std::array::from_fn(|v| self.layout.place(base, (v * lanes).min(STRIP - lanes), b));
+            // SAFETY: the assertion covers all that is read; the places lie inside the strip's panels.
+            let general = unsafe {
+                encode(scratch.staging.as_ptr(), scratch.random.as_ptr(), amax.as_ptr(), &coding, &places)
+            };
+            if general != 0 {
+                for v in (0..STRIP / lanes).filter(|v| general >> v & 1 == 1) {
+                    for line in (v * lanes..(v + 1) * lanes).step_by(width.min(lanes)) {
+                        self.general[line / width] = 1;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Lines that are contiguous, or made so.
+    fn rows_of_floats(&mut self, x: &FloatLines<'_>, mode: RoundingMode, scratch: &mut Scratch) {
+        let PanelLayout { blocks, width, .. } = *self.layout;
+        let coding = PanelCoding::new(self.format, self.layout.offset(), self.layout.correction());
+        let encode = self.ctx.kernels.encode_rows[mode.rounding as usize];
+        let base = self.bytes.as_mut_ptr();
+        // Random bits across the lines come for a whole strip; otherwise a panel's lines are read along together.
+        let set = if mode.is_stochastic() && !x.by_line { STRIP } else { width };
+        for from in (0..self.lines).step_by(set) {
+            for b in 0..blocks {
+                let part = self.part(from, set.min(self.lines - from), b);
+                let lines = load_lines(self.ctx.kernels, x, part, mode, scratch);
+                let zeros = scratch.zeros.as_ptr();
+                // A right panel is written whole: its last columns meet every row.
+                for l in (0..part.width.next_multiple_of(width)).step_by(4) {
+                    let line = |i: usize| if l + i < part.width { lines.x[l + i] } else { zeros };
+                    let random =
+                        |i: usize| if l + i < part.width { lines.random[l + i] } else { scratch.random.as_ptr() };
+                    let place = self.layout.place(base, from + l, b);
+                    // SAFETY: load_lines made n elements and their random bits readable, as many zeros are; the place
+                    // lies inside the strip's panels.
+                    let general = unsafe {
+                        encode(&std::array::from_fn(line), part.n, &std::array::from_fn(random), &coding, &place)
+                    };
+                    self.general[(from + l) / width] |= u8::from(general);
+                }
+            }
+        }
+    }
+
+    /// Lines of codes that `read` puts into scratch.
+    fn rows_of_codes(
         &mut self,
-        ctx: &Context<'_>,
-        source: &Source<'_>,
-        format: BlockFormat,
-        matrix: usize,
-        strip: usize,
         scratch: &mut Scratch,
+        mut read: impl FnMut(Part, usize, usize, &mut Scratch, &mut BlockEnds) -> Result<()>,
     ) -> Result<()> {
-        let PanelLayout { lines, k, block, steps, blocks, .. } = *self.layout;
-        let line = strip * STRIP;
-        let width = STRIP.min(lines - line);
+        let PanelLayout { steps, blocks, .. } = *self.layout;
         // Beyond the last code of a short block or a narrow strip there are zero codes.
         let stride = steps * 4 + ROW_PADDING;
         for b in 0..blocks {
-            let n = block.min(k - b * block);
-            let part = Part { matrix, line, width, k: b * block, n };
+            let part = self.part(0, self.lines, b);
             let mut ends = BlockEnds { c: [0; STRIP], zero: [true; STRIP], sums: [[0; STRIP]; 2] };
-            match source {
-                Source::Floats(x, mode) if takes_strips(x, *mode, width) => {
-                    strip_of_floats(ctx, x, format, *mode, part, steps, scratch, &mut ends);
-                    self.write(b, &ends, |t, l| scratch.words[t * STRIP + l]);
-                    continue;
-                }
-                Source::Floats(x, mode) => rows_of_floats(ctx, x, format, *mode, part, stride, scratch, &mut ends),
-                Source::Planes(p) => rows_of_planes(p, format, part, b, blocks, block, stride, scratch, &mut ends)?,
-                Source::Codes(codes) => rows_of_codes(codes, part, b, stride, scratch, &mut ends),
-            }
-            if width < STRIP || n < steps * 4 {
+            read(part, b, stride, scratch, &mut ends)?;
+            if part.width < STRIP || part.n < steps * 4 {
                 for (l, row) in scratch.codes.chunks_exact_mut(stride).take(STRIP).enumerate() {
-                    row[if l < width { n } else { 0 }..steps * 4].fill(0);
+                    row[if l < part.width { part.n } else { 0 }..steps * 4].fill(0);
                 }
             }
-            let codes = &scratch.codes;
-            self.write(b, &ends, |t, l| {
-                let at = l * stride + 4 * t;
-                let bytes: &[i8; 4] = codes[at..at + 4].try_into().expect("four bytes");
-                i32::from_le_bytes(bytes.map(|x| x as u8))
-            });
+            self.write(b, &ends, &scratch.codes, stride);
         }
         Ok(())
     }
 
-    /// Distributes a block's words `word(step, line)` and the lines' ends to the panels of the strip.
-    #[inline(always)]
-    fn write(&mut self, b: usize, ends: &BlockEnds, word: impl Fn(usize, usize) -> i32) {
+    /// Distributes a block's codes and the lines' ends to the panels of the strip.
+    fn write(&mut self, b: usize, ends: &BlockEnds, codes: &[i8], stride: usize) {
         let PanelLayout { width, steps, block_bytes, .. } = *self.layout;
         let panel_bytes = self.layout.panel_bytes();
+        let offset = self.layout.offset();
         for (p, general) in self.general.iter_mut().enumerate() {
             let out = &mut self.bytes[p * panel_bytes + b * block_bytes..][..block_bytes];
-            let lines = p * width..(p + 1) * width;
-            let (words, _) = out.as_chunks_mut::<4>();
-            let (codes, tail) = words.split_at_mut(steps * width);
-            match self.side {
-                Side::Left { .. } => {
-                    for (t, step) in codes.chunks_exact_mut(PANEL_ROWS).enumerate() {
-                        for (out, l) in step.iter_mut().zip(lines.clone()) {
-                            *out = word(t, l).to_le_bytes();
-                        }
-                    }
-                }
-                Side::Right { offset } => {
-                    // Raising each byte by the offset, in unsigned bytes: x + 128, then − (128 − offset), which never borrows.
-                    let lower = (128 - offset) * 0x0101_0101;
-                    for (t, step) in codes.chunks_exact_mut(width).enumerate() {
-                        for (out, l) in step.iter_mut().zip(lines.clone()) {
-                            *out = (word(t, l) ^ 0x8080_8080_u32 as i32).wrapping_sub(lower).to_le_bytes();
-                        }
-                    }
-                }
-            }
-            for (i, l) in lines.enumerate() {
+            for i in 0..width {
+                let l = p * width + i;
+                let line = &codes[l * stride..][..4 * steps];
                 // A block of zeros adds nothing under any exponent.
-                let scale =
-                    if ends.zero[l] && ends.c[l] != NAN_EXPONENT { 0 } else { i32::from(ends.c[l]) - EXPONENT_OFFSET };
-                if !FAST_SCALES.contains(&scale) {
-                    *general = 1;
-                }
+                let zero = ends.zero[l] && ends.c[l] != NAN_EXPONENT;
+                let scale = if zero { 0 } else { i32::from(ends.c[l]) - EXPONENT_OFFSET };
+                *general |= u8::from(!FAST_SCALES.contains(&scale));
                 let rider = scale << 23;
-                match self.side {
-                    Side::Left { correction, offset } => {
+                match self.layout.side {
+                    Side::Left { correction, .. } => {
+                        let tail = block_bytes - 32 + 4 * i;
+                        for (t, q) in line.chunks_exact(4).enumerate() {
+                            if correction == Correction::Wide {
+                                let at = 32 * t + 8 * i;
+                                for (out, j) in out[at..at + 8].chunks_exact_mut(2).zip([0, 2, 1, 3]) {
+                                    out.copy_from_slice(&i16::from(q[j]).to_le_bytes());
+                                }
+                            } else {
+                                let at = 4 * (PANEL_ROWS * t + i);
+                                out[at..at + 4].iter_mut().zip(q).for_each(|(out, &q)| *out = q as u8);
+                            }
+                        }
                         let [low, high] = [ends.sums[0][l], ends.sums[1][l]].map(|s| (-offset).wrapping_mul(s));
                         let word = match correction {
-                            Correction::Total => rider.wrapping_add(low).wrapping_add(high),
+                            Correction::Total | Correction::Wide => rider.wrapping_add(low).wrapping_add(high),
                             Correction::Halves => (low & 0xFFFF) | (high << 16),
                         };
-                        tail[i] = word.to_le_bytes();
-                        tail[PANEL_ROWS + i] = rider.to_le_bytes();
+                        out[tail..tail + 4].copy_from_slice(&word.to_le_bytes());
+                        out[tail + 16..tail + 20].copy_from_slice(&rider.to_le_bytes());
                     }
-                    Side::Right { .. } => tail[i] = RIDER.wrapping_add(rider).to_le_bytes(),
+                    Side::Right { .. } => {
+                        for (t, q) in line.chunks_exact(4).enumerate() {
+                            let at = 4 * (width * t + i);
+                            out[at..at + 4].iter_mut().zip(q).for_each(|(out, &q)| *out = (i32::from(q) + offset) as u8);
+                        }
+                        let at = 4 * (width * steps + i);
+                        out[at..at + 4].copy_from_slice(&RIDER.wrapping_add(rider).to_le_bytes());
+                    }
                 }
             }
         }
     }
+}
+
+/// Two codes a byte, from panels of bytes.
+pub(crate) fn to_nibbles(bytes: &Panels, layout: &PanelLayout) -> Panels {
+    let to = layout.in_nibbles();
+    let mut out = Panels { bytes: AlignedBytes::default(), general: bytes.general.clone() };
+    let blocks = layout.panel(layout.matrices, 0) * layout.blocks;
+    let (from_len, to_len) = (blocks * layout.block_bytes, blocks * to.block_bytes);
+    let to_bytes = out.bytes.reserve(to_len);
+    // SAFETY: reserved with, and filled by, these layouts.
+    let (from, into) = unsafe {
+        (
+            std::slice::from_raw_parts(bytes.bytes.as_ptr(), from_len),
+            std::slice::from_raw_parts_mut(to_bytes.as_ptr(), to_len),
+        )
+    };
+    let row = 4 * layout.width;
+    for (from, into) in from.chunks_exact(layout.block_bytes).zip(into.chunks_exact_mut(to.block_bytes)) {
+        let (codes, riders) = from.split_at(row * layout.steps);
+        let (nibbles, exponents) = into.split_at_mut(row * layout.steps.div_ceil(2));
+        for (out, pair) in nibbles.chunks_exact_mut(row).zip(codes.chunks(2 * row)) {
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = (pair[i] & 15) | pair.get(row + i).map_or(0, |x| x << 4);
+            }
+        }
+        for (out, rider) in exponents.iter_mut().zip(riders.as_chunks::<4>().0) {
+            *out = ((i32::from_le_bytes(*rider).wrapping_sub(RIDER) >> 23) + EXPONENT_OFFSET) as u8;
+        }
+    }
+    out
 }
 
 /// Whether a strip of f32 is encoded side by side: its lines are neighbours in memory and so are their random bits.
-fn takes_strips(x: &FloatLines<'_>, mode: RoundingMode, width: usize) -> bool {
-    x.line_stride == 1 && x.k_stride != 1 && width == STRIP && !(mode.is_stochastic() && x.by_line)
-}
-
-#[allow(clippy::too_many_arguments, reason = "a block, and where it goes")]
-fn strip_of_floats(
-    ctx: &Context<'_>,
-    x: &FloatLines<'_>,
-    format: BlockFormat,
-    mode: RoundingMode,
-    part: Part,
-    steps: usize,
-    scratch: &mut Scratch,
-    ends: &mut BlockEnds,
-) {
-    let mut amax = [0i32; STRIP];
-    let n = part.n;
-    assert!(scratch.staging.len() >= 4 * steps * STRIP && scratch.words.len() >= steps * STRIP);
-    assert!(scratch.random.len() >= 4 * steps * STRIP);
-    // SAFETY: n rows of a full strip inside the view; staging has room for 4 * steps rows.
-    unsafe {
-        let from = x.at(part.matrix, part.line, part.k);
-        (ctx.kernels.stage_strip)(from, x.k_stride, n, scratch.staging.as_mut_ptr(), amax.as_mut_ptr());
-    }
-    scratch.staging[n * STRIP..4 * steps * STRIP].fill(0.0);
-    if mode.is_stochastic() {
-        random_strip(ctx.kernels, x, part, mode.seed, &mut scratch.random);
-    }
-    let mut inverse = [0.0f32; STRIP];
-    for l in 0..STRIP {
-        ends.c[l] = format.exponent_code(amax[l] as u32);
-        ends.zero[l] = amax[l] == 0;
-        if ends.c[l] != NAN_EXPONENT {
-            inverse[l] = Scaling::new(&format, ends.c[l]).inverse;
-        }
-    }
-    let mut sums = [0i32; 2 * STRIP];
-    let limit = format.max_code() as f32;
-    let round = ctx.kernels.round_strip[mode.rounding as usize];
-    // SAFETY: the asserts above cover all buffers.
-    unsafe {
-        let (staging, random) = (scratch.staging.as_ptr(), scratch.random.as_ptr());
-        round(staging, steps, inverse.as_ptr(), limit, random, scratch.words.as_mut_ptr(), sums.as_mut_ptr());
-    }
-    for l in 0..STRIP {
-        if ends.c[l] == NAN_EXPONENT {
-            (0..steps).for_each(|t| scratch.words[t * STRIP + l] = 0);
-        } else {
-            (ends.sums[0][l], ends.sums[1][l]) = (sums[l], sums[STRIP + l]);
-        }
-    }
-}
-
-#[allow(clippy::too_many_arguments, reason = "a block, and where it goes")]
-fn rows_of_floats(
-    ctx: &Context<'_>,
-    x: &FloatLines<'_>,
-    format: BlockFormat,
-    mode: RoundingMode,
-    part: Part,
-    stride: usize,
-    scratch: &mut Scratch,
-    ends: &mut BlockEnds,
-) {
-    let from = load_lines(ctx.kernels, x, part, mode, scratch);
-    let round = ctx.kernels.round_row_i8[mode.rounding as usize];
-    for l in 0..part.width {
-        // SAFETY: load_lines made n elements readable.
-        let amax = unsafe { (ctx.kernels.amax_row)(from.x[l], part.n) };
-        ends.c[l] = format.exponent_code(amax);
-        ends.zero[l] = amax == 0;
-        let out = &mut scratch.codes[l * stride..];
-        if ends.c[l] == NAN_EXPONENT {
-            out[..part.n].fill(0);
-            continue;
-        }
-        assert!(out.len() >= part.n + ROW_PADDING);
-        // SAFETY: n elements are readable with their random bits; the line of codes has room for n and the padding,
-        // whose end only the next line's codes overwrite.
-        let sums =
-            unsafe { round(from.x[l], part.n, Scaling::new(&format, ends.c[l]), from.random[l], out.as_mut_ptr()) };
-        (ends.sums[0][l], ends.sums[1][l]) = (sums[0], sums[1]);
-    }
+fn takes_strips(x: &FloatLines<'_>, mode: RoundingMode) -> bool {
+    x.line_stride == 1 && x.k_stride != 1 && !(mode.is_stochastic() && x.by_line)
 }
 
 #[allow(clippy::too_many_arguments, reason = "a block, and where it goes")]
@@ -371,13 +503,12 @@ fn rows_of_planes(
     format: BlockFormat,
     part: Part,
     b: usize,
-    blocks: usize,
-    block: usize,
+    layout: &PanelLayout,
     stride: usize,
     scratch: &mut Scratch,
     ends: &mut BlockEnds,
 ) -> Result<()> {
-    let bits = format.bits();
+    let (bits, blocks, block) = (format.bits(), layout.blocks, layout.block);
     for l in 0..part.width {
         let row = part.matrix * planes.lines + part.line + l;
         let from = row * planes.row + b * packed_bytes(block, bits);

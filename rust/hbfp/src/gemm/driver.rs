@@ -1,161 +1,294 @@
 //! Tiles of C over panels: how a product is cut up for caches and threads.
 //!
-//! A task is up to [`ROW_PANELS`] panels of A (256 rows) against some panels of B. Within it, a B panel of [`DEPTH`]
-//! elements of the reduction stays in the first-level cache while the A panels, in the second level, pass by.
+//! One parallel region lays out the operands strip by strip and then multiplies. A task of the product is some panels of
+//! A against some panels of B. Within it, a B panel of [`Plan::depth`] elements of the reduction stays in the
+//! first-level cache while the A panels, in the second level, pass by.
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint tiles")]
-#![allow(clippy::too_many_arguments, reason = "a product: two operands, their layouts, the output and its epilogue")]
 
+use super::cache::Caches;
 use super::{Epilogue, general};
-use crate::arch::generic::product::{PANEL_ROWS, RIDER};
-use crate::arch::kernels::TileKernel;
+use crate::arch::generic::product::{PANEL_ROWS, RIDER, b_block_bytes};
+use crate::arch::kernels::{TileFn, TileKernel};
 use crate::encode::Context;
+use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
-use crate::encode::panels::{PanelLayout, Panels};
+use crate::encode::panels::{Job, PanelLayout, Panels, PanelsRef, fill_strip, reserve, reserve_scratch};
+use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET};
-use crate::mem::SharedMut;
-use crate::parallel::for_each_task;
+use crate::mem::{AlignedBytes, SharedMut};
+use crate::parallel::{Stage, for_each_stage};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-/// Panels of A that a task takes.
-const ROW_PANELS: usize = 64;
-/// Panels of B that a task takes, at most.
-const COLUMN_PANELS: usize = 16;
-/// Elements of the reduction per pass over a task's panels.
-const DEPTH: usize = 1024;
+/// Rows of C up to which a product reads nibbles directly: two A panels, each of which unpacks them anew.
+pub(super) const NIBBLE_ROWS: usize = 2 * PANEL_ROWS;
 /// Multiply-accumulates below which a product runs on the calling thread.
 const SERIAL_MACS: usize = 1 << 22;
+/// Tasks for each thread, so that all end together.
+const TASKS_PER_WORKER: usize = 8;
 
-#[repr(align(64))]
-struct Tile([f32; PANEL_ROWS * 32]);
+/// The right operand of [`multiply`].
+pub(super) enum Right<'a> {
+    Packed(&'a Panels),
+    Fresh(Job<'a>),
+}
 
-/// `out` ← products of all matrices.
+/// The kernel of a product; without one, every tile takes the general path.
+#[derive(Clone, Copy)]
+pub(super) struct Kernel {
+    pub(super) tile: Option<&'static TileKernel>,
+    pub(super) from_nibbles: bool,
+}
+
+/// Sizes of tasks, from the shape and the caches.
+#[derive(Clone, Copy, Debug)]
+struct Plan {
+    workers: usize,
+    /// A panels of a task.
+    row_panels: usize,
+    /// B panels of a task.
+    column_panels: usize,
+    /// Blocks of the reduction per pass over a task's panels.
+    depth: usize,
+}
+
+impl Plan {
+    fn new(ctx: &Context<'_>, al: &PanelLayout, bl: &PanelLayout) -> Self {
+        let caches = Caches::get();
+        let macs = al.matrices.saturating_mul(al.lines).saturating_mul(bl.lines).saturating_mul(al.k.max(1));
+        let workers = if macs < SERIAL_MACS { 1 } else { ctx.threads.max(1) };
+        // Half of the first level for B, half of the second for A; a few rows pass over B but once.
+        let b_block = b_block_bytes(bl.steps, bl.width);
+        let depth = if al.panels <= 2 { al.blocks } else { (caches.l1 / 2 / b_block).max(1024 / al.block) };
+        let depth = depth.clamp(1, al.blocks.max(1));
+        let mut row_panels = (caches.l2 / 2 / (depth * al.block_bytes)).clamp(8, 256).min(al.panels);
+        let mut column_panels = 16.min(bl.panels);
+        if workers > 1 {
+            let tasks = |r: usize, c: usize| al.matrices * al.panels.div_ceil(r) * bl.panels.div_ceil(c);
+            while tasks(row_panels, column_panels) < TASKS_PER_WORKER * workers && (row_panels > 8 || column_panels > 1) {
+                if column_panels > 1 {
+                    column_panels = column_panels.div_ceil(2);
+                } else {
+                    row_panels = row_panels.div_ceil(2);
+                }
+            }
+        }
+        Self { workers, row_panels, column_panels, depth }
+    }
+}
+
+/// `out` ← products of all matrices, once the operands are laid out.
+///
+/// # Errors
+/// What laying out finds wrong; `out` is untouched then.
 pub(super) fn multiply(
     ctx: &Context<'_>,
-    a: &Panels,
-    al: PanelLayout,
-    b: &Panels,
+    left: Job<'_>,
+    right: Right<'_>,
     bl: PanelLayout,
     out: &mut [f32],
     epilogue: Epilogue<'_>,
-    kernel: Option<&TileKernel>,
-) {
+    kernel: Kernel,
+    scratch: &mut Vec<Mutex<Scratch>>,
+) -> Result<()> {
+    let al = left.layout;
     let (m, n) = (al.lines, bl.lines);
     debug_assert_eq!((al.blocks, al.steps), (bl.blocks, bl.steps));
     debug_assert!(bl.shared || al.matrices == bl.matrices);
     assert_eq!(out.len(), al.matrices * m * n);
-    let macs = al.matrices.saturating_mul(m).saturating_mul(n).saturating_mul(al.k.max(1));
-    let workers = if macs < SERIAL_MACS { 1 } else { ctx.threads.max(1) };
-    // Enough tasks for all threads to end together.
-    let mut row_panels = ROW_PANELS.min(al.panels);
-    let mut column_panels = COLUMN_PANELS.min(bl.panels);
-    if workers > 1 {
-        let tasks = |r: usize, c: usize| al.matrices * al.panels.div_ceil(r) * bl.panels.div_ceil(c);
-        while tasks(row_panels, column_panels) < 8 * workers && (row_panels > 8 || column_panels > 1) {
-            if column_panels > 1 {
-                column_panels = column_panels.div_ceil(2)
-            } else {
-                row_panels = row_panels.div_ceil(2)
-            }
+    reserve_scratch(ctx, scratch);
+    let plan = Plan::new(ctx, &al, &bl);
+    let (fillings, strips, a, b) = match right {
+        Right::Packed(b) => {
+            let (fillings, strips) = reserve([left]);
+            let a = fillings[0].panels();
+            (fillings, strips, a, b.as_ref())
         }
-    }
-    let (row_tasks, column_tasks) = (al.panels.div_ceil(row_panels), bl.panels.div_ceil(column_panels));
-    let run = kernel.map(|kernel| (kernel.for_steps)(al.steps));
-    let depth = (DEPTH / al.block).max(1);
-    let passes = al.blocks.div_ceil(depth).max(1);
+        Right::Fresh(job) => {
+            let (fillings, strips) = reserve([left, job]);
+            let (a, b) = (fillings[0].panels(), fillings[1].panels());
+            (fillings, strips, a, b)
+        }
+    };
+    let row_tasks = al.panels.div_ceil(plan.row_panels);
+    let column_tasks = bl.panels.div_ceil(plan.column_panels);
     let out = SharedMut::new(out);
-    let job = Job { a, al, b, bl, out, epilogue, run };
-    for_each_task(ctx.team, workers, al.matrices * row_tasks * column_tasks, &|_, task| {
+    let (first_rows, last_rows) = (PANEL_ROWS.min(m), m - (al.panels - 1) * PANEL_ROWS);
+    let run = kernel.tile.map(|tile| [first_rows, last_rows].map(|rows| (tile.for_block)(al.steps, rows)));
+    let product = Product { ctx, a, al, b, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles };
+    let passes = al.blocks.div_ceil(plan.depth).max(1);
+    let failed = AtomicBool::new(false);
+    let failure: Mutex<Option<Error>> = Mutex::new(None);
+    let lay_out = |worker: usize, task: usize| {
+        let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: tasks are handed out once.
+        if let Err(error) = unsafe { fill_strip(ctx, &fillings, task, &mut scratch) } {
+            failed.store(true, Ordering::Relaxed);
+            *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        }
+    };
+    let multiply = |worker: usize, task: usize| {
+        if failed.load(Ordering::Relaxed) {
+            return;
+        }
         let (matrix, rest) = (task / (row_tasks * column_tasks), task % (row_tasks * column_tasks));
-        let (r, c) = (rest % row_tasks * row_panels, rest / row_tasks * column_panels);
-        let mut tile = Tile([0.0; PANEL_ROWS * 32]);
+        let (r, c) = (rest % row_tasks * plan.row_panels, rest / row_tasks * plan.column_panels);
+        let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tile = Tile([0.0; PANEL_ROWS * MAX_COLUMNS]);
         for pass in 0..passes {
-            let blocks = pass * depth..((pass + 1) * depth).min(al.blocks);
-            for j in c..(c + column_panels).min(bl.panels) {
-                for i in r..(r + row_panels).min(al.panels) {
-                    job.tile(matrix, i, j, blocks.clone(), pass == 0, pass + 1 == passes, &mut tile);
+            let blocks = pass * plan.depth..((pass + 1) * plan.depth).min(al.blocks);
+            let slice = Slice { blocks, first: pass == 0, last: pass + 1 == passes };
+            for j in c..(c + plan.column_panels).min(bl.panels) {
+                let b = product.right_panel(matrix, j, &slice, &mut scratch.panel);
+                for i in r..(r + plan.row_panels).min(al.panels) {
+                    product.tile(matrix, i, j, &b, &slice, &mut tile);
                 }
             }
         }
-    });
+    };
+    // Small operands are laid out by one thread even so: the others wait less than it would take to hand out strips.
+    let stages = [
+        Stage { tasks: strips, task: &lay_out },
+        Stage { tasks: al.matrices * row_tasks * column_tasks, task: &multiply },
+    ];
+    for_each_stage(ctx.team, plan.workers, &stages);
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }
 
-struct Job<'a> {
-    a: &'a Panels,
+/// Widest B panel.
+const MAX_COLUMNS: usize = 32;
+
+#[repr(align(64))]
+struct Tile([f32; PANEL_ROWS * MAX_COLUMNS]);
+
+/// Blocks of the reduction that a pass takes.
+struct Slice {
+    blocks: std::ops::Range<usize>,
+    first: bool,
+    last: bool,
+}
+
+/// A B panel's blocks of a slice.
+struct RightPanel {
+    bytes: *const u8,
+    general: bool,
+}
+
+struct Product<'a> {
+    ctx: &'a Context<'a>,
+    a: PanelsRef,
     al: PanelLayout,
-    b: &'a Panels,
+    b: PanelsRef,
     bl: PanelLayout,
     out: SharedMut<'a, f32>,
     epilogue: Epilogue<'a>,
-    run: Option<crate::arch::kernels::TileFn>,
+    /// For all panels of A but the last, and for the last.
+    run: Option<[TileFn; 2]>,
+    from_nibbles: bool,
 }
 
-impl Job<'_> {
+impl Product<'_> {
+    /// Blocks of a B panel, unpacked into `buffer` unless the kernel takes them as they are.
+    fn right_panel(&self, matrix: usize, j: usize, slice: &Slice, buffer: &mut AlignedBytes) -> RightPanel {
+        let Self { bl, .. } = self;
+        let panel = bl.panel(if bl.shared { 0 } else { matrix }, j);
+        // SAFETY: one flag a panel, written by the stage before.
+        let general = unsafe { *self.b.general.add(panel) } != 0;
+        let bytes = self.b.bytes.wrapping_add(panel * bl.panel_bytes() + slice.blocks.start * bl.block_bytes);
+        if !bl.nibbles || self.from_nibbles {
+            return RightPanel { bytes, general };
+        }
+        RightPanel { bytes: self.unpack(bytes, slice.blocks.len(), buffer), general }
+    }
+
+    fn unpack(&self, nibbles: *const u8, blocks: usize, buffer: &mut AlignedBytes) -> *const u8 {
+        let out = buffer.reserve(blocks * b_block_bytes(self.bl.steps, self.bl.width));
+        // SAFETY: `blocks` blocks of nibbles lie there, and the buffer has room for as many of bytes.
+        unsafe { (self.ctx.kernels.unpack_nibbles)(blocks, self.bl.steps, nibbles, out.as_ptr()) };
+        out.as_ptr()
+    }
+
     /// One tile of C over some blocks: through a buffer, which a stride of a power of two can't push out of the cache.
     #[inline]
-    fn tile(
-        &self,
-        matrix: usize,
-        i: usize,
-        j: usize,
-        blocks: std::ops::Range<usize>,
-        first: bool,
-        last: bool,
-        tile: &mut Tile,
-    ) {
+    fn tile(&self, matrix: usize, i: usize, j: usize, b: &RightPanel, slice: &Slice, tile: &mut Tile) {
         let Self { al, bl, .. } = self;
         let (m, n, columns) = (al.lines, bl.lines, bl.width);
         let (height, width) = (PANEL_ROWS.min(m - i * PANEL_ROWS), columns.min(n - j * columns));
         let at = (matrix * m + i * PANEL_ROWS) * n + j * columns;
-        let tile = &mut tile.0[..PANEL_ROWS * columns];
-        if first && !self.epilogue.accumulate {
-            tile.fill(0.0);
+        if slice.first && !self.epilogue.accumulate {
+            tile.0[..height * columns].fill(0.0);
         } else {
             for r in 0..height {
                 // SAFETY: a tile belongs to one task.
                 let row = unsafe { self.out.part(at + r * n, width) };
-                tile[r * columns..r * columns + width].copy_from_slice(row);
+                tile.0[r * columns..r * columns + width].copy_from_slice(row);
             }
         }
-        let (ap, bp) = (matrix * al.panels + i, if bl.shared { 0 } else { matrix * bl.panels } + j);
-        let general = self.a.general[ap] | self.b.general[bp] != 0;
-        let (a_at, b_at) = (
-            ap * al.panel_bytes() + blocks.start * al.block_bytes,
-            bp * bl.panel_bytes() + blocks.start * bl.block_bytes,
-        );
-        debug_assert!(a_at + blocks.len() * al.block_bytes <= self.a.bytes.capacity());
-        debug_assert!(b_at + blocks.len() * bl.block_bytes <= self.b.bytes.capacity());
-        // SAFETY: the panels were laid out with these layouts, so the blocks lie inside both buffers; the tile has
-        // 4 × columns elements.
-        unsafe {
-            let (a, b) = (self.a.bytes.as_ptr().wrapping_add(a_at), self.b.bytes.as_ptr().wrapping_add(b_at));
-            match self.run {
-                Some(run) if !general => run(blocks.len(), al.steps, a, b, tile.as_mut_ptr()),
-                _ if blocks.is_empty() => {}
-                _ => {
-                    let a = std::slice::from_raw_parts(a, blocks.len() * al.block_bytes);
-                    let b = std::slice::from_raw_parts(b, blocks.len() * bl.block_bytes);
-                    general::tile(al.steps, columns, bl.offset, a, b, tile);
-                }
-            }
+        let panel = al.panel(matrix, i);
+        // SAFETY: one flag a panel, written by the stage before.
+        let general = b.general | (unsafe { *self.a.general.add(panel) } != 0);
+        let a = self.a.bytes.wrapping_add(panel * al.panel_bytes() + slice.blocks.start * al.block_bytes);
+        match self.run {
+            // SAFETY: the panels were laid out with these layouts; the tile has 4 × columns elements.
+            Some(run) if !general => unsafe {
+                run[usize::from(i + 1 == al.panels)](slice.blocks.len(), al.steps, a, b.bytes, tile.0.as_mut_ptr());
+            },
+            _ => self.general_tile(a, b.bytes, slice.blocks.len(), tile),
         }
-        let finishes = last && (general || self.epilogue.accumulate || self.epilogue.bias.is_some());
+        let finishes = slice.last && (general || self.epilogue.accumulate || self.epilogue.bias.is_some());
+        if !finishes && height == PANEL_ROWS && width == columns {
+            // SAFETY: a tile belongs to one task, and this one lies inside the output.
+            let to = unsafe { self.out.part(at, (PANEL_ROWS - 1) * n + width) };
+            return match columns {
+                16 => copy_out::<16>(&tile.0, to, n),
+                _ => copy_out::<32>(&tile.0, to, n),
+            };
+        }
         for r in 0..height {
             // SAFETY: a tile belongs to one task.
             let row = unsafe { self.out.part(at + r * n, width) };
-            let sums = &tile[r * columns..r * columns + width];
+            let sums = &tile.0[r * columns..r * columns + width];
             if finishes {
+                let bias = self.epilogue.bias.map(|bias| &bias[j * columns..]);
                 for (c, (out, &sum)) in row.iter_mut().zip(sums).enumerate() {
-                    *out = general::finish(sum, self.epilogue.bias.map(|bias| bias[j * columns + c]));
+                    *out = general::finish(sum, bias.map(|bias| bias[c]));
                 }
             } else {
                 row.copy_from_slice(sums);
             }
         }
     }
+
+    #[cold]
+    fn general_tile(&self, a: *const u8, b: *const u8, blocks: usize, tile: &mut Tile) {
+        if blocks == 0 {
+            return;
+        }
+        let mut buffer = AlignedBytes::default();
+        let b = if self.from_nibbles { self.unpack(b, blocks, &mut buffer) } else { b };
+        let b_block = b_block_bytes(self.bl.steps, self.bl.width);
+        // SAFETY: the panels were laid out with these layouts.
+        let (a, b) = unsafe {
+            (
+                std::slice::from_raw_parts(a, blocks * self.al.block_bytes),
+                std::slice::from_raw_parts(b, blocks * b_block),
+            )
+        };
+        general::tile(&self.al, &self.bl, a, b, &mut tile.0);
+    }
+}
+
+/// The whole tile to rows of length `n`.
+#[inline]
+fn copy_out<const COLUMNS: usize>(tile: &[f32; PANEL_ROWS * MAX_COLUMNS], to: &mut [f32], n: usize) {
+    for (row, from) in tile.as_chunks::<COLUMNS>().0.iter().take(PANEL_ROWS).enumerate() {
+        to[row * n..][..COLUMNS].copy_from_slice(from);
+    }
 }
 
 /// Codes of a packed right operand. Blocks of zeros come back with another exponent, which no product can tell.
 pub(super) fn codes_of_panels(layout: &PanelLayout, panels: &Panels, format: BlockFormat) -> Codes {
-    let PanelLayout { lines, k, block, width, steps, blocks, .. } = *layout;
+    let PanelLayout { lines, k, block, width, steps, blocks, nibbles, .. } = *layout;
     let mut codes = vec![0i16; lines * k];
     let mut exponents = vec![0u8; lines * blocks];
     // SAFETY: the panels were laid out with this layout.
@@ -164,12 +297,21 @@ pub(super) fn codes_of_panels(layout: &PanelLayout, panels: &Panels, format: Blo
         for b in 0..blocks {
             let from = &bytes[line / width * layout.panel_bytes() + b * layout.block_bytes..][..layout.block_bytes];
             for j in 0..block.min(k - b * block) {
-                let byte = from[4 * (j / 4 * width + line % width) + j % 4];
-                codes[line * k + b * block + j] = i16::from(byte) - layout.offset as i16;
+                let at = |step: usize| 4 * (step * width + line % width) + j % 4;
+                let raised = match (nibbles, j / 4 % 2) {
+                    (false, _) => from[at(j / 4)],
+                    (true, 0) => from[at(j / 8)] & 15,
+                    (true, _) => from[at(j / 8)] >> 4,
+                };
+                codes[line * k + b * block + j] = i16::from(raised) - layout.offset() as i16;
             }
-            let end = &from[4 * (width * steps + line % width)..][..4];
-            let rider = i32::from_le_bytes(end.try_into().expect("four bytes")).wrapping_sub(RIDER);
-            exponents[line * blocks + b] = ((rider >> 23) + EXPONENT_OFFSET) as u8;
+            exponents[line * blocks + b] = if nibbles {
+                from[4 * width * steps.div_ceil(2) + line % width]
+            } else {
+                let end = &from[4 * (width * steps + line % width)..][..4];
+                let rider = i32::from_le_bytes(end.try_into().expect("four bytes")).wrapping_sub(RIDER);
+                ((rider >> 23) + EXPONENT_OFFSET) as u8
+            };
         }
     }
     Codes { format, matrices: 1, lines, k, block, codes, exponents }

@@ -3,9 +3,10 @@
 #![allow(unsafe_code, reason = "tasks that write disjoint rows")]
 
 use super::Epilogue;
-use crate::arch::generic::product::{PANEL_ROWS, RIDER, a_block_bytes, b_block_bytes};
+use crate::arch::generic::product::{PANEL_ROWS, RIDER, b_block_bytes};
 use crate::encode::Context;
 use crate::encode::codes::Codes;
+use crate::encode::panels::PanelLayout;
 use crate::format::{CANONICAL_NAN, EXPONENT_OFFSET, NAN_EXPONENT};
 use crate::mem::SharedMut;
 use crate::parallel::for_each_task;
@@ -70,24 +71,30 @@ pub(crate) fn product(ctx: &Context<'_>, a: &Codes, b: &Codes, shape: Shape, out
     });
 }
 
-/// C tile += A panel · B panel, for any exponents.
-pub(crate) fn tile(steps: usize, columns: usize, offset: i32, a: &[u8], b: &[u8], c: &mut [f32]) {
+/// C tile += A panel · B panel (of bytes), for any exponents.
+pub(crate) fn tile(al: &PanelLayout, bl: &PanelLayout, a: &[u8], b: &[u8], c: &mut [f32]) {
     let word = |bytes: &[u8], at: usize| i32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
-    let blocks = a.chunks_exact(a_block_bytes(steps)).zip(b.chunks_exact(b_block_bytes(steps, columns)));
+    let (steps, columns, offset) = (al.steps, bl.width, bl.offset());
+    // Bytes of a line's step; a wide panel has 16-bit codes of k 0, 2, 1, 3.
+    let a_step = (al.block_bytes - 32) / (PANEL_ROWS * steps);
+    let code = |bytes: &[u8], j: usize| match a_step {
+        4 => i64::from(bytes[j] as i8),
+        _ => {
+            let at = 2 * [0, 2, 1, 3][j];
+            i64::from(i16::from_le_bytes([bytes[at], bytes[at + 1]]))
+        }
+    };
+    let blocks = a.chunks_exact(al.block_bytes).zip(b.chunks_exact(b_block_bytes(steps, columns)));
     for (a, b) in blocks {
         for i in 0..PANEL_ROWS {
-            let left = word(a, 16 * steps + 16 + 4 * i) >> 23;
+            let left = word(a, al.block_bytes - 16 + 4 * i) >> 23;
             for j in 0..columns {
                 let right = word(b, 4 * columns * steps + 4 * j).wrapping_sub(RIDER) >> 23;
                 let mut d = 0i64;
                 for t in 0..steps {
-                    let x = &a[16 * t + 4 * i..][..4];
+                    let x = &a[a_step * (PANEL_ROWS * t + i)..][..a_step];
                     let w = &b[4 * (columns * t + j)..][..4];
-                    d += x
-                        .iter()
-                        .zip(w)
-                        .map(|(&x, &w)| i64::from(x as i8) * (i64::from(w) - i64::from(offset)))
-                        .sum::<i64>();
+                    d += (0..4).map(|j| code(x, j) * (i64::from(w[j]) - i64::from(offset))).sum::<i64>();
                 }
                 c[i * columns + j] += term(d, left, right);
             }

@@ -1,6 +1,7 @@
 //! Products of encoded operands: C[i, j] = Σ over blocks of ldexp(Σ q_a q_w, s_a + s_w), each block's term and each sum
 //! rounded once to f32, blocks in order.
 
+mod cache;
 mod driver;
 mod general;
 
@@ -8,7 +9,7 @@ use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::arch::kernels::TileKernel;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
-use crate::encode::panels::{PanelLayout, Panels, PlaneLines, Side, Source, fill};
+use crate::encode::panels::{Job, PanelLayout, Panels, PlaneLines, Side, Source, fill, to_nibbles};
 use crate::encode::{Context, RoundingMode, check_size};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
@@ -230,11 +231,14 @@ pub fn prepack(ctx: &Context<'_>, operand: &Operand<'_>) -> Result<Packed> {
     let (level, columns) = (ctx.kernels.level(), ctx.kernels.columns);
     let block = format.block_along(source.k());
     let content = if fits_panels(format, block) {
-        let layout = PanelLayout::new(&source, block, columns, Some(offset(format.bits())));
+        let layout = PanelLayout::new(&source, block, columns, Side::Right { offset: offset(format.bits()) });
         let (mut panels, mut scratch) = (Panels::default(), Vec::new());
-        let side = Side::Right { offset: offset(format.bits()) };
-        fill(ctx, &mut [(&source, format, layout, side, &mut panels)], &mut scratch)?;
-        PackedContent::Panels(layout, panels)
+        fill(ctx, [Job { source: &source, format, layout, panels: &mut panels }], &mut scratch)?;
+        if format.bits() <= 4 {
+            PackedContent::Panels(layout.in_nibbles(), to_nibbles(&panels, &layout))
+        } else {
+            PackedContent::Panels(layout, panels)
+        }
     } else {
         match operand.resolve(ctx, false)? {
             Resolved::Codes(codes) => PackedContent::Codes(codes),
@@ -329,33 +333,38 @@ pub fn product(
     let steps = block.div_ceil(4);
     // The exponent rides in the accumulator while |D| < 2^22.
     let rides = (block as i64) * i64::from(af.max_code()) * i64::from(bf.max_code()) < 1 << 22;
-    let kernel: Option<&TileKernel> =
-        ctx.kernels.tiles.iter().find(|tile| rides && (tile.fits)(steps, af.max_code(), bf.bits()));
-    let correction = kernel.map_or(Correction::Total, |kernel| kernel.correction);
-    let offset = offset(bf.bits());
-    let left_layout = PanelLayout::new(&source, block, PANEL_ROWS, None);
-    let left_job = (Side::Left { correction, offset }, &mut workspace.left);
-    let (mut right_layout, right_panels) = match (b, &right) {
+    let fitting = |tiles: &'static [TileKernel]| {
+        tiles.iter().find(|tile| rides && (tile.fits)(steps, af.max_code(), bf.bits()))
+    };
+    let resolved = right.as_ref().map(Resolved::source);
+    let side = Side::Right { offset: offset(bf.bits()) };
+    let mut right_layout = match (b, &resolved) {
         (Right::Packed(packed), _) => {
             assert_eq!(packed.columns, columns, "a packed operand of another level");
-            let PackedContent::Panels(layout, panels) = &packed.content else { unreachable!("8 bits or fewer") };
-            fill(ctx, &mut [(&source, af, left_layout, left_job.0, left_job.1)], &mut workspace.scratch)?;
-            (*layout, panels)
+            let PackedContent::Panels(layout, _) = &packed.content else { unreachable!("8 bits or fewer") };
+            *layout
         }
-        (Right::Operand(_), Some(r)) => {
-            let right = r.source();
-            let layout = PanelLayout::new(&right, block, columns, Some(offset));
-            let jobs = &mut [
-                (&source, af, left_layout, left_job.0, left_job.1),
-                (&right, bf, layout, Side::Right { offset }, &mut workspace.right),
-            ];
-            fill(ctx, jobs, &mut workspace.scratch)?;
-            (layout, &workspace.right)
+        (_, Some(right)) => PanelLayout::new(right, block, columns, side),
+        _ => unreachable!("resolved above"),
+    };
+    // A few rows are done before nibbles could be unpacked.
+    let nibbles = right_layout.nibbles && m <= driver::NIBBLE_ROWS;
+    let from_nibbles = if nibbles { fitting(ctx.kernels.nibble_tiles) } else { None };
+    let kernel = from_nibbles.or_else(|| fitting(ctx.kernels.tiles));
+    let correction = kernel.map_or(Correction::Total, |kernel| kernel.correction);
+    let side = Side::Left { correction, offset: offset(bf.bits()) };
+    let left_layout = PanelLayout::new(&source, block, PANEL_ROWS, side);
+    // Panels end with each left matrix, so several of them against one right matrix stay apart.
+    right_layout.shared = right_layout.matrices != left_layout.matrices;
+    let Workspace { left, right: right_panels, scratch } = workspace;
+    let left = Job { source: &source, format: af, layout: left_layout, panels: left };
+    let right = match (b, &resolved) {
+        (Right::Packed(Packed { content: PackedContent::Panels(_, panels), .. }), _) => driver::Right::Packed(panels),
+        (_, Some(source)) => {
+            driver::Right::Fresh(Job { source, format: bf, layout: right_layout, panels: right_panels })
         }
         _ => unreachable!("resolved above"),
     };
-    // Panels end with each left matrix, so several of them against one right matrix stay apart.
-    right_layout.shared = right_layout.matrices != left_layout.matrices;
-    driver::multiply(ctx, &workspace.left, left_layout, right_panels, right_layout, out, epilogue, kernel);
-    Ok(())
+    let kernel = driver::Kernel { tile: kernel, from_nibbles: from_nibbles.is_some() };
+    driver::multiply(ctx, left, right, right_layout, out, epilogue, kernel, scratch)
 }

@@ -8,8 +8,12 @@
 //! toward zero    q = trunc(y)             stochastic     q = (RNE(65536 y) + r) >> 16
 //! ```
 
+use super::product::{Correction, RIDER};
 use crate::arch::simd::Simd;
-use crate::format::Rounding;
+use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT, Rounding};
+
+/// Scale exponents whose every pairwise sum lies in −149…104, where the exponent can ride in an accumulator.
+pub(crate) const FAST_SCALES: std::ops::RangeInclusive<i32> = -74..=52;
 
 /// Lines of a strip.
 pub(crate) const STRIP: usize = 32;
@@ -88,58 +92,284 @@ unsafe fn padded_tail(x: *const f32, take: usize) -> [f32; ROW_PADDING] {
     tail
 }
 
-/// Codes of `n` contiguous elements as i8; returns Σ of the codes with k mod 4 in {0, 1} and in {2, 3}.
+/// How the blocks of an operand become panels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PanelCoding {
+    format: BlockFormat,
+    /// The scale exponent of a block is ((bits of amax + `carry`) >> 23) + `shift`, clamped, where amax is normal.
+    carry: i32,
+    shift: i32,
+    clamp: [i32; 2],
+    limit: f32,
+    /// What the right operand's codes are raised by.
+    offset: i32,
+    /// What a left operand carries; None for a right one.
+    correction: Option<Correction>,
+}
+
+impl PanelCoding {
+    pub(crate) fn new(format: BlockFormat, offset: i32, correction: Option<Correction>) -> Self {
+        let (carry, up) = format.exponent_carry();
+        let shift = up - 127 - (i32::from(format.bits()) - 1);
+        let limit = format.max_code() as f32;
+        Self { format, carry, shift, clamp: format.scale_range(), limit, offset, correction }
+    }
+    pub(crate) fn is_wide(&self) -> bool {
+        self.correction == Some(Correction::Wide)
+    }
+}
+
+/// Where a panel's block goes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BlockPlace {
+    /// Codes of the first step.
+    pub(crate) codes: *mut u8,
+    /// Corrections and riders (left) or riders (right).
+    pub(crate) ends: *mut u8,
+    /// Bytes from a step to the next.
+    pub(crate) step: usize,
+    /// Bytes from four lines to the next four.
+    pub(crate) chunk: usize,
+    pub(crate) steps: usize,
+}
+
+/// Scale exponents of blocks, one a lane.
+struct Scales<V> {
+    scale: V,
+    /// Zeros in the lanes of NaN blocks, where there are any.
+    keep: Option<V>,
+    /// Whether one is outside the fast range.
+    general: bool,
+}
+
+#[inline(always)]
+fn scales<S: Simd>(s: S, amax: S::V, coding: &PanelCoding) -> Scales<S::V> {
+    let exponent = s.sar::<23>(s.add(amax, s.splat(coding.carry)));
+    let scale = s.add(exponent, s.splat(coding.shift));
+    let scale = s.min_i32(s.max_i32(scale, s.splat(coding.clamp[0])), s.splat(coding.clamp[1]));
+    // Negative in lanes whose amax is zero, subnormal, infinite or NaN.
+    let unusual = s.or(s.sub(amax, s.splat(0x0080_0000)), s.sub(s.splat(0x7F7F_FFFF), amax));
+    let (scale, keep) = if s.any_negative(unusual) {
+        let (mut bits, mut keep) = ([0i32; 16], [-1i32; 16]);
+        // SAFETY: a register has at most 16 lanes.
+        unsafe { s.store(bits.as_mut_ptr(), amax) };
+        for (bits, keep) in bits.iter_mut().zip(&mut keep) {
+            let c = coding.format.exponent_code(*bits as u32);
+            // A block of zeros adds nothing under any exponent.
+            *bits = if *bits == 0 { 0 } else { i32::from(c) - EXPONENT_OFFSET };
+            *keep = if c == NAN_EXPONENT { 0 } else { -1 };
+        }
+        // SAFETY: as above.
+        unsafe { (s.load(bits.as_ptr()), Some(s.load(keep.as_ptr()))) }
+    } else {
+        (scale, None)
+    };
+    let outside = s.or(
+        s.sub(scale, s.splat(*FAST_SCALES.start())),
+        s.sub(s.splat(*FAST_SCALES.end()), scale),
+    );
+    Scales { scale, keep, general: s.any_negative(outside) }
+}
+
+/// 2^−scale, also where it is subnormal.
+#[inline(always)]
+fn inverses<S: Simd>(s: S, scale: S::V) -> S::V {
+    s.max_i32(s.shl::<23>(s.sub(s.splat(127), scale)), s.splat(0x0040_0000))
+}
+
+/// Running sums of a left operand's codes.
+#[derive(Clone, Copy)]
+struct CodeSums<V> {
+    halves: V,
+    /// Times −OFF.
+    total: V,
+}
+
+/// Adds codes, given as signed bytes in words of four k.
+#[inline(always)]
+fn add_codes<S: Simd>(s: S, sums: &mut CodeSums<S::V>, words: [S::V; 4], minus_offset: S::V) {
+    let ones = s.splat(0x0101_0101);
+    let pairs = s.add_i16(
+        s.add_i16(s.mul_pairs(ones, words[0]), s.mul_pairs(ones, words[1])),
+        s.add_i16(s.mul_pairs(ones, words[2]), s.mul_pairs(ones, words[3])),
+    );
+    sums.halves = s.add_i16(sums.halves, pairs);
+    sums.total = s.add(sums.total, s.mul_halves(pairs, minus_offset));
+}
+
+#[inline(always)]
+fn minus_offset<S: Simd>(s: S, coding: &PanelCoding) -> S::V {
+    let half = -coding.offset;
+    s.splat((half & 0xFFFF) | (half << 16))
+}
+
+/// The correction word of a left operand's lines.
+#[inline(always)]
+fn correction<S: Simd>(s: S, sums: CodeSums<S::V>, rider: S::V, coding: &PanelCoding) -> S::V {
+    match coding.correction {
+        Some(Correction::Halves) => s.mul_i16(sums.halves, minus_offset(s, coding)),
+        _ => s.add(rider, sums.total),
+    }
+}
+
+/// Codes as the panel holds them, to the chunks of a step.
 ///
 /// # Safety
-/// - `x` is valid for reading `n` elements;
-/// - `random` is valid for reading `n + ROW_PADDING` elements if `R` is stochastic, else unused;
-/// - `out` is valid for writing `n + ROW_PADDING` bytes; those past `n` become 0 up to a multiple of 4.
+/// The places of the chunks are valid for writing 16 bytes each, 32 for wide codes.
 #[inline(always)]
-pub(crate) unsafe fn round_row_i8<S: Simd, const R: u8>(
-    s: S,
-    x: *const f32,
-    n: usize,
-    scaling: Scaling,
-    random: *const u16,
-    out: *mut i8,
-) -> [i32; 2] {
-    // SAFETY: full chunks are inside n; the last one reads a padded copy, and writes within ROW_PADDING = 4 * 16.
+unsafe fn store_codes<S: Simd>(s: S, coding: &PanelCoding, words: S::V, p: *mut u8, stride: usize) {
+    // SAFETY: the caller vouches for the places.
     unsafe {
-        let chunk = 4 * S::LANES;
-        let (inverse, limit) = (s.splat_f32(scaling.inverse), s.splat_f32(scaling.limit));
-        let minus = s.splat_f32(-scaling.limit);
-        let mut sum = s.splat(0);
-        let mut i = 0;
-        while i < n {
-            let tail;
-            let mut p = x.add(i);
-            if i + chunk > n {
-                tail = padded_tail(p, n - i);
-                p = tail.as_ptr();
+        match coding.correction {
+            None => {
+                // In unsigned bytes: x + 128, then − (128 − offset), which never borrows.
+                let raised = s.xor(words, s.splat(0x8080_8080_u32 as i32));
+                let lower = (128 - coding.offset) * 0x0101_0101;
+                s.store_chunks(p, stride, s.sub(raised, s.splat(lower)));
             }
-            let mut q = [s.splat(0); 4];
-            for (j, q) in q.iter_mut().enumerate() {
-                let r = if R == STOCHASTIC { s.load_u16(random.add(i + j * S::LANES)) } else { s.splat(0) };
-                *q = round::<S, R>(s, s.load(p.add(j * S::LANES).cast()), inverse, limit, minus, r);
+            Some(Correction::Wide) => {
+                let [low, high] = s.widen_bytes(words);
+                s.store_chunks(p, stride, low);
+                s.store_chunks(p.add(16), stride, high);
             }
-            s.store_i8x4(out.add(i), q);
-            sum = s.add(sum, s.add(s.add(q[0], q[1]), s.add(q[2], q[3])));
-            i += chunk;
+            Some(_) => s.store_chunks(p, stride, words),
         }
-        let mut lanes = [0i32; 16];
-        s.store(lanes.as_mut_ptr(), sum);
-        let mut sums = [0, 0];
-        for (l, x) in lanes.iter().enumerate().take(S::LANES) {
-            sums[l / 2 % 2] += x;
+    }
+}
+
+/// A register of a line, zeros past its end.
+///
+/// # Safety
+/// `x` is valid for reading `left` elements.
+#[inline(always)]
+unsafe fn load_up_to<S: Simd>(s: S, x: *const f32, left: usize) -> S::V {
+    // SAFETY: the caller vouches for the source.
+    unsafe {
+        if left >= S::LANES {
+            s.load(x.cast())
+        } else if left > 0 {
+            s.load(padded_tail(x, left).as_ptr().cast())
+        } else {
+            s.splat(0)
         }
-        sums
+    }
+}
+
+/// Encodes a block of four lines that are contiguous, into a panel. Returns whether it needs the general product.
+///
+/// # Safety
+/// - each of `x` is valid for reading `n` elements, 0 < n ≤ 4 · steps;
+/// - each of `random` is valid for reading `n + ROW_PADDING` elements if `R` is stochastic, else unused;
+/// - `place` is valid for writing 16 bytes (32 for wide codes) at every step, and its ends for 16 (right) or 32.
+#[inline(always)]
+pub(crate) unsafe fn encode_rows<S: Simd, const R: u8>(
+    s: S,
+    x: &[*const f32; 4],
+    n: usize,
+    random: &[*const u16; 4],
+    coding: &PanelCoding,
+    place: &BlockPlace,
+) -> bool {
+    let chunks = S::LANES / 4;
+    // SAFETY: reads stay inside n by `load_up_to`, or inside the random bits' padding; steps past the last one are
+    // written to a copy.
+    unsafe {
+        let magnitude = s.splat(MAGNITUDE);
+        let mut top = [s.splat(0); 4];
+        for (&x, top) in x.iter().zip(&mut top) {
+            let mut second = s.splat(0);
+            let mut i = 0;
+            while i + 2 * S::LANES <= n {
+                *top = s.max_i32(*top, s.and(s.load(x.add(i).cast()), magnitude));
+                second = s.max_i32(second, s.and(s.load(x.add(i + S::LANES).cast()), magnitude));
+                i += 2 * S::LANES;
+            }
+            while i < n {
+                *top = s.max_i32(*top, s.and(load_up_to(s, x.add(i), n - i), magnitude));
+                i += S::LANES;
+            }
+            *top = s.max_i32(*top, second);
+        }
+        let Scales { scale, keep, general } = scales(s, s.max_of_4(top), coding);
+        let inverse = inverses(s, scale);
+        let inverse = [
+            s.splat_in_chunks::<0>(inverse),
+            s.splat_in_chunks::<1>(inverse),
+            s.splat_in_chunks::<2>(inverse),
+            s.splat_in_chunks::<3>(inverse),
+        ];
+        let (limit, minus) = (s.splat_f32(coding.limit), s.splat_f32(-coding.limit));
+        let minus_offset = minus_offset(s, coding);
+        let mut sums = CodeSums { halves: s.splat(0), total: s.splat(0) };
+        let mut step = 0;
+        while step < place.steps {
+            let i = 4 * step;
+            let mut lines = [s.splat(0); 4];
+            for l in 0..4 {
+                let mut q = [s.splat(0); 4];
+                if i + 4 * S::LANES <= n {
+                    for (j, q) in q.iter_mut().enumerate() {
+                        let at = i + j * S::LANES;
+                        let r = if R == STOCHASTIC { s.load_u16(random[l].add(at)) } else { s.splat(0) };
+                        *q = round::<S, R>(s, s.load(x[l].add(at).cast()), inverse[l], limit, minus, r);
+                    }
+                } else {
+                    for (j, q) in q.iter_mut().enumerate() {
+                        let at = i + j * S::LANES;
+                        if at < n {
+                            let r = if R == STOCHASTIC { s.load_u16(random[l].add(at)) } else { s.splat(0) };
+                            let v = load_up_to(s, x[l].add(at), n - at);
+                            // Codes past the end are zero: RNE(0) + r < 2^16.
+                            *q = round::<S, R>(s, v, inverse[l], limit, minus, r);
+                        }
+                    }
+                }
+                lines[l] = s.pack_words(q);
+            }
+            let mut words = s.transpose_words(lines);
+            if let Some(keep) = keep {
+                for word in &mut words {
+                    *word = s.and(*word, keep);
+                }
+            }
+            if coding.correction.is_some() {
+                add_codes(s, &mut sums, words, minus_offset);
+            }
+            for (j, word) in words.into_iter().enumerate() {
+                let first = step + j * chunks;
+                if first + chunks <= place.steps {
+                    store_codes(s, coding, word, place.codes.add(first * place.step), place.step);
+                } else if first < place.steps {
+                    let bytes = if coding.is_wide() { 32 } else { 16 };
+                    let mut copy = [0u8; 4 * 32];
+                    store_codes(s, coding, word, copy.as_mut_ptr(), bytes);
+                    for c in 0..place.steps - first {
+                        let to = place.codes.add((first + c) * place.step);
+                        std::ptr::copy_nonoverlapping(copy.as_ptr().add(c * bytes), to, bytes);
+                    }
+                }
+            }
+            step += S::LANES;
+        }
+        let rider = s.shl::<23>(scale);
+        if coding.correction.is_some() {
+            // Chunks have counted different steps.
+            let sums = CodeSums { halves: s.sum_chunks_i16(sums.halves), total: s.sum_chunks(sums.total) };
+            s.store_chunk(place.ends, correction(s, sums, rider, coding));
+            s.store_chunk(place.ends.add(16), rider);
+        } else {
+            s.store_chunk(place.ends, s.add(rider, s.splat(RIDER)));
+        }
+        general
     }
 }
 
 /// Codes of `n` contiguous elements as i16.
 ///
 /// # Safety
-/// As for [`round_row_i8`], with `out` valid for `n + ROW_PADDING` i16.
+/// - `x` is valid for reading `n` elements;
+/// - `random` is valid for reading `n + ROW_PADDING` elements if `R` is stochastic, else unused;
+/// - `out` is valid for writing `n + ROW_PADDING` i16.
 #[inline(always)]
 pub(crate) unsafe fn round_row_i16<S: Simd, const R: u8>(
     s: S,
@@ -149,7 +379,7 @@ pub(crate) unsafe fn round_row_i16<S: Simd, const R: u8>(
     random: *const u16,
     out: *mut i16,
 ) {
-    // SAFETY: as in round_row_i8, in chunks of two registers.
+    // SAFETY: full chunks are inside n; the last one reads a padded copy, and writes within the padding.
     unsafe {
         let chunk = 2 * S::LANES;
         let (inverse, limit) = (s.splat_f32(scaling.inverse), s.splat_f32(scaling.limit));
@@ -242,47 +472,65 @@ pub(crate) unsafe fn stage_strip<S: Simd>(
     }
 }
 
-/// Codes of a staged strip as words of four consecutive k: `words[t][line]`, k = 4 t at the low byte; and per line Σ
-/// of the codes with k mod 4 in {0, 1} and in {2, 3}.
+/// Encodes a block of a strip of lines that lie side by side. Bit v of the result: whether lines v · LANES … need the
+/// general product.
 ///
 /// # Safety
-/// - `staging` and (if `R` is stochastic) `random` are valid for reading `4 * steps * STRIP` elements;
-/// - `inverse` is valid for reading `STRIP` elements;
-/// - `words` is valid for writing `steps * STRIP` words, `sums` for `2 * STRIP`.
+/// - `staging` and (if `R` is stochastic) `random` are valid for reading `4 * steps * STRIP` elements, rows past the
+///   block's end are zero;
+/// - `amax` is valid for reading `STRIP` bit patterns;
+/// - each of the first STRIP / LANES `places` is valid for writing its chunks at every step, and its ends.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "what a strip is made of, and where it goes")]
-pub(crate) unsafe fn round_strip<S: Simd, const R: u8>(
+pub(crate) unsafe fn encode_strip<S: Simd, const R: u8>(
     s: S,
     staging: *const f32,
-    steps: usize,
-    inverse: *const f32,
-    limit: f32,
     random: *const u16,
-    words: *mut i32,
-    sums: *mut i32,
-) {
-    // SAFETY: v * LANES < STRIP and 4 t + 3 < 4 steps keep every access inside what the caller vouches for.
+    amax: *const i32,
+    coding: &PanelCoding,
+    places: &[BlockPlace; STRIP / 8],
+) -> u32 {
+    let mut general = 0;
+    // SAFETY: v < STRIP and 4 t + 3 < 4 steps keep every access inside what the caller vouches for.
     unsafe {
-        let (limit, minus) = (s.splat_f32(limit), s.splat_f32(-limit));
-        let byte = s.splat(0xFF);
-        for v in (0..STRIP).step_by(S::LANES) {
-            let inverse = s.load(inverse.add(v).cast());
-            let mut sum = [s.splat(0); 2];
-            for t in 0..steps {
-                let mut q = [s.splat(0); 4];
-                for (j, q) in q.iter_mut().enumerate() {
-                    let at = (4 * t + j) * STRIP + v;
-                    let r = if R == STOCHASTIC { s.load_u16(random.add(at)) } else { s.splat(0) };
-                    *q = round::<S, R>(s, s.load(staging.add(at).cast()), inverse, limit, minus, r);
+        let (limit, minus) = (s.splat_f32(coding.limit), s.splat_f32(-coding.limit));
+        let minus_offset = minus_offset(s, coding);
+        for (group, place) in places.iter().enumerate().take(STRIP / S::LANES) {
+            let v = group * S::LANES;
+            let scales = scales(s, s.load(amax.add(v)), coding);
+            general |= u32::from(scales.general) << group;
+            let inverse = inverses(s, scales.scale);
+            let mut sums = CodeSums { halves: s.splat(0), total: s.splat(0) };
+            let mut t = 0;
+            while t < place.steps {
+                // Four steps at a time, so that their codes are summed together.
+                let take = (place.steps - t).min(4);
+                let mut words = [s.splat(0); 4];
+                for (u, word) in words.iter_mut().enumerate().take(take) {
+                    let mut q = [s.splat(0); 4];
+                    for (j, q) in q.iter_mut().enumerate() {
+                        let at = (4 * (t + u) + j) * STRIP + v;
+                        let r = if R == STOCHASTIC { s.load_u16(random.add(at)) } else { s.splat(0) };
+                        *q = round::<S, R>(s, s.load(staging.add(at).cast()), inverse, limit, minus, r);
+                    }
+                    *word = s.interleave_bytes(q);
+                    if let Some(keep) = scales.keep {
+                        *word = s.and(*word, keep);
+                    }
+                    store_codes(s, coding, *word, place.codes.add((t + u) * place.step), place.chunk);
                 }
-                sum[0] = s.add(sum[0], s.add(q[0], q[1]));
-                sum[1] = s.add(sum[1], s.add(q[2], q[3]));
-                let low = s.or(s.and(q[0], byte), s.shl::<8>(s.and(q[1], byte)));
-                let high = s.or(s.shl::<16>(s.and(q[2], byte)), s.shl::<24>(q[3]));
-                s.store(words.add(t * STRIP + v), s.or(low, high));
+                if coding.correction.is_some() {
+                    add_codes(s, &mut sums, words, minus_offset);
+                }
+                t += take;
             }
-            s.store(sums.add(v), sum[0]);
-            s.store(sums.add(STRIP + v), sum[1]);
+            let rider = s.shl::<23>(scales.scale);
+            if coding.correction.is_some() {
+                s.store_chunks(place.ends, place.chunk, correction(s, sums, rider, coding));
+                s.store_chunks(place.ends.add(16), place.chunk, rider);
+            } else {
+                s.store_chunks(place.ends, place.chunk, s.add(rider, s.splat(RIDER)));
+            }
         }
     }
+    general
 }

@@ -32,6 +32,15 @@ fn si(v: __m256) -> __m256i {
     level!(_mm256_castps_si256(v))
 }
 
+/// An empty instruction that uses and gives back `v`. Such statements keep their order.
+#[inline]
+#[target_feature(enable = "avx")]
+unsafe fn pass_in_order(mut v: __m256i) -> __m256i {
+    // SAFETY: there is no instruction.
+    unsafe { std::arch::asm!("/* {0} */", inout(ymm_reg) v, options(nomem, nostack, preserves_flags)) }
+    v
+}
+
 impl Simd for Avx2 {
     type V = __m256i;
     const LANES: usize = 8;
@@ -60,14 +69,9 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
-    unsafe fn store_i8x4(self, p: *mut i8, [a, b, c, d]: [Self::V; 4]) {
-        // SAFETY: the token proves AVX2, the caller 32 writable bytes.
-        unsafe {
-            // Packing works within 128-bit halves; the permutation puts the eight groups of four back in order.
-            let bytes = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-            _mm256_storeu_si256(p.cast(), _mm256_permutevar8x32_epi32(bytes, order));
-        }
+    unsafe fn load_u8(self, p: *const u8) -> Self::V {
+        // SAFETY: the token proves AVX2, the caller 8 readable bytes.
+        unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
     }
     #[inline(always)]
     unsafe fn store_i16x2(self, p: *mut i16, [a, b]: [Self::V; 2]) {
@@ -78,6 +82,14 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {
         level!(_mm256_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_sub_epi32(a, b))
+    }
+    #[inline(always)]
+    fn min_i32(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_min_epi32(a, b))
     }
     #[inline(always)]
     fn max_i32(self, a: Self::V, b: Self::V) -> Self::V {
@@ -110,6 +122,15 @@ impl Simd for Avx2 {
             let x = _mm_max_epi32(x, _mm_shuffle_epi32::<0b01_00_11_10>(x));
             _mm_cvtsi128_si32(_mm_max_epi32(x, _mm_shuffle_epi32::<0b10_11_00_01>(x)))
         })
+    }
+
+    #[inline(always)]
+    fn any_negative(self, a: Self::V) -> bool {
+        level!(_mm256_movemask_ps(ps(a)) != 0)
+    }
+    #[inline(always)]
+    fn in_order(self, v: Self::V) -> Self::V {
+        level!(pass_in_order(v))
     }
 
     #[inline(always)]
@@ -172,8 +193,92 @@ impl Simd for Avx2 {
         level!(_mm256_add_epi16(a, b))
     }
     #[inline(always)]
+    fn mul_i16(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_mullo_epi16(a, b))
+    }
+    #[inline(always)]
     fn sum_halves(self, a: Self::V) -> Self::V {
         level!(_mm256_madd_epi16(a, _mm256_set1_epi16(1)))
+    }
+
+    #[inline(always)]
+    fn mul_halves(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_madd_epi16(a, b))
+    }
+    #[inline(always)]
+    fn high_bytes(self, a: Self::V) -> Self::V {
+        level!(_mm256_srli_epi16::<8>(a))
+    }
+
+    #[inline(always)]
+    fn max_of_4(self, [a, b, c, d]: [Self::V; 4]) -> Self::V {
+        level!({
+            let ab = _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+            let cd = _mm256_max_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+            let m = _mm256_max_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+            _mm256_max_epi32(m, _mm256_permute2x128_si256::<1>(m, m))
+        })
+    }
+    #[inline(always)]
+    fn sum_chunks(self, v: Self::V) -> Self::V {
+        level!(_mm256_add_epi32(v, _mm256_permute2x128_si256::<1>(v, v)))
+    }
+    #[inline(always)]
+    fn sum_chunks_i16(self, v: Self::V) -> Self::V {
+        level!(_mm256_add_epi16(v, _mm256_permute2x128_si256::<1>(v, v)))
+    }
+    #[inline(always)]
+    fn splat_in_chunks<const I: i32>(self, v: Self::V) -> Self::V {
+        level!(match I {
+            0 => _mm256_shuffle_epi32::<0x00>(v),
+            1 => _mm256_shuffle_epi32::<0x55>(v),
+            2 => _mm256_shuffle_epi32::<0xAA>(v),
+            _ => _mm256_shuffle_epi32::<0xFF>(v),
+        })
+    }
+    #[inline(always)]
+    fn pack_words(self, [a, b, c, d]: [Self::V; 4]) -> Self::V {
+        level!(_mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d)))
+    }
+    #[inline(always)]
+    fn transpose_words(self, [a, b, c, d]: [Self::V; 4]) -> [Self::V; 4] {
+        level!({
+            let (ab0, ab1) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+            let (cd0, cd1) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+            [
+                _mm256_unpacklo_epi64(ab0, cd0),
+                _mm256_unpackhi_epi64(ab0, cd0),
+                _mm256_unpacklo_epi64(ab1, cd1),
+                _mm256_unpackhi_epi64(ab1, cd1),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn interleave_bytes(self, v: [Self::V; 4]) -> Self::V {
+        level!({
+            let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            _mm256_shuffle_epi8(self.pack_words(v), _mm256_broadcastsi128_si256(order))
+        })
+    }
+    #[inline(always)]
+    fn widen_bytes(self, v: Self::V) -> [Self::V; 2] {
+        level!({
+            let (even, odd) = (_mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(v)), _mm256_srai_epi16::<8>(v));
+            [_mm256_unpacklo_epi32(even, odd), _mm256_unpackhi_epi32(even, odd)]
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_chunks(self, p: *mut u8, stride: usize, v: Self::V) {
+        // SAFETY: the token proves AVX2, the caller two places of 16 writable bytes.
+        unsafe {
+            _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(v));
+            _mm_storeu_si128(p.add(stride).cast(), _mm256_extracti128_si256::<1>(v));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_chunk(self, p: *mut u8, v: Self::V) {
+        // SAFETY: the token proves AVX2, the caller 16 writable bytes.
+        unsafe { _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(v)) }
     }
 
     #[inline(always)]

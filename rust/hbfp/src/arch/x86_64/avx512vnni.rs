@@ -60,11 +60,9 @@ impl Simd for Avx512Vnni {
         unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) }
     }
     #[inline(always)]
-    unsafe fn store_i8x4(self, p: *mut i8, v: [Self::V; 4]) {
-        for (j, v) in v.into_iter().enumerate() {
-            // SAFETY: the token proves the level, the caller 64 writable bytes.
-            unsafe { _mm_storeu_si128(p.add(16 * j).cast(), _mm512_cvtepi32_epi8(v)) }
-        }
+    unsafe fn load_u8(self, p: *const u8) -> Self::V {
+        // SAFETY: the token proves the level, the caller 16 readable bytes.
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     unsafe fn store_i16x2(self, p: *mut i16, v: [Self::V; 2]) {
@@ -77,6 +75,14 @@ impl Simd for Avx512Vnni {
     #[inline(always)]
     fn add(self, a: Self::V, b: Self::V) -> Self::V {
         level!(_mm512_add_epi32(a, b))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_sub_epi32(a, b))
+    }
+    #[inline(always)]
+    fn min_i32(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_min_epi32(a, b))
     }
     #[inline(always)]
     fn max_i32(self, a: Self::V, b: Self::V) -> Self::V {
@@ -106,6 +112,11 @@ impl Simd for Avx512Vnni {
     #[inline(always)]
     fn reduce_max_i32(self, a: Self::V) -> i32 {
         level!(_mm512_reduce_max_epi32(a))
+    }
+
+    #[inline(always)]
+    fn any_negative(self, a: Self::V) -> bool {
+        level!(_mm512_movepi32_mask(a) != 0)
     }
 
     #[inline(always)]
@@ -162,8 +173,101 @@ impl Simd for Avx512Vnni {
         level!(_mm512_add_epi16(a, b))
     }
     #[inline(always)]
+    fn mul_i16(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_mullo_epi16(a, b))
+    }
+    #[inline(always)]
     fn sum_halves(self, a: Self::V) -> Self::V {
         level!(_mm512_madd_epi16(a, _mm512_set1_epi16(1)))
+    }
+
+    #[inline(always)]
+    fn mul_halves(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_madd_epi16(a, b))
+    }
+    #[inline(always)]
+    fn high_bytes(self, a: Self::V) -> Self::V {
+        level!(_mm512_srli_epi16::<8>(a))
+    }
+
+    #[inline(always)]
+    fn max_of_4(self, [a, b, c, d]: [Self::V; 4]) -> Self::V {
+        level!({
+            let ab = _mm512_max_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let cd = _mm512_max_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            let m = _mm512_max_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+            let m = _mm512_max_epi32(m, _mm512_shuffle_i32x4::<0b01_00_11_10>(m, m));
+            _mm512_max_epi32(m, _mm512_shuffle_i32x4::<0b10_11_00_01>(m, m))
+        })
+    }
+    #[inline(always)]
+    fn sum_chunks(self, v: Self::V) -> Self::V {
+        level!({
+            let v = _mm512_add_epi32(v, _mm512_shuffle_i32x4::<0b01_00_11_10>(v, v));
+            _mm512_add_epi32(v, _mm512_shuffle_i32x4::<0b10_11_00_01>(v, v))
+        })
+    }
+    #[inline(always)]
+    fn sum_chunks_i16(self, v: Self::V) -> Self::V {
+        level!({
+            let v = _mm512_add_epi16(v, _mm512_shuffle_i32x4::<0b01_00_11_10>(v, v));
+            _mm512_add_epi16(v, _mm512_shuffle_i32x4::<0b10_11_00_01>(v, v))
+        })
+    }
+    #[inline(always)]
+    fn splat_in_chunks<const I: i32>(self, v: Self::V) -> Self::V {
+        level!(match I {
+            0 => _mm512_shuffle_epi32::<0x00>(v),
+            1 => _mm512_shuffle_epi32::<0x55>(v),
+            2 => _mm512_shuffle_epi32::<0xAA>(v),
+            _ => _mm512_shuffle_epi32::<0xFF>(v),
+        })
+    }
+    #[inline(always)]
+    fn pack_words(self, [a, b, c, d]: [Self::V; 4]) -> Self::V {
+        level!(_mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d)))
+    }
+    #[inline(always)]
+    fn transpose_words(self, [a, b, c, d]: [Self::V; 4]) -> [Self::V; 4] {
+        level!({
+            let (ab0, ab1) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (cd0, cd1) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            [
+                _mm512_unpacklo_epi64(ab0, cd0),
+                _mm512_unpackhi_epi64(ab0, cd0),
+                _mm512_unpacklo_epi64(ab1, cd1),
+                _mm512_unpackhi_epi64(ab1, cd1),
+            ]
+        })
+    }
+    #[inline(always)]
+    fn interleave_bytes(self, v: [Self::V; 4]) -> Self::V {
+        level!({
+            let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            _mm512_shuffle_epi8(self.pack_words(v), _mm512_broadcast_i32x4(order))
+        })
+    }
+    #[inline(always)]
+    fn widen_bytes(self, v: Self::V) -> [Self::V; 2] {
+        level!({
+            let (even, odd) = (_mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(v)), _mm512_srai_epi16::<8>(v));
+            [_mm512_unpacklo_epi32(even, odd), _mm512_unpackhi_epi32(even, odd)]
+        })
+    }
+    #[inline(always)]
+    unsafe fn store_chunks(self, p: *mut u8, stride: usize, v: Self::V) {
+        // SAFETY: the token proves the level, the caller four places of 16 writable bytes.
+        unsafe {
+            _mm_storeu_si128(p.cast(), _mm512_castsi512_si128(v));
+            _mm_storeu_si128(p.add(stride).cast(), _mm512_extracti32x4_epi32::<1>(v));
+            _mm_storeu_si128(p.add(2 * stride).cast(), _mm512_extracti32x4_epi32::<2>(v));
+            _mm_storeu_si128(p.add(3 * stride).cast(), _mm512_extracti32x4_epi32::<3>(v));
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_chunk(self, p: *mut u8, v: Self::V) {
+        // SAFETY: the token proves the level, the caller 16 writable bytes.
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_castsi512_si128(v)) }
     }
 
     #[inline(always)]
