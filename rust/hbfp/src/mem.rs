@@ -28,6 +28,7 @@ impl AlignedBytes {
                 let layout = Self::layout(len.max(ALIGNMENT));
                 // SAFETY: the size is not zero.
                 let Some(p) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
+                advise_huge(p, layout.size());
                 // SAFETY: just allocated with this size. Zeroed once, so that reading padding is never undefined.
                 unsafe { p.as_ptr().write_bytes(0, layout.size()) };
                 self.block = Some((p, layout.size()));
@@ -47,7 +48,10 @@ impl AlignedBytes {
     }
 
     fn layout(len: usize) -> Layout {
-        Layout::from_size_align(len, ALIGNMENT).expect("a buffer of fewer than isize::MAX bytes")
+        // Buffers of megabytes begin where a large page can.
+        let alignment = if len >= HUGE_PAGE / 2 { HUGE_PAGE } else { ALIGNMENT };
+        Layout::from_size_align(len.next_multiple_of(alignment), alignment)
+            .expect("a buffer of fewer than isize::MAX bytes")
     }
 
     fn free(&mut self) {
@@ -62,6 +66,20 @@ impl Drop for AlignedBytes {
     fn drop(&mut self) {
         self.free();
     }
+}
+
+/// Bytes of a large page on x86-64, and on most ARM64 systems.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Asks for large pages: a product walks over more small ones than the first-level translation buffer holds.
+fn advise_huge(p: NonNull<u8>, len: usize) {
+    #[cfg(target_os = "linux")]
+    if len >= HUGE_PAGE {
+        // SAFETY: advice about memory that was allocated just now; the kernel may ignore it.
+        unsafe { libc::madvise(p.as_ptr().cast(), len, libc::MADV_HUGEPAGE) };
+    }
+    #[cfg(not(target_os = "linux"))]
+    let _ = (p, len);
 }
 
 /// A slice that several tasks write to, each to its own part.

@@ -4,17 +4,16 @@ use super::generic::encode::{
     BlockPlace, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, STRIP, Scaling, TOWARD_ZERO,
 };
 use super::generic::philox::Counters;
-use super::generic::product::Correction;
+use super::generic::product::{Correction, Tile};
 use super::level::Level;
 use crate::rng::Seed;
 
 /// C tile += A panel · B panel; conditions as for [`super::generic::product::tile_dot4`].
-pub(crate) type TileFn = unsafe fn(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: *mut f32);
+pub(crate) type TileFn = unsafe fn(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile);
 type QuantizeRow = unsafe fn(*const f32, usize, Scaling, f32, *const u16, *mut f32);
 type RoundRow = unsafe fn(*const f32, usize, Scaling, *const u16, *mut i16);
 type EncodeRows = unsafe fn(&[*const f32; 4], usize, &[*const u16; 4], &PanelCoding, &BlockPlace) -> bool;
-type EncodeStrip =
-    unsafe fn(*const f32, *const u16, *const i32, &PanelCoding, &[BlockPlace; STRIP / 8]) -> u32;
+type EncodeStrip = unsafe fn(*const f32, *const u16, *const i32, &PanelCoding, &[BlockPlace; STRIP / 8]) -> u32;
 
 /// A tile kernel and the products it is exact for.
 #[derive(Debug)]
@@ -105,15 +104,13 @@ macro_rules! kernels {
     (@tile $make:expr, $attribute:tt, $tile:ident) => {
         fn $tile(steps: usize, rows: usize) -> TileFn {
             #$attribute
-            unsafe fn run<const STEPS: usize, const ROWS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: *mut f32) {
+            unsafe fn run<const STEPS: usize, const ROWS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile) {
                 unsafe { product::$tile::<_, STEPS, ROWS>($make, blocks, steps, a, b, c) }
             }
             match (steps, rows) {
                 (16, 1) => run::<16, 1>,
                 (_, 1) => run::<0, 1>,
                 (_, 2) => run::<0, 2>,
-                (4, _) => run::<4, 4>,
-                (8, _) => run::<8, 4>,
                 (16, _) => run::<16, 4>,
                 _ => run::<0, 4>,
             }

@@ -23,6 +23,11 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for writing `LANES` words; no alignment is needed.
     unsafe fn store(self, p: *mut i32, v: Self::V);
+    /// Asks for the cache line at `p`, which need not exist.
+    #[inline(always)]
+    fn prefetch(self, p: *const f32) {
+        let _ = p;
+    }
     /// `LANES` u16 widened to lanes.
     /// # Safety
     /// `p` is valid for reading `LANES` u16; no alignment is needed.

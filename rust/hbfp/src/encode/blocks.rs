@@ -112,14 +112,8 @@ pub(crate) fn load_lines(
         (0..width).for_each(|l| blocks.x[l] = scratch.staging[l * stride..].as_ptr());
     }
     if mode.is_stochastic() {
-        let row = lines.random_row(matrix, line, k);
         if lines.by_line {
-            let group = k / 8;
-            let groups = (k + n).div_ceil(8) - group;
-            let counters = Counters { row, row_step: 1, rows: width, group: group as u32, groups };
-            debug_assert!(8 * width * groups + RANDOM_PADDING <= scratch.random.len());
-            // SAFETY: `reserve` made room for the rectangle and its padding.
-            unsafe { (kernels.fill_random)(mode.seed, counters, scratch.random.as_mut_ptr()) };
+            let groups = random_rows(kernels, lines, part, mode.seed, &mut scratch.random);
             (0..width).for_each(|l| blocks.random[l] = scratch.random[l * 8 * groups + k % 8..].as_ptr());
         } else {
             random_strip(kernels, lines, part, mode.seed, &mut scratch.random);
@@ -132,6 +126,19 @@ pub(crate) fn load_lines(
         }
     }
     blocks
+}
+
+/// Random bits of a part whose lines are rows: returns how many groups of eight columns each row takes up in `out`.
+pub(crate) fn random_rows(kernels: &Kernels, lines: &FloatLines<'_>, part: Part, seed: Seed, out: &mut [u16]) -> usize {
+    debug_assert!(lines.by_line);
+    let group = part.k / 8;
+    let groups = (part.k + part.n).div_ceil(8) - group;
+    let row = lines.random_row(part.matrix, part.line, part.k);
+    let counters = Counters { row, row_step: 1, rows: part.width, group: group as u32, groups };
+    assert!(8 * part.width * groups + RANDOM_PADDING <= out.len());
+    // SAFETY: room for the rectangle and its padding.
+    unsafe { (kernels.fill_random)(seed, counters, out.as_mut_ptr()) };
+    groups
 }
 
 /// Random bits of a part whose lines lie across the rows: `out[j * STRIP + l]` for element k + j of line `line` + l.

@@ -2,13 +2,11 @@
 //! f32, or laid out from planes or codes. `crate::arch::generic::product` draws the bytes.
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint panels")]
 
-use super::blocks::{Part, RoundingMode, Scratch, load_lines, random_strip};
+use super::blocks::{Part, RoundingMode, Scratch, load_lines, random_rows, random_strip};
 use super::codes::{Codes, unpack_block};
 use super::{Context, per_worker};
 use crate::arch::generic::encode::{BlockPlace, FAST_SCALES, PanelCoding, ROW_PADDING, STRIP};
-use crate::arch::generic::product::{
-    Correction, PANEL_ROWS, RIDER, a_block_bytes, b_block_bytes, nibble_block_bytes,
-};
+use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER, a_block_bytes, b_block_bytes, nibble_block_bytes};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT};
 use crate::mem::{AlignedBytes, SharedMut};
@@ -103,7 +101,20 @@ impl PanelLayout {
         };
         let (blocks, panels) = (k.div_ceil(block), lines.div_ceil(width));
         let matrices = source.matrices();
-        Self { matrices, lines, k, block, width, steps, blocks, panels, block_bytes, side, nibbles: false, shared: false }
+        Self {
+            matrices,
+            lines,
+            k,
+            block,
+            width,
+            steps,
+            blocks,
+            panels,
+            block_bytes,
+            side,
+            nibbles: false,
+            shared: false,
+        }
     }
     /// The same panels with two codes a byte.
     pub(crate) fn in_nibbles(self) -> Self {
@@ -169,9 +180,10 @@ pub(crate) struct Job<'a> {
     pub(crate) panels: &'a mut Panels,
 }
 
-/// A job whose memory is reserved: its strips are the tasks from `first` on.
+/// A job whose memory is reserved: the tasks from `first` on are `together` strips of a matrix each.
 pub(crate) struct Filling<'a> {
     first: usize,
+    together: usize,
     source: &'a Source<'a>,
     format: BlockFormat,
     layout: PanelLayout,
@@ -197,8 +209,13 @@ unsafe impl Send for PanelsRef {}
 // SAFETY: as above.
 unsafe impl Sync for PanelsRef {}
 
-/// Reserves the panels of `jobs`. Returns what [`fill_strip`] needs, and the number of strips.
-pub(crate) fn reserve<'a>(jobs: impl IntoIterator<Item = Job<'a>>) -> (Vec<Filling<'a>>, usize) {
+/// Strips that a task takes at most: side by side they make runs of 1 KiB of memory.
+const STRIPS_TOGETHER: usize = 8;
+/// Tasks for each thread, so that all end together.
+const TASKS_PER_WORKER: usize = 4;
+
+/// Reserves the panels of `jobs`. Returns what [`fill_strips`] needs, and the number of tasks.
+pub(crate) fn reserve<'a>(ctx: &Context<'_>, jobs: impl IntoIterator<Item = Job<'a>>) -> (Vec<Filling<'a>>, usize) {
     let mut first = 0;
     let fillings = jobs
         .into_iter()
@@ -210,46 +227,65 @@ pub(crate) fn reserve<'a>(jobs: impl IntoIterator<Item = Job<'a>>) -> (Vec<Filli
             // SAFETY: reserved just now; `panels` stays borrowed as long as this lives.
             let bytes = unsafe { SharedMut::from_raw(bytes.as_ptr(), len) };
             let general = SharedMut::new(&mut panels.general);
-            let filling = Filling { first, source, format, layout, bytes, general };
-            first += layout.matrices * layout.strips();
+            let tasks = TASKS_PER_WORKER * ctx.threads.max(1);
+            let together = (layout.matrices * layout.strips() / tasks).clamp(1, STRIPS_TOGETHER);
+            let filling = Filling { first, together, source, format, layout, bytes, general };
+            first += layout.matrices * layout.strips().div_ceil(together);
             filling
         })
         .collect();
     (fillings, first)
 }
 
-/// Lays out strip number `task` of all.
+/// Does task number `task` of all.
 ///
 /// # Safety
 /// No other call for the same task is under way.
-pub(crate) unsafe fn fill_strip(
+pub(crate) unsafe fn fill_strips(
     ctx: &Context<'_>,
     fillings: &[Filling<'_>],
     task: usize,
     scratch: &mut Scratch,
 ) -> Result<()> {
-    let Filling { first, source, format, layout, bytes, general } =
+    let Filling { first, together, source, format, layout, bytes, general } =
         fillings.iter().rfind(|f| f.first <= task).expect("task 0 belongs to the first job");
-    let (matrix, strip) = ((task - first) / layout.strips(), (task - first) % layout.strips());
+    let tasks = layout.strips().div_ceil(*together);
+    let (matrix, from) = ((task - first) / tasks, (task - first) % tasks * together);
+    let strips = from..(from + together).min(layout.strips());
     scratch.reserve(layout.block);
     let panels = STRIP / layout.width;
-    let at = layout.panel(matrix, strip * panels);
-    // SAFETY: every strip's panels belong to one task.
-    let (bytes, general) =
-        unsafe { (bytes.part(at * layout.panel_bytes(), panels * layout.panel_bytes()), general.part(at, panels)) };
-    let line = strip * STRIP;
-    let mut writer =
-        StripWriter { ctx, layout, format: *format, matrix, line, lines: STRIP.min(layout.lines - line), bytes, general };
+    let writer = |strip: usize| {
+        let at = layout.panel(matrix, strip * panels);
+        // SAFETY: every strip's panels belong to one task.
+        let (bytes, general) =
+            unsafe { (bytes.part(at * layout.panel_bytes(), panels * layout.panel_bytes()), general.part(at, panels)) };
+        let line = strip * STRIP;
+        let lines = STRIP.min(layout.lines - line);
+        StripWriter { ctx, layout, format: *format, matrix, line, lines, bytes, general }
+    };
     match source {
-        Source::Floats(x, mode) if takes_strips(x, *mode) => writer.strip_of_floats(x, *mode, scratch),
-        Source::Floats(x, mode) => writer.rows_of_floats(x, *mode, scratch),
-        Source::Planes(p) => return writer.rows_of_codes(scratch, |part, b, stride, scratch, ends| {
-            rows_of_planes(p, *format, part, b, layout, stride, scratch, ends)
-        }),
-        Source::Codes(c) => return writer.rows_of_codes(scratch, |part, b, stride, scratch, ends| {
-            rows_of_codes(c, part, b, stride, scratch, ends);
-            Ok(())
-        }),
+        // Block after block, so that neighbouring strips are read one after the other.
+        Source::Floats(x, mode) if takes_strips(x, *mode) => {
+            for b in 0..layout.blocks {
+                strips.clone().for_each(|strip| writer(strip).strip_of_floats(x, *mode, b, scratch));
+            }
+        }
+        Source::Floats(x, mode) => strips.for_each(|strip| writer(strip).rows_of_floats(x, *mode, scratch)),
+        Source::Planes(p) => {
+            for strip in strips {
+                writer(strip).rows_of_codes(scratch, |part, b, stride, scratch, ends| {
+                    rows_of_planes(p, *format, part, b, layout, stride, scratch, ends)
+                })?;
+            }
+        }
+        Source::Codes(c) => {
+            for strip in strips {
+                writer(strip).rows_of_codes(scratch, |part, b, stride, scratch, ends| {
+                    rows_of_codes(c, part, b, stride, scratch, ends);
+                    Ok(())
+                })?;
+            }
+        }
     }
     Ok(())
 }
@@ -261,13 +297,13 @@ pub(crate) fn fill<'a>(
     scratch: &mut Vec<Mutex<Scratch>>,
 ) -> Result<()> {
     reserve_scratch(ctx, scratch);
-    let (fillings, strips) = reserve(jobs);
+    let (fillings, tasks) = reserve(ctx, jobs);
     let elements = fillings.iter().map(|f| f.layout.matrices * f.layout.lines * f.layout.k).sum();
     let failure: Mutex<Option<Error>> = Mutex::new(None);
-    for_each_task(ctx.team, ctx.workers(elements), strips, &|worker, task| {
+    for_each_task(ctx.team, ctx.workers(elements), tasks, &|worker, task| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: tasks are handed out once.
-        if let Err(error) = unsafe { fill_strip(ctx, &fillings, task, &mut scratch) } {
+        if let Err(error) = unsafe { fill_strips(ctx, &fillings, task, &mut scratch) } {
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
     });
@@ -307,52 +343,47 @@ impl StripWriter<'_> {
         Part { matrix: self.matrix, line: self.line + line, width, k: b * block, n: block.min(k - b * block) }
     }
 
-    /// Lines that lie side by side.
-    fn strip_of_floats(&mut self, x: &FloatLines<'_>, mode: RoundingMode, scratch: &mut Scratch) {
-        let PanelLayout { steps, blocks, width, .. } = *self.layout;
+    /// Block `b` of lines that lie side by side.
+    fn strip_of_floats(&mut self, x: &FloatLines<'_>, mode: RoundingMode, b: usize, scratch: &mut Scratch) {
+        let PanelLayout { steps, width, .. } = *self.layout;
         let coding = PanelCoding::new(self.format, self.layout.offset(), self.layout.correction());
         let kernels = self.ctx.kernels;
         let encode = kernels.encode_strip[mode.rounding as usize];
         let lanes = kernels.columns / 2;
         let base = self.bytes.as_mut_ptr();
         assert!(scratch.staging.len() >= 4 * steps * STRIP && scratch.random.len() >= 4 * steps * STRIP);
-        for b in 0..blocks {
-            let part = self.part(0, self.lines, b);
-            let mut amax = [0i32; STRIP];
-            if self.lines == STRIP {
-                // SAFETY: n rows of a full strip inside the view; staging has room for 4 * steps rows.
-                unsafe {
-                    let from = x.at(part.matrix, part.line, part.k);
-                    (kernels.stage_strip)(from, x.k_stride, part.n, scratch.staging.as_mut_ptr(), amax.as_mut_ptr());
-                }
-            } else {
-                for (j, row) in scratch.staging.chunks_exact_mut(STRIP).take(part.n).enumerate() {
-                    // SAFETY: `lines` neighbours inside the view.
-                    let from = unsafe {
-                        std::slice::from_raw_parts(x.at(part.matrix, part.line, part.k + j), self.lines)
-                    };
-                    row[..self.lines].copy_from_slice(from);
-                    row[self.lines..].fill(0.0);
-                    for (amax, x) in amax.iter_mut().zip(from) {
-                        *amax = (*amax).max((x.to_bits() & 0x7FFF_FFFF) as i32);
-                    }
+        let part = self.part(0, self.lines, b);
+        let mut amax = [0i32; STRIP];
+        if self.lines == STRIP {
+            // SAFETY: n rows of a full strip inside the view; staging has room for 4 * steps rows.
+            unsafe {
+                let from = x.at(part.matrix, part.line, part.k);
+                (kernels.stage_strip)(from, x.k_stride, part.n, scratch.staging.as_mut_ptr(), amax.as_mut_ptr());
+            }
+        } else {
+            for (j, row) in scratch.staging.chunks_exact_mut(STRIP).take(part.n).enumerate() {
+                // SAFETY: `lines` neighbours inside the view.
+                let from = unsafe { std::slice::from_raw_parts(x.at(part.matrix, part.line, part.k + j), self.lines) };
+                row[..self.lines].copy_from_slice(from);
+                row[self.lines..].fill(0.0);
+                for (amax, x) in amax.iter_mut().zip(from) {
+                    *amax = (*amax).max((x.to_bits() & 0x7FFF_FFFF) as i32);
                 }
             }
-            scratch.staging[part.n * STRIP..4 * steps * STRIP].fill(0.0);
-            if mode.is_stochastic() {
-                random_strip(kernels, x, part, mode.seed, &mut scratch.random);
-            }
-            let places: [BlockPlace; STRIP / 8] =
-                std::array::from_fn(|v| self.layout.place(base, (v * lanes).min(STRIP - lanes), b));
-            // SAFETY: the assertion covers all that is read; the places lie inside the strip's panels.
-            let general = unsafe {
-                encode(scratch.staging.as_ptr(), scratch.random.as_ptr(), amax.as_ptr(), &coding, &places)
-            };
-            if general != 0 {
-                for v in (0..STRIP / lanes).filter(|v| general >> v & 1 == 1) {
-                    for line in (v * lanes..(v + 1) * lanes).step_by(width.min(lanes)) {
-                        self.general[line / width] = 1;
-                    }
+        }
+        scratch.staging[part.n * STRIP..4 * steps * STRIP].fill(0.0);
+        if mode.is_stochastic() {
+            random_strip(kernels, x, part, mode.seed, &mut scratch.random);
+        }
+        let places: [BlockPlace; STRIP / 8] =
+            std::array::from_fn(|v| self.layout.place(base, (v * lanes).min(STRIP - lanes), b));
+        // SAFETY: the assertion covers all that is read; the places lie inside the strip's panels.
+        let general =
+            unsafe { encode(scratch.staging.as_ptr(), scratch.random.as_ptr(), amax.as_ptr(), &coding, &places) };
+        if general != 0 {
+            for v in (0..STRIP / lanes).filter(|v| general >> v & 1 == 1) {
+                for line in (v * lanes..(v + 1) * lanes).step_by(width.min(lanes)) {
+                    self.general[line / width] = 1;
                 }
             }
         }
@@ -360,32 +391,73 @@ impl StripWriter<'_> {
 
     /// Lines that are contiguous, or made so.
     fn rows_of_floats(&mut self, x: &FloatLines<'_>, mode: RoundingMode, scratch: &mut Scratch) {
-        let PanelLayout { blocks, width, .. } = *self.layout;
+        let PanelLayout { blocks, block, width, .. } = *self.layout;
         let coding = PanelCoding::new(self.format, self.layout.offset(), self.layout.correction());
-        let encode = self.ctx.kernels.encode_rows[mode.rounding as usize];
-        let base = self.bytes.as_mut_ptr();
-        // Random bits across the lines come for a whole strip; otherwise a panel's lines are read along together.
+        // Read where they lie; the rest goes through scratch.
+        if x.k_stride == 1 && (x.by_line || !mode.is_stochastic()) {
+            // Four lines at a time, for as long as what is written of a panel stays in the first-level cache: more lines at
+            // a distance of a power of two would push each other out.
+            let run = (1024 / block).max(1);
+            for panel in (0..self.lines).step_by(width) {
+                for from in (0..blocks).step_by(run) {
+                    // A right panel is written whole: its last columns meet every row.
+                    for line in (panel..panel + width).step_by(4) {
+                        let present = self.lines.saturating_sub(line).min(4);
+                        for b in from..(from + run).min(blocks) {
+                            let part = self.part(line, present, b);
+                            let mut lines = [scratch.zeros.as_ptr(); 4];
+                            for (i, at) in lines.iter_mut().enumerate().take(present) {
+                                *at = x.at(part.matrix, part.line + i, part.k);
+                            }
+                            let mut random = [scratch.random.as_ptr(); 4];
+                            if mode.is_stochastic() && present > 0 {
+                                let groups = random_rows(self.ctx.kernels, x, part, mode.seed, &mut scratch.random);
+                                for (i, random) in random.iter_mut().enumerate().take(present) {
+                                    *random = scratch.random[i * 8 * groups + part.k % 8..].as_ptr();
+                                }
+                            }
+                            self.encode_rows(&coding, mode, &lines, &random, line, b);
+                        }
+                    }
+                }
+            }
+            return;
+        }
+        // Random bits across the lines come for a whole strip.
         let set = if mode.is_stochastic() && !x.by_line { STRIP } else { width };
         for from in (0..self.lines).step_by(set) {
             for b in 0..blocks {
                 let part = self.part(from, set.min(self.lines - from), b);
-                let lines = load_lines(self.ctx.kernels, x, part, mode, scratch);
-                let zeros = scratch.zeros.as_ptr();
-                // A right panel is written whole: its last columns meet every row.
+                let loaded = load_lines(self.ctx.kernels, x, part, mode, scratch);
                 for l in (0..part.width.next_multiple_of(width)).step_by(4) {
-                    let line = |i: usize| if l + i < part.width { lines.x[l + i] } else { zeros };
-                    let random =
-                        |i: usize| if l + i < part.width { lines.random[l + i] } else { scratch.random.as_ptr() };
-                    let place = self.layout.place(base, from + l, b);
-                    // SAFETY: load_lines made n elements and their random bits readable, as many zeros are; the place
-                    // lies inside the strip's panels.
-                    let general = unsafe {
-                        encode(&std::array::from_fn(line), part.n, &std::array::from_fn(random), &coding, &place)
-                    };
-                    self.general[(from + l) / width] |= u8::from(general);
+                    let present = part.width.saturating_sub(l).min(4);
+                    let mut lines = [scratch.zeros.as_ptr(); 4];
+                    let mut random = [scratch.random.as_ptr(); 4];
+                    lines[..present].copy_from_slice(&loaded.x[l..l + present]);
+                    random[..present].copy_from_slice(&loaded.random[l..l + present]);
+                    self.encode_rows(&coding, mode, &lines, &random, from + l, b);
                 }
             }
         }
+    }
+
+    /// Block `b` of four lines from `line` of the strip on, whose elements and random bits are readable.
+    #[inline]
+    fn encode_rows(
+        &mut self,
+        coding: &PanelCoding,
+        mode: RoundingMode,
+        lines: &[*const f32; 4],
+        random: &[*const u16; 4],
+        line: usize,
+        b: usize,
+    ) {
+        let n = self.part(0, 0, b).n;
+        let place = self.layout.place(self.bytes.as_mut_ptr(), line, b);
+        let encode = self.ctx.kernels.encode_rows[mode.rounding as usize];
+        // SAFETY: the callers made n elements and their random bits readable; the place lies inside the strip's panels.
+        let general = unsafe { encode(lines, n, random, coding, &place) };
+        self.general[line / self.layout.width] |= u8::from(general);
     }
 
     /// Lines of codes that `read` puts into scratch.
@@ -451,7 +523,10 @@ impl StripWriter<'_> {
                     Side::Right { .. } => {
                         for (t, q) in line.chunks_exact(4).enumerate() {
                             let at = 4 * (width * t + i);
-                            out[at..at + 4].iter_mut().zip(q).for_each(|(out, &q)| *out = (i32::from(q) + offset) as u8);
+                            out[at..at + 4]
+                                .iter_mut()
+                                .zip(q)
+                                .for_each(|(out, &q)| *out = (i32::from(q) + offset) as u8);
                         }
                         let at = 4 * (width * steps + i);
                         out[at..at + 4].copy_from_slice(&RIDER.wrapping_add(rider).to_le_bytes());

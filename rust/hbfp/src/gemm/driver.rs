@@ -7,12 +7,12 @@
 
 use super::cache::Caches;
 use super::{Epilogue, general};
-use crate::arch::generic::product::{PANEL_ROWS, RIDER, b_block_bytes};
+use crate::arch::generic::product::{PANEL_ROWS, RIDER, Tile, b_block_bytes};
 use crate::arch::kernels::{TileFn, TileKernel};
 use crate::encode::Context;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
-use crate::encode::panels::{Job, PanelLayout, Panels, PanelsRef, fill_strip, reserve, reserve_scratch};
+use crate::encode::panels::{Job, PanelLayout, Panels, PanelsRef, fill_strips, reserve, reserve_scratch};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET};
 use crate::mem::{AlignedBytes, SharedMut};
@@ -65,7 +65,8 @@ impl Plan {
         let mut column_panels = 16.min(bl.panels);
         if workers > 1 {
             let tasks = |r: usize, c: usize| al.matrices * al.panels.div_ceil(r) * bl.panels.div_ceil(c);
-            while tasks(row_panels, column_panels) < TASKS_PER_WORKER * workers && (row_panels > 8 || column_panels > 1) {
+            while tasks(row_panels, column_panels) < TASKS_PER_WORKER * workers && (row_panels > 8 || column_panels > 1)
+            {
                 if column_panels > 1 {
                     column_panels = column_panels.div_ceil(2);
                 } else {
@@ -98,16 +99,16 @@ pub(super) fn multiply(
     assert_eq!(out.len(), al.matrices * m * n);
     reserve_scratch(ctx, scratch);
     let plan = Plan::new(ctx, &al, &bl);
-    let (fillings, strips, a, b) = match right {
+    let (fillings, fill_tasks, a, b) = match right {
         Right::Packed(b) => {
-            let (fillings, strips) = reserve([left]);
+            let (fillings, fill_tasks) = reserve(ctx, [left]);
             let a = fillings[0].panels();
-            (fillings, strips, a, b.as_ref())
+            (fillings, fill_tasks, a, b.as_ref())
         }
         Right::Fresh(job) => {
-            let (fillings, strips) = reserve([left, job]);
+            let (fillings, fill_tasks) = reserve(ctx, [left, job]);
             let (a, b) = (fillings[0].panels(), fillings[1].panels());
-            (fillings, strips, a, b)
+            (fillings, fill_tasks, a, b)
         }
     };
     let row_tasks = al.panels.div_ceil(plan.row_panels);
@@ -122,7 +123,7 @@ pub(super) fn multiply(
     let lay_out = |worker: usize, task: usize| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: tasks are handed out once.
-        if let Err(error) = unsafe { fill_strip(ctx, &fillings, task, &mut scratch) } {
+        if let Err(error) = unsafe { fill_strips(ctx, &fillings, task, &mut scratch) } {
             failed.store(true, Ordering::Relaxed);
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
@@ -134,21 +135,21 @@ pub(super) fn multiply(
         let (matrix, rest) = (task / (row_tasks * column_tasks), task % (row_tasks * column_tasks));
         let (r, c) = (rest % row_tasks * plan.row_panels, rest / row_tasks * plan.column_panels);
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        let mut tile = Tile([0.0; PANEL_ROWS * MAX_COLUMNS]);
+        let mut buffer = Buffer([0.0; PANEL_ROWS * MAX_COLUMNS]);
         for pass in 0..passes {
             let blocks = pass * plan.depth..((pass + 1) * plan.depth).min(al.blocks);
             let slice = Slice { blocks, first: pass == 0, last: pass + 1 == passes };
             for j in c..(c + plan.column_panels).min(bl.panels) {
                 let b = product.right_panel(matrix, j, &slice, &mut scratch.panel);
                 for i in r..(r + plan.row_panels).min(al.panels) {
-                    product.tile(matrix, i, j, &b, &slice, &mut tile);
+                    product.tile(matrix, i, j, &b, &slice, &mut buffer);
                 }
             }
         }
     };
     // Small operands are laid out by one thread even so: the others wait less than it would take to hand out strips.
     let stages = [
-        Stage { tasks: strips, task: &lay_out },
+        Stage { tasks: fill_tasks, task: &lay_out },
         Stage { tasks: al.matrices * row_tasks * column_tasks, task: &multiply },
     ];
     for_each_stage(ctx.team, plan.workers, &stages);
@@ -159,7 +160,7 @@ pub(super) fn multiply(
 const MAX_COLUMNS: usize = 32;
 
 #[repr(align(64))]
-struct Tile([f32; PANEL_ROWS * MAX_COLUMNS]);
+struct Buffer([f32; PANEL_ROWS * MAX_COLUMNS]);
 
 /// Blocks of the reduction that a pass takes.
 struct Slice {
@@ -208,59 +209,53 @@ impl Product<'_> {
         out.as_ptr()
     }
 
-    /// One tile of C over some blocks: through a buffer, which a stride of a power of two can't push out of the cache.
+    /// One tile of C over some blocks; one that sticks out goes through a buffer.
     #[inline]
-    fn tile(&self, matrix: usize, i: usize, j: usize, b: &RightPanel, slice: &Slice, tile: &mut Tile) {
+    fn tile(&self, matrix: usize, i: usize, j: usize, b: &RightPanel, slice: &Slice, buffer: &mut Buffer) {
         let Self { al, bl, .. } = self;
         let (m, n, columns) = (al.lines, bl.lines, bl.width);
         let (height, width) = (PANEL_ROWS.min(m - i * PANEL_ROWS), columns.min(n - j * columns));
-        let at = (matrix * m + i * PANEL_ROWS) * n + j * columns;
-        if slice.first && !self.epilogue.accumulate {
-            tile.0[..height * columns].fill(0.0);
-        } else {
-            for r in 0..height {
-                // SAFETY: a tile belongs to one task.
-                let row = unsafe { self.out.part(at + r * n, width) };
-                tile.0[r * columns..r * columns + width].copy_from_slice(row);
-            }
-        }
+        // SAFETY: a tile belongs to one task.
+        let c = unsafe { self.out.part((matrix * m + i * PANEL_ROWS) * n + j * columns, (height - 1) * n + width) };
+        let fresh = slice.first && !self.epilogue.accumulate;
         let panel = al.panel(matrix, i);
         // SAFETY: one flag a panel, written by the stage before.
         let general = b.general | (unsafe { *self.a.general.add(panel) } != 0);
         let a = self.a.bytes.wrapping_add(panel * al.panel_bytes() + slice.blocks.start * al.block_bytes);
-        match self.run {
-            // SAFETY: the panels were laid out with these layouts; the tile has 4 × columns elements.
-            Some(run) if !general => unsafe {
-                run[usize::from(i + 1 == al.panels)](slice.blocks.len(), al.steps, a, b.bytes, tile.0.as_mut_ptr());
-            },
-            _ => self.general_tile(a, b.bytes, slice.blocks.len(), tile),
+        let run = self.run.filter(|_| !general && !slice.blocks.is_empty());
+        if let (Some(run), true) = (run, width == columns) {
+            let tile = Tile { c: c.as_mut_ptr(), stride: n, fresh };
+            // SAFETY: the panels were laid out with these layouts; the kernel writes as many rows as there are.
+            unsafe { run[usize::from(i + 1 == al.panels)](slice.blocks.len(), al.steps, a, b.bytes, tile) };
+        } else {
+            let buffer = &mut buffer.0[..PANEL_ROWS * columns];
+            for (to, from) in buffer.chunks_exact_mut(columns).zip(c.chunks(n)) {
+                if fresh { to.fill(0.0) } else { to[..width].copy_from_slice(&from[..width]) }
+            }
+            let tile = Tile { c: buffer.as_mut_ptr(), stride: columns, fresh: false };
+            match run {
+                // SAFETY: as above; the buffer has 4 rows.
+                Some(run) => unsafe {
+                    run[usize::from(i + 1 == al.panels)](slice.blocks.len(), al.steps, a, b.bytes, tile);
+                },
+                None => self.general_tile(a, b.bytes, slice.blocks.len(), buffer),
+            }
+            for (from, to) in buffer.chunks_exact(columns).zip(c.chunks_mut(n)) {
+                to[..width].copy_from_slice(&from[..width]);
+            }
         }
-        let finishes = slice.last && (general || self.epilogue.accumulate || self.epilogue.bias.is_some());
-        if !finishes && height == PANEL_ROWS && width == columns {
-            // SAFETY: a tile belongs to one task, and this one lies inside the output.
-            let to = unsafe { self.out.part(at, (PANEL_ROWS - 1) * n + width) };
-            return match columns {
-                16 => copy_out::<16>(&tile.0, to, n),
-                _ => copy_out::<32>(&tile.0, to, n),
-            };
-        }
-        for r in 0..height {
-            // SAFETY: a tile belongs to one task.
-            let row = unsafe { self.out.part(at + r * n, width) };
-            let sums = &tile.0[r * columns..r * columns + width];
-            if finishes {
-                let bias = self.epilogue.bias.map(|bias| &bias[j * columns..]);
-                for (c, (out, &sum)) in row.iter_mut().zip(sums).enumerate() {
-                    *out = general::finish(sum, bias.map(|bias| bias[c]));
+        if slice.last && (general || self.epilogue.accumulate || self.epilogue.bias.is_some()) {
+            let bias = self.epilogue.bias.map(|bias| &bias[j * columns..][..width]);
+            for row in c.chunks_mut(n) {
+                for (c, x) in row[..width].iter_mut().enumerate() {
+                    *x = general::finish(*x, bias.map(|bias| bias[c]));
                 }
-            } else {
-                row.copy_from_slice(sums);
             }
         }
     }
 
     #[cold]
-    fn general_tile(&self, a: *const u8, b: *const u8, blocks: usize, tile: &mut Tile) {
+    fn general_tile(&self, a: *const u8, b: *const u8, blocks: usize, tile: &mut [f32]) {
         if blocks == 0 {
             return;
         }
@@ -274,15 +269,7 @@ impl Product<'_> {
                 std::slice::from_raw_parts(b, blocks * b_block),
             )
         };
-        general::tile(&self.al, &self.bl, a, b, &mut tile.0);
-    }
-}
-
-/// The whole tile to rows of length `n`.
-#[inline]
-fn copy_out<const COLUMNS: usize>(tile: &[f32; PANEL_ROWS * MAX_COLUMNS], to: &mut [f32], n: usize) {
-    for (row, from) in tile.as_chunks::<COLUMNS>().0.iter().take(PANEL_ROWS).enumerate() {
-        to[row * n..][..COLUMNS].copy_from_slice(from);
+        general::tile(&self.al, &self.bl, a, b, tile);
     }
 }
 

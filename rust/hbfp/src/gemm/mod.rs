@@ -248,6 +248,32 @@ pub fn prepack(ctx: &Context<'_>, operand: &Operand<'_>) -> Result<Packed> {
     Ok(Packed { format, level, columns, content })
 }
 
+/// Lays an operand out in `workspace` as a product of two operands of its format would, and no more: what encoding costs
+/// by itself, for benches. Formats outside the panels' range are left alone.
+///
+/// # Errors
+/// As [`product`].
+pub fn lay_out(ctx: &Context<'_>, operand: &Operand<'_>, left: bool, workspace: &mut Workspace) -> Result<()> {
+    let format = operand.format();
+    let resolved = operand.resolve(ctx, true)?;
+    let source = resolved.source();
+    let block = format.block_along(source.k());
+    if !fits_panels(format, block) {
+        return Ok(());
+    }
+    let offset = offset(format.bits());
+    let tiles = ctx.kernels.tiles;
+    let tile = tiles.iter().find(|tile| (tile.fits)(block.div_ceil(4), format.max_code(), format.bits()));
+    let correction = tile.map_or(Correction::Total, |tile| tile.correction);
+    let (width, side, panels) = if left {
+        (PANEL_ROWS, Side::Left { correction, offset }, &mut workspace.left)
+    } else {
+        (ctx.kernels.columns, Side::Right { offset }, &mut workspace.right)
+    };
+    let layout = PanelLayout::new(&source, block, width, side);
+    fill(ctx, [Job { source: &source, format, layout, panels }], &mut workspace.scratch)
+}
+
 /// `out` ← A · Bᵀ along their reductions, [matrices, lines of A, lines of B], row-major.
 ///
 /// # Errors
@@ -333,9 +359,8 @@ pub fn product(
     let steps = block.div_ceil(4);
     // The exponent rides in the accumulator while |D| < 2^22.
     let rides = (block as i64) * i64::from(af.max_code()) * i64::from(bf.max_code()) < 1 << 22;
-    let fitting = |tiles: &'static [TileKernel]| {
-        tiles.iter().find(|tile| rides && (tile.fits)(steps, af.max_code(), bf.bits()))
-    };
+    let fitting =
+        |tiles: &'static [TileKernel]| tiles.iter().find(|tile| rides && (tile.fits)(steps, af.max_code(), bf.bits()));
     let resolved = right.as_ref().map(Resolved::source);
     let side = Side::Right { offset: offset(bf.bits()) };
     let mut right_layout = match (b, &resolved) {

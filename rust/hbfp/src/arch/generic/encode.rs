@@ -25,6 +25,8 @@ pub(crate) const NEAREST_AWAY: u8 = Rounding::NearestAway as u8;
 pub(crate) const TOWARD_ZERO: u8 = Rounding::TowardZero as u8;
 pub(crate) const STOCHASTIC: u8 = Rounding::Stochastic as u8;
 
+/// Elements by which reading along lines is ahead of encoding.
+const AHEAD: usize = 128;
 const MAGNITUDE: i32 = 0x7FFF_FFFF;
 
 /// Scaling of one block.
@@ -114,9 +116,6 @@ impl PanelCoding {
         let limit = format.max_code() as f32;
         Self { format, carry, shift, clamp: format.scale_range(), limit, offset, correction }
     }
-    pub(crate) fn is_wide(&self) -> bool {
-        self.correction == Some(Correction::Wide)
-    }
 }
 
 /// Where a panel's block goes.
@@ -164,10 +163,7 @@ fn scales<S: Simd>(s: S, amax: S::V, coding: &PanelCoding) -> Scales<S::V> {
     } else {
         (scale, None)
     };
-    let outside = s.or(
-        s.sub(scale, s.splat(*FAST_SCALES.start())),
-        s.sub(s.splat(*FAST_SCALES.end()), scale),
-    );
+    let outside = s.or(s.sub(scale, s.splat(*FAST_SCALES.start())), s.sub(s.splat(*FAST_SCALES.end()), scale));
     Scales { scale, keep, general: s.any_negative(outside) }
 }
 
@@ -212,27 +208,32 @@ fn correction<S: Simd>(s: S, sums: CodeSums<S::V>, rider: S::V, coding: &PanelCo
     }
 }
 
+/// What [`PanelCoding::correction`] makes of codes, known to the compiler.
+const RIGHT: u8 = 0;
+const LEFT: u8 = 1;
+const WIDE: u8 = 2;
+
 /// Codes as the panel holds them, to the chunks of a step.
 ///
 /// # Safety
 /// The places of the chunks are valid for writing 16 bytes each, 32 for wide codes.
 #[inline(always)]
-unsafe fn store_codes<S: Simd>(s: S, coding: &PanelCoding, words: S::V, p: *mut u8, stride: usize) {
+unsafe fn store_codes<S: Simd, const SIDE: u8>(s: S, coding: &PanelCoding, words: S::V, p: *mut u8, stride: usize) {
     // SAFETY: the caller vouches for the places.
     unsafe {
-        match coding.correction {
-            None => {
+        match SIDE {
+            RIGHT => {
                 // In unsigned bytes: x + 128, then − (128 − offset), which never borrows.
                 let raised = s.xor(words, s.splat(0x8080_8080_u32 as i32));
                 let lower = (128 - coding.offset) * 0x0101_0101;
                 s.store_chunks(p, stride, s.sub(raised, s.splat(lower)));
             }
-            Some(Correction::Wide) => {
+            LEFT => s.store_chunks(p, stride, words),
+            _ => {
                 let [low, high] = s.widen_bytes(words);
                 s.store_chunks(p, stride, low);
                 s.store_chunks(p.add(16), stride, high);
             }
-            Some(_) => s.store_chunks(p, stride, words),
         }
     }
 }
@@ -270,25 +271,60 @@ pub(crate) unsafe fn encode_rows<S: Simd, const R: u8>(
     coding: &PanelCoding,
     place: &BlockPlace,
 ) -> bool {
+    let full = n == 4 * place.steps && n.is_multiple_of(4 * S::LANES);
+    // SAFETY: the caller's word.
+    unsafe {
+        match (coding.correction, full) {
+            (None, true) => rows::<S, R, RIGHT, true>(s, x, n, random, coding, place),
+            (None, false) => rows::<S, R, RIGHT, false>(s, x, n, random, coding, place),
+            (Some(Correction::Wide), true) => rows::<S, R, WIDE, true>(s, x, n, random, coding, place),
+            (Some(Correction::Wide), false) => rows::<S, R, WIDE, false>(s, x, n, random, coding, place),
+            (Some(_), true) => rows::<S, R, LEFT, true>(s, x, n, random, coding, place),
+            (Some(_), false) => rows::<S, R, LEFT, false>(s, x, n, random, coding, place),
+        }
+    }
+}
+
+/// [`encode_rows`] for one side. `FULL`: the block is whole and a multiple of four registers.
+///
+/// # Safety
+/// As for [`encode_rows`].
+#[inline(always)]
+unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool>(
+    s: S,
+    x: &[*const f32; 4],
+    n: usize,
+    random: &[*const u16; 4],
+    coding: &PanelCoding,
+    place: &BlockPlace,
+) -> bool {
     let chunks = S::LANES / 4;
+    let quad = 4 * S::LANES;
     // SAFETY: reads stay inside n by `load_up_to`, or inside the random bits' padding; steps past the last one are
     // written to a copy.
     unsafe {
         let magnitude = s.splat(MAGNITUDE);
         let mut top = [s.splat(0); 4];
-        for (&x, top) in x.iter().zip(&mut top) {
-            let mut second = s.splat(0);
-            let mut i = 0;
-            while i + 2 * S::LANES <= n {
-                *top = s.max_i32(*top, s.and(s.load(x.add(i).cast()), magnitude));
-                second = s.max_i32(second, s.and(s.load(x.add(i + S::LANES).cast()), magnitude));
-                i += 2 * S::LANES;
+        let mut i = 0;
+        while i < n {
+            for (&x, top) in x.iter().zip(&mut top) {
+                // The line's next block but one; four lines at a time are too many for the hardware to follow alone.
+                for line in (0..quad).step_by(16) {
+                    s.prefetch(x.wrapping_add(i + AHEAD + line));
+                }
+                let mut m = [s.splat(0); 4];
+                for (j, m) in m.iter_mut().enumerate() {
+                    let at = i + j * S::LANES;
+                    let v = if FULL {
+                        s.load(x.add(at).cast())
+                    } else {
+                        load_up_to(s, x.wrapping_add(at), n.saturating_sub(at))
+                    };
+                    *m = s.and(v, magnitude);
+                }
+                *top = s.max_i32(*top, s.max_i32(s.max_i32(m[0], m[1]), s.max_i32(m[2], m[3])));
             }
-            while i < n {
-                *top = s.max_i32(*top, s.and(load_up_to(s, x.add(i), n - i), magnitude));
-                i += S::LANES;
-            }
-            *top = s.max_i32(*top, second);
+            i += quad;
         }
         let Scales { scale, keep, general } = scales(s, s.max_of_4(top), coding);
         let inverse = inverses(s, scale);
@@ -307,21 +343,13 @@ pub(crate) unsafe fn encode_rows<S: Simd, const R: u8>(
             let mut lines = [s.splat(0); 4];
             for l in 0..4 {
                 let mut q = [s.splat(0); 4];
-                if i + 4 * S::LANES <= n {
-                    for (j, q) in q.iter_mut().enumerate() {
-                        let at = i + j * S::LANES;
+                for (j, q) in q.iter_mut().enumerate() {
+                    let at = i + j * S::LANES;
+                    if FULL || at < n {
                         let r = if R == STOCHASTIC { s.load_u16(random[l].add(at)) } else { s.splat(0) };
-                        *q = round::<S, R>(s, s.load(x[l].add(at).cast()), inverse[l], limit, minus, r);
-                    }
-                } else {
-                    for (j, q) in q.iter_mut().enumerate() {
-                        let at = i + j * S::LANES;
-                        if at < n {
-                            let r = if R == STOCHASTIC { s.load_u16(random[l].add(at)) } else { s.splat(0) };
-                            let v = load_up_to(s, x[l].add(at), n - at);
-                            // Codes past the end are zero: RNE(0) + r < 2^16.
-                            *q = round::<S, R>(s, v, inverse[l], limit, minus, r);
-                        }
+                        let v = if FULL { s.load(x[l].add(at).cast()) } else { load_up_to(s, x[l].add(at), n - at) };
+                        // Codes past the end are zero: RNE(0) + r < 2^16.
+                        *q = round::<S, R>(s, v, inverse[l], limit, minus, r);
                     }
                 }
                 lines[l] = s.pack_words(q);
@@ -332,17 +360,17 @@ pub(crate) unsafe fn encode_rows<S: Simd, const R: u8>(
                     *word = s.and(*word, keep);
                 }
             }
-            if coding.correction.is_some() {
+            if SIDE != RIGHT {
                 add_codes(s, &mut sums, words, minus_offset);
             }
             for (j, word) in words.into_iter().enumerate() {
                 let first = step + j * chunks;
-                if first + chunks <= place.steps {
-                    store_codes(s, coding, word, place.codes.add(first * place.step), place.step);
+                if FULL || first + chunks <= place.steps {
+                    store_codes::<S, SIDE>(s, coding, word, place.codes.add(first * place.step), place.step);
                 } else if first < place.steps {
-                    let bytes = if coding.is_wide() { 32 } else { 16 };
+                    let bytes = if SIDE == WIDE { 32 } else { 16 };
                     let mut copy = [0u8; 4 * 32];
-                    store_codes(s, coding, word, copy.as_mut_ptr(), bytes);
+                    store_codes::<S, SIDE>(s, coding, word, copy.as_mut_ptr(), bytes);
                     for c in 0..place.steps - first {
                         let to = place.codes.add((first + c) * place.step);
                         std::ptr::copy_nonoverlapping(copy.as_ptr().add(c * bytes), to, bytes);
@@ -352,13 +380,13 @@ pub(crate) unsafe fn encode_rows<S: Simd, const R: u8>(
             step += S::LANES;
         }
         let rider = s.shl::<23>(scale);
-        if coding.correction.is_some() {
+        if SIDE == RIGHT {
+            s.store_chunk(place.ends, s.add(rider, s.splat(RIDER)));
+        } else {
             // Chunks have counted different steps.
             let sums = CodeSums { halves: s.sum_chunks_i16(sums.halves), total: s.sum_chunks(sums.total) };
             s.store_chunk(place.ends, correction(s, sums, rider, coding));
             s.store_chunk(place.ends.add(16), rider);
-        } else {
-            s.store_chunk(place.ends, s.add(rider, s.splat(RIDER)));
         }
         general
     }
@@ -460,6 +488,9 @@ pub(crate) unsafe fn stage_strip<S: Simd>(
         let mut m = [s.splat(0); STRIP / 8];
         for k in 0..n {
             let row = x.offset(k as isize * stride);
+            // The strip beside this one comes next.
+            s.prefetch(row.wrapping_add(STRIP));
+            s.prefetch(row.wrapping_add(STRIP + 16));
             for (v, m) in m.iter_mut().enumerate().take(STRIP / S::LANES) {
                 let x = s.load(row.add(v * S::LANES).cast());
                 s.store(staging.add(k * STRIP + v * S::LANES).cast(), x);
@@ -489,6 +520,29 @@ pub(crate) unsafe fn encode_strip<S: Simd, const R: u8>(
     coding: &PanelCoding,
     places: &[BlockPlace; STRIP / 8],
 ) -> u32 {
+    // SAFETY: the caller's word.
+    unsafe {
+        match coding.correction {
+            None => strip::<S, R, RIGHT>(s, staging, random, amax, coding, places),
+            Some(Correction::Wide) => strip::<S, R, WIDE>(s, staging, random, amax, coding, places),
+            Some(_) => strip::<S, R, LEFT>(s, staging, random, amax, coding, places),
+        }
+    }
+}
+
+/// [`encode_strip`] for one side.
+///
+/// # Safety
+/// As for [`encode_strip`].
+#[inline(always)]
+unsafe fn strip<S: Simd, const R: u8, const SIDE: u8>(
+    s: S,
+    staging: *const f32,
+    random: *const u16,
+    amax: *const i32,
+    coding: &PanelCoding,
+    places: &[BlockPlace; STRIP / 8],
+) -> u32 {
     let mut general = 0;
     // SAFETY: v < STRIP and 4 t + 3 < 4 steps keep every access inside what the caller vouches for.
     unsafe {
@@ -500,35 +554,30 @@ pub(crate) unsafe fn encode_strip<S: Simd, const R: u8>(
             general |= u32::from(scales.general) << group;
             let inverse = inverses(s, scales.scale);
             let mut sums = CodeSums { halves: s.splat(0), total: s.splat(0) };
-            let mut t = 0;
-            while t < place.steps {
-                // Four steps at a time, so that their codes are summed together.
-                let take = (place.steps - t).min(4);
-                let mut words = [s.splat(0); 4];
-                for (u, word) in words.iter_mut().enumerate().take(take) {
-                    let mut q = [s.splat(0); 4];
-                    for (j, q) in q.iter_mut().enumerate() {
-                        let at = (4 * (t + u) + j) * STRIP + v;
-                        let r = if R == STOCHASTIC { s.load_u16(random.add(at)) } else { s.splat(0) };
-                        *q = round::<S, R>(s, s.load(staging.add(at).cast()), inverse, limit, minus, r);
-                    }
-                    *word = s.interleave_bytes(q);
-                    if let Some(keep) = scales.keep {
-                        *word = s.and(*word, keep);
-                    }
-                    store_codes(s, coding, *word, place.codes.add((t + u) * place.step), place.chunk);
+            for t in 0..place.steps {
+                let mut q = [s.splat(0); 4];
+                for (j, q) in q.iter_mut().enumerate() {
+                    let at = (4 * t + j) * STRIP + v;
+                    let r = if R == STOCHASTIC { s.load_u16(random.add(at)) } else { s.splat(0) };
+                    *q = round::<S, R>(s, s.load(staging.add(at).cast()), inverse, limit, minus, r);
                 }
-                if coding.correction.is_some() {
-                    add_codes(s, &mut sums, words, minus_offset);
+                let mut word = s.interleave_bytes(q);
+                if let Some(keep) = scales.keep {
+                    word = s.and(word, keep);
                 }
-                t += take;
+                if SIDE != RIGHT {
+                    let pairs = s.mul_pairs(s.splat(0x0101_0101), word);
+                    sums.halves = s.add_i16(sums.halves, pairs);
+                    sums.total = s.add(sums.total, s.mul_halves(pairs, minus_offset));
+                }
+                store_codes::<S, SIDE>(s, coding, word, place.codes.add(t * place.step), place.chunk);
             }
             let rider = s.shl::<23>(scales.scale);
-            if coding.correction.is_some() {
+            if SIDE == RIGHT {
+                s.store_chunks(place.ends, place.chunk, s.add(rider, s.splat(RIDER)));
+            } else {
                 s.store_chunks(place.ends, place.chunk, correction(s, sums, rider, coding));
                 s.store_chunks(place.ends.add(16), place.chunk, rider);
-            } else {
-                s.store_chunks(place.ends, place.chunk, s.add(rider, s.splat(RIDER)));
             }
         }
     }

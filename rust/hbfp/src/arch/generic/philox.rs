@@ -1,4 +1,5 @@
-//! Philox4x32-10 on `LANES / 2` counters a register, four registers interleaved to hide the multiplier's latency.
+//! Philox4x32-10 on `LANES / 2` counters a register, as many registers interleaved as fit without spilling: two of 16,
+//! four of 32. A round of a register is 2 multiplications, 2 shifts and 4 exclusive ors.
 
 use crate::arch::simd::Simd;
 use crate::rng::{MULTIPLIERS, ROUNDS, Seed, WEYL};
@@ -27,16 +28,24 @@ pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, 
     let lanes = S::LANES / 2;
     let Counters { row, row_step, rows, group, groups } = counters;
     let total = rows * groups;
-    // SAFETY: the arrays hold a register each; a batch of 4 * lanes ≤ 32 counters that starts before `total` ends less
-    // than 32 counters behind it, which the padding covers.
+    let batch = if S::LANES == 16 { 4 } else { 2 };
+    // SAFETY: the arrays hold a register each; a batch of at most 4 * lanes ≤ 32 counters that starts before `total` ends
+    // less than 32 counters behind it, which the padding covers.
     unsafe {
         let iota = s.load(IOTA.as_ptr().cast());
         let (m0, m1) = (s.splat(MULTIPLIERS[0] as i32), s.splat(MULTIPLIERS[1] as i32));
+        let mut keys = [[s.splat(0); 2]; ROUNDS];
+        let (mut k0, mut k1) = (seed.seed as u32, (seed.seed >> 32) as u32);
+        for key in &mut keys {
+            *key = [s.splat(k0 as i32), s.splat(k1 as i32)];
+            (k0, k1) = (k0.wrapping_add(WEYL[0]), k1.wrapping_add(WEYL[1]));
+        }
+        let stream = [s.splat(seed.stream as u32 as i32), s.splat((seed.stream >> 32) as u32 as i32)];
         let (mut r, mut g) = (row, 0);
         let mut done = 0;
         while done < total {
             let mut c = [[s.splat(0); 4]; 4];
-            for c in &mut c {
+            for c in c.iter_mut().take(batch) {
                 if groups % lanes == 0 {
                     // A register never crosses a row.
                     c[0] = s.add(s.splat(group.wrapping_add(g as u32) as i32), iota);
@@ -58,24 +67,20 @@ pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, 
                     c[0] = s.load(c0.as_ptr().cast());
                     c[1] = s.load(c1.as_ptr().cast());
                 }
-                c[2] = s.splat(seed.stream as u32 as i32);
-                c[3] = s.splat((seed.stream >> 32) as u32 as i32);
+                (c[2], c[3]) = (stream[0], stream[1]);
             }
-            let (mut k0, mut k1) = (seed.seed as u32, (seed.seed >> 32) as u32);
-            for _ in 0..ROUNDS {
-                let (v0, v1) = (s.splat(k0 as i32), s.splat(k1 as i32));
-                for c in &mut c {
+            for key in &keys {
+                for c in c.iter_mut().take(batch) {
                     let (p0, p1) = (s.mul_low_u32(c[0], m0), s.mul_low_u32(c[2], m1));
                     // Only the low half of each 64-bit lane counts; products leave their high halves behind.
-                    *c = [s.xor(s.xor(s.high_u32(p1), c[1]), v0), p1, s.xor(s.xor(s.high_u32(p0), c[3]), v1), p0];
+                    let (k0, k1) = (s.xor(c[1], key[0]), s.xor(c[3], key[1]));
+                    *c = [s.xor(s.high_u32(p1), k0), p1, s.xor(s.high_u32(p0), k1), p0];
                 }
-                k0 = k0.wrapping_add(WEYL[0]);
-                k1 = k1.wrapping_add(WEYL[1]);
             }
-            for (j, c) in c.into_iter().enumerate() {
+            for (j, c) in c.into_iter().enumerate().take(batch) {
                 s.store_counters(out.add(8 * (done + j * lanes)), c);
             }
-            done += 4 * lanes;
+            done += batch * lanes;
         }
     }
 }

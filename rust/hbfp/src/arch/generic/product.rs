@@ -32,6 +32,28 @@ pub(crate) const PANEL_ROWS: usize = 4;
 /// Bits of 1.5·2^23.
 pub(crate) const RIDER: i32 = 0x4B40_0000;
 
+/// A tile of C.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tile {
+    /// Its first element.
+    pub(crate) c: *mut f32,
+    /// Elements from a row to the next.
+    pub(crate) stride: usize,
+    /// Whether sums start from +0.0, whatever C holds.
+    pub(crate) fresh: bool,
+}
+
+/// What a fresh tile starts from.
+static ZEROS: [f32; 32] = [0.0; 32];
+
+impl Tile {
+    /// First element and row stride of what the first block adds to.
+    #[inline(always)]
+    fn start(&self) -> (*const f32, usize) {
+        if self.fresh { (ZEROS.as_ptr(), 0) } else { (self.c, self.stride) }
+    }
+}
+
 /// What a tile kernel reads as its A panel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Correction {
@@ -136,14 +158,18 @@ unsafe fn start_total<S: Simd, const ROWS: usize>(s: S, eb: [S::V; 2], ends: *co
 unsafe fn step_halves<S: Simd, const ROWS: usize>(s: S, acc: &mut Sums<S, ROWS>, x: [S::V; 2], a: *const u8) {
     const LAG: usize = 4;
     let mut product = [s.splat(0); 2 * PANEL_ROWS];
+    let mut w = product[0];
     for j in 0..2 * ROWS + LAG {
         if j >= LAG {
             let sum = &mut acc[(j - LAG) / 2][j % 2];
             *sum = s.add_i16(*sum, product[j - LAG]);
         }
         if j < 2 * ROWS {
-            // SAFETY: j / 2 < ROWS.
-            product[j] = s.in_order(s.mul_pairs(x[j % 2], unsafe { word(s, a.add(4 * (j / 2))) }));
+            if j % 2 == 0 {
+                // SAFETY: j / 2 < ROWS.
+                w = s.in_order(unsafe { word(s, a.add(2 * j)) });
+            }
+            product[j] = s.in_order(s.mul_pairs(x[j % 2], w));
         }
     }
 }
@@ -164,22 +190,24 @@ unsafe fn step_dot4<S: Simd, const ROWS: usize>(s: S, acc: &mut Sums<S, ROWS>, x
 /// Turns a block's totals, riders included, into floats and adds them to the tile.
 ///
 /// # Safety
-/// `riders` is valid for reading 4 · ROWS bytes, `c` for reading and writing ROWS · 2 · LANES elements.
+/// `riders` is valid for reading 4 · ROWS bytes, `from` and `c` for reading and writing ROWS rows of 2 LANES elements.
 #[inline(always)]
 unsafe fn finish_block<S: Simd, const ROWS: usize>(
     s: S,
     total: &Sums<S, ROWS>,
     eb: [S::V; 2],
     riders: *const u8,
-    c: *mut f32,
+    from: (*const f32, usize),
+    c: &Tile,
 ) {
     for v in 0..2 {
         for (i, total) in total.iter().enumerate() {
             // SAFETY: i < ROWS, v < 2.
             unsafe {
                 let zero = s.add(eb[v], word(s, riders.add(4 * i)));
-                let at = c.add((2 * i + v) * S::LANES).cast::<i32>();
-                s.store(at, s.add_f32(s.load(at), s.sub_f32(total[v], zero)));
+                let sum = s.load(from.0.add(i * from.1 + v * S::LANES).cast());
+                let sum = s.add_f32(sum, s.sub_f32(total[v], zero));
+                s.store(c.c.add(i * c.stride + v * S::LANES).cast(), sum);
             }
         }
     }
@@ -195,7 +223,8 @@ unsafe fn finish_halves<S: Simd, const ROWS: usize>(
     acc: &Sums<S, ROWS>,
     eb: [S::V; 2],
     riders: *const u8,
-    c: *mut f32,
+    from: (*const f32, usize),
+    c: &Tile,
 ) {
     for v in 0..2 {
         for (i, acc) in acc.iter().enumerate() {
@@ -203,8 +232,9 @@ unsafe fn finish_halves<S: Simd, const ROWS: usize>(
             unsafe {
                 let zero = s.add(eb[v], word(s, riders.add(4 * i)));
                 let total = s.add(s.sum_halves(acc[v]), zero);
-                let at = c.add((2 * i + v) * S::LANES).cast::<i32>();
-                s.store(at, s.add_f32(s.load(at), s.sub_f32(total, zero)));
+                let sum = s.load(from.0.add(i * from.1 + v * S::LANES).cast());
+                let sum = s.add_f32(sum, s.sub_f32(total, zero));
+                s.store(c.c.add(i * c.stride + v * S::LANES).cast(), sum);
             }
         }
     }
@@ -214,7 +244,7 @@ unsafe fn finish_halves<S: Simd, const ROWS: usize>(
 ///
 /// # Safety
 /// - `a` is valid for reading `blocks` blocks of an A panel, `b` of a B panel of 2 LANES columns;
-/// - `c`, rows of 2 LANES elements, is valid for reading and writing ROWS of them, ROWS ≤ 4.
+/// - `c` is valid for reading and writing ROWS ≤ 4 rows of 2 LANES elements; blocks > 0.
 #[inline(always)]
 pub(crate) unsafe fn tile_dot4<S: Simd, const STEPS: usize, const ROWS: usize>(
     s: S,
@@ -222,7 +252,7 @@ pub(crate) unsafe fn tile_dot4<S: Simd, const STEPS: usize, const ROWS: usize>(
     steps: usize,
     a: *const u8,
     b: *const u8,
-    c: *mut f32,
+    c: Tile,
 ) {
     let steps = if STEPS == 0 { steps } else { STEPS };
     let width = 2 * S::LANES;
@@ -230,7 +260,8 @@ pub(crate) unsafe fn tile_dot4<S: Simd, const STEPS: usize, const ROWS: usize>(
     unsafe {
         let mut sum = [[s.splat(0); 2]; ROWS];
         for (i, row) in sum.iter_mut().enumerate() {
-            *row = columns(s, c.add(i * width).cast());
+            let (from, stride) = c.start();
+            *row = columns(s, from.add(i * stride).cast());
         }
         for block in 0..blocks {
             let a = a.add(block * a_block_bytes(steps, false));
@@ -250,7 +281,7 @@ pub(crate) unsafe fn tile_dot4<S: Simd, const STEPS: usize, const ROWS: usize>(
         }
         for (i, row) in sum.iter().enumerate() {
             for (v, x) in row.iter().enumerate() {
-                s.store(c.add(i * width + v * S::LANES).cast(), *x);
+                s.store(c.c.add(i * c.stride + v * S::LANES).cast(), *x);
             }
         }
     }
@@ -271,12 +302,13 @@ pub(crate) unsafe fn tile_halves<S: Simd, const STEPS: usize, const ROWS: usize>
     steps: usize,
     a: *const u8,
     b: *const u8,
-    c: *mut f32,
+    c: Tile,
 ) {
     let steps = if STEPS == 0 { steps } else { STEPS };
     let width = 2 * S::LANES;
     // SAFETY: all offsets are inside the blocks and the tile that the caller vouches for.
     unsafe {
+        let mut from = c.start();
         for block in 0..blocks {
             let a = a.add(block * a_block_bytes(steps, false));
             let b = b.add(block * b_block_bytes(steps, width));
@@ -285,7 +317,8 @@ pub(crate) unsafe fn tile_halves<S: Simd, const STEPS: usize, const ROWS: usize>
             for t in 0..steps {
                 step_halves::<S, ROWS>(s, &mut acc, columns(s, b.add(4 * t * width)), a.add(16 * t));
             }
-            finish_halves(s, &acc, columns(s, b.add(4 * width * steps)), ends.add(16), c);
+            finish_halves(s, &acc, columns(s, b.add(4 * width * steps)), ends.add(16), from, &c);
+            from = (c.c, c.stride);
         }
     }
 }
@@ -303,30 +336,32 @@ unsafe fn tile_segments<S: Simd, const STEPS: usize, const ROWS: usize, const SE
     steps: usize,
     a: *const u8,
     b: *const u8,
-    c: *mut f32,
+    c: Tile,
 ) {
     let steps = if STEPS == 0 { steps } else { STEPS };
     let width = 2 * S::LANES;
     // SAFETY: all offsets are inside the blocks and the tile that the caller vouches for.
     unsafe {
+        let mut from = c.start();
         for block in 0..blocks {
             let a = a.add(block * a_block_bytes(steps, false));
             let b = b.add(block * b_block_bytes(steps, width));
             let ends = a.add(16 * steps);
             let eb = columns(s, b.add(4 * width * steps));
             let mut acc = start_total::<S, ROWS>(s, eb, ends);
-            let mut from = 0;
-            while from < steps {
+            let mut done = 0;
+            while done < steps {
                 let mut halves = [[s.splat(0); 2]; ROWS];
-                for t in from..(from + SEGMENT).min(steps) {
+                for t in done..(done + SEGMENT).min(steps) {
                     step_halves::<S, ROWS>(s, &mut halves, columns(s, b.add(4 * t * width)), a.add(16 * t));
                 }
                 for (acc, halves) in acc.iter_mut().zip(&halves) {
                     *acc = [s.add(acc[0], s.sum_halves(halves[0])), s.add(acc[1], s.sum_halves(halves[1]))];
                 }
-                from += SEGMENT;
+                done += SEGMENT;
             }
-            finish_block(s, &acc, eb, ends.add(16), c);
+            finish_block(s, &acc, eb, ends.add(16), from, &c);
+            from = (c.c, c.stride);
         }
     }
 }
@@ -342,7 +377,7 @@ pub(crate) unsafe fn tile_segments8<S: Simd, const STEPS: usize, const ROWS: usi
     steps: usize,
     a: *const u8,
     b: *const u8,
-    c: *mut f32,
+    c: Tile,
 ) {
     // SAFETY: the caller's word.
     unsafe { tile_segments::<S, STEPS, ROWS, 8>(s, blocks, steps, a, b, c) }
@@ -359,7 +394,7 @@ pub(crate) unsafe fn tile_segments2<S: Simd, const STEPS: usize, const ROWS: usi
     steps: usize,
     a: *const u8,
     b: *const u8,
-    c: *mut f32,
+    c: Tile,
 ) {
     // SAFETY: the caller's word.
     unsafe { tile_segments::<S, STEPS, ROWS, 2>(s, blocks, steps, a, b, c) }
@@ -376,7 +411,7 @@ pub(crate) unsafe fn tile_wide<S: Simd, const STEPS: usize, const ROWS: usize>(
     steps: usize,
     a: *const u8,
     b: *const u8,
-    c: *mut f32,
+    c: Tile,
 ) {
     const LAG: usize = 3;
     let steps = if STEPS == 0 { steps } else { STEPS };
@@ -384,6 +419,7 @@ pub(crate) unsafe fn tile_wide<S: Simd, const STEPS: usize, const ROWS: usize>(
     let low = s.splat(0x00FF_00FF);
     // SAFETY: all offsets are inside the blocks and the tile that the caller vouches for.
     unsafe {
+        let mut from = c.start();
         for block in 0..blocks {
             let a = a.add(block * a_block_bytes(steps, true));
             let b = b.add(block * b_block_bytes(steps, width));
@@ -398,19 +434,23 @@ pub(crate) unsafe fn tile_wide<S: Simd, const STEPS: usize, const ROWS: usize>(
                         _ => [s.high_bytes(x[0]), s.high_bytes(x[1])],
                     };
                     let mut product = [s.splat(0); 2 * PANEL_ROWS];
+                    let mut w = product[0];
                     for j in 0..2 * ROWS + LAG {
                         if j >= LAG {
                             let sum = &mut acc[(j - LAG) / 2][(j - LAG) % 2];
                             *sum = s.add(*sum, product[j - LAG]);
                         }
                         if j < 2 * ROWS {
-                            let w = word(s, a.add(32 * t + 8 * (j / 2) + 4 * odd));
+                            if j % 2 == 0 {
+                                w = s.in_order(word(s, a.add(32 * t + 4 * j + 4 * odd)));
+                            }
                             product[j] = s.in_order(s.mul_halves(x[j % 2], w));
                         }
                     }
                 }
             }
-            finish_block(s, &acc, eb, ends.add(16), c);
+            finish_block(s, &acc, eb, ends.add(16), from, &c);
+            from = (c.c, c.stride);
         }
     }
 }
@@ -426,12 +466,13 @@ pub(crate) unsafe fn nibbles_halves<S: Simd, const STEPS: usize, const ROWS: usi
     steps: usize,
     a: *const u8,
     b: *const u8,
-    c: *mut f32,
+    c: Tile,
 ) {
     let steps = if STEPS == 0 { steps } else { STEPS };
     let width = 2 * S::LANES;
     // SAFETY: all offsets are inside the blocks and the tile that the caller vouches for.
     unsafe {
+        let mut from = c.start();
         for block in 0..blocks {
             let a = a.add(block * a_block_bytes(steps, false));
             let b = b.add(block * nibble_block_bytes(steps, width));
@@ -447,7 +488,8 @@ pub(crate) unsafe fn nibbles_halves<S: Simd, const STEPS: usize, const ROWS: usi
                 step_halves::<S, ROWS>(s, &mut acc, even, a.add(16 * (steps - 1)));
             }
             let eb = nibble_riders(s, b.add(4 * width * steps.div_ceil(2)));
-            finish_halves(s, &acc, eb, ends.add(16), c);
+            finish_halves(s, &acc, eb, ends.add(16), from, &c);
+            from = (c.c, c.stride);
         }
     }
 }
@@ -463,12 +505,13 @@ pub(crate) unsafe fn nibbles_dot4<S: Simd, const STEPS: usize, const ROWS: usize
     steps: usize,
     a: *const u8,
     b: *const u8,
-    c: *mut f32,
+    c: Tile,
 ) {
     let steps = if STEPS == 0 { steps } else { STEPS };
     let width = 2 * S::LANES;
     // SAFETY: all offsets are inside the blocks and the tile that the caller vouches for.
     unsafe {
+        let mut from = c.start();
         for block in 0..blocks {
             let a = a.add(block * a_block_bytes(steps, false));
             let b = b.add(block * nibble_block_bytes(steps, width));
@@ -484,7 +527,8 @@ pub(crate) unsafe fn nibbles_dot4<S: Simd, const STEPS: usize, const ROWS: usize
                 let [even, _] = nibbles(s, columns(s, b.add(4 * (steps / 2) * width)));
                 step_dot4::<S, ROWS>(s, &mut acc, even, a.add(16 * (steps - 1)));
             }
-            finish_block(s, &acc, eb, ends.add(16), c);
+            finish_block(s, &acc, eb, ends.add(16), from, &c);
+            from = (c.c, c.stride);
         }
     }
 }

@@ -64,6 +64,11 @@ impl Simd for Avx2 {
         unsafe { _mm256_storeu_si256(p.cast(), v) }
     }
     #[inline(always)]
+    fn prefetch(self, p: *const f32) {
+        // A prefetch never faults.
+        level!(_mm_prefetch::<_MM_HINT_T0>(p.cast()));
+    }
+    #[inline(always)]
     unsafe fn load_u16(self, p: *const u16) -> Self::V {
         // SAFETY: the token proves AVX2, the caller 16 readable bytes.
         unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())) }

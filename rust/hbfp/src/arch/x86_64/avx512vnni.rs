@@ -55,6 +55,11 @@ impl Simd for Avx512Vnni {
         unsafe { _mm512_storeu_si512(p.cast(), v) }
     }
     #[inline(always)]
+    fn prefetch(self, p: *const f32) {
+        // A prefetch never faults.
+        level!(_mm_prefetch::<_MM_HINT_T0>(p.cast()));
+    }
+    #[inline(always)]
     unsafe fn load_u16(self, p: *const u16) -> Self::V {
         // SAFETY: the token proves the level, the caller 32 readable bytes.
         unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) }
