@@ -190,6 +190,74 @@ fn exponents_differ_from_line_to_line_and_block_to_block() {
 }
 
 #[test]
+fn sums_of_exponents_on_both_sides_of_every_border() {
+    // The left operand's exponents are drawn, the right one's complete them to a border of the fast path, of f32 or of
+    // its subnormals: in all blocks, or in one of them, in one line.
+    let levels = contexts();
+    let mut rng = TestRng(16);
+    for border in [-170, -150, -149, -148, -127, -126, -125, 97, 104, 105, 106, 120, 127] {
+        for case in 0..24 {
+            let block = pick(&mut rng, &[8, 16, 32, 64]);
+            let (m, n, blocks) = (1 + rng.below(9), pick(&mut rng, &COLUMNS), 1 + rng.below(3));
+            let (fa, fb) = (line(2 + rng.below(7) as u8, block), line(2 + rng.below(7) as u8, block));
+            let half: i32 = border / 2;
+            let scales: Vec<i32> = (0..blocks).map(|_| half + pick(&mut rng, &[0, 0, 1, -1, 9, -9])).collect();
+            let (here, place) = (case % 2 == 0, (rng.below(n), rng.below(blocks)));
+            let right = |l: usize, b: usize| if here || (l, b) == place { border - scales[b] } else { -scales[b] / 2 };
+            let mut codes = |max: i32, lines: usize| -> Vec<i32> {
+                (0..lines * block * blocks)
+                    .map(|i| if i.is_multiple_of(block) { max } else { rng.below(2 * max as usize + 1) as i32 - max })
+                    .collect()
+            };
+            let (k, ca, cb) = (block * blocks, codes(fa.max_code(), m), codes(fb.max_code(), n));
+            let a = TestOperand::from_elements((m, k), true, fa, |l, j| at_scale(ca[l * k + j], scales[j / block]));
+            let b = TestOperand::from_elements((n, k), true, fb, |l, j| at_scale(cb[l * k + j], right(l, j / block)));
+            check_product(&levels, &a, &b, &|| format!("border {border}: {m}×{n}×{k} {fa} {fb} {scales:?} {place:?}"));
+        }
+    }
+}
+
+#[test]
+fn blocks_on_both_sides_of_where_sums_overflow() {
+    // All codes at ±Q, in blocks just short of and just beyond what 16 bits or the fast path's 22 hold: of a whole block,
+    // a half or a quarter of it, of codes as they are or raised by an offset. Codes of the second half may take the first
+    // half's sum back: an overflow on the way must not show.
+    let levels = contexts();
+    for left in 2..=8 {
+        for right in 2..=8 {
+            let (qa, qb) = (line(left, 1).max_code() as usize, line(right, 1).max_code() as usize);
+            let mut blocks: Vec<usize> = [1 << 14, 1 << 15, 1 << 16, 1 << 22]
+                .into_iter()
+                .flat_map(|limit| [limit / (qa * qb), limit / (qa * (2 * qb + 1))])
+                .flat_map(|block| [block, 2 * block, 4 * block])
+                .flat_map(|block| [block, block + 1, block / 4 * 4, block / 4 * 4 + 4, block + block / 16])
+                .filter(|block| (2..=1024).contains(block))
+                .collect();
+            blocks.sort_unstable();
+            blocks.dedup();
+            for block in blocks {
+                let (fa, fb) = (line(left, block), line(right, block));
+                let sign = |pattern: usize, j: usize| match pattern % 3 {
+                    0 => 1,
+                    1 => -1,
+                    _ => {
+                        if 2 * j < block {
+                            1
+                        } else {
+                            -1
+                        }
+                    }
+                };
+                let a = TestOperand::from_elements((3, block), true, fa, |l, j| (fa.max_code() * sign(l, j)) as f32);
+                let b =
+                    TestOperand::from_elements((9, block), true, fb, |l, j| (fb.max_code() * sign(l / 3, j)) as f32);
+                check_product(&levels, &a, &b, &|| format!("{fa} {fb}"));
+            }
+        }
+    }
+}
+
+#[test]
 fn nan_blocks_and_zero_blocks_stay_where_they_are() {
     let levels = contexts();
     let mut rng = TestRng(14);
