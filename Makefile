@@ -80,6 +80,21 @@ clean: ## Remove .venv and everything that was built
 test-rust: setup ## Only the Rust tests
 	cargo test --package hbfp --all-features --locked
 
+.PHONY: test-nightly
+test-nightly: setup ## Products with everything drawn at random, 10,000 of them (HBFP_SEED=n HBFP_CASES=n)
+	@echo "HBFP_SEED=$(HBFP_SEED) HBFP_CASES=$(HBFP_CASES)"
+	cargo test --package hbfp --all-features --locked --test random_products
+
+test-nightly: export HBFP_CASES ?= 10000
+test-nightly: export HBFP_SEED ?= $(shell date +%Y%m%d00000)
+
+.PHONY: memcheck
+memcheck: setup ## Kernels of the levels that valgrind knows (scalar, avx2) under its memcheck
+	CARGO_TARGET_$(HOST)_RUNNER="valgrind --tool=memcheck --quiet --error-exitcode=1 --leak-check=no --partial-loads-ok=no" \
+	    cargo test --package hbfp --all-features --locked --test bounds memcheck
+
+memcheck: HOST = $(shell rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)
+
 .PHONY: test-python
 test-python: setup $(DIST)/.made ## Only pytest (ARGS="-k philox -x")
 	$(BIN)/pytest $(ARGS)

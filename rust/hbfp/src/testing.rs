@@ -32,7 +32,7 @@ pub enum Fill {
     Ties,
     /// Subnormals and the largest finite values: clamping, overflow, the general path.
     Extreme,
-    /// `Plain` with a NaN and an infinity.
+    /// `Plain` with a NaN, not the canonical one, and an infinity.
     NonFinite,
 }
 
@@ -83,7 +83,7 @@ impl Fill {
                 }
             }
             Self::NonFinite if n > 0 => {
-                out[n / 3] = f32::NAN;
+                out[n / 3] = f32::from_bits(0xFFC1_2345);
                 out[n / 2] = f32::NEG_INFINITY;
             }
             _ => {}
