@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from hbfp import _core
@@ -35,6 +36,7 @@ __all__ = [
     "column_sums",
     "product",
     "quantize",
+    "quick_product",
     "recorders",
     "reference_product",
     "require_real",
@@ -43,6 +45,9 @@ __all__ = [
 ]
 
 _core.set_tensor_type(torch.Tensor)
+
+# Bound once: a product of a few rows takes less time than looking up a dozen names.
+_dispatch_modes, _threads = torch._C._len_torch_dispatch_stack, torch.get_num_threads
 
 _CAST = frozenset({torch.float16, torch.bfloat16, torch.float64})
 _WORD = 2**64 - 1
@@ -94,7 +99,7 @@ def _float32(x: Tensor) -> Tensor:
 
 def _direct(*tensors: Tensor) -> bool:
     """True where `_core` may be called without the dispatcher noticing."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if is_compiling() or _dispatch_modes():
         return False
     for x in tensors:
         kind = type(x)
@@ -156,6 +161,29 @@ def _run_product(
     return out
 
 
+def quick_product(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+) -> Tensor | None:
+    """`product` in one call of the core, told to no recorder; None where anything is not as usual, errors included."""
+    if is_compiling() or _dispatch_modes():
+        return None
+    left, right = formats
+    out: Tensor | None = _core.tensor_product(
+        a, a_axis, left.core, roundings[0], streams[0],
+        b, b_axis, right.core, roundings[1], streams[1],
+        seed, bias, _threads(),
+    )  # fmt: skip
+    return out
+
+
 def _record(a: Tensor, a_axis: int, out: Tensor, formats: tuple[HBFP, HBFP], name: str, source: object) -> None:
     macs = out.numel() * a.shape[a_axis]
     report = Product(name, source, macs, formats[0], formats[1])
@@ -194,7 +222,10 @@ def product(
         ShapeError: the shapes do not fit; FormatError: the formats cut the reduction at different places;
         DTypeError: a tensor is not real, dense and on the CPU.
     """
-    if _direct(a, b):
+    out = quick_product(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
+    if out is not None:
+        pass
+    elif _direct(a, b):
         out = _run_product(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
     else:
         out = torch.ops.hbfp.product(
@@ -202,7 +233,7 @@ def product(
             b, b_axis, str(formats[1]), roundings[1], _signed(streams[1]),
             _signed(seed), bias,
         )  # fmt: skip
-    if recorders and not torch.compiler.is_compiling():
+    if recorders and not is_compiling():
         _record(a, a_axis, out, formats, name, source)
     return out
 
