@@ -181,9 +181,9 @@ def tensor_product(
 ) -> Any | None:
     """The same in one call that allocates: the product of two torch tensors, [.., M, N], or None.
 
-    None says that something is not as usual (a subclass, a dtype, a device, a layout, an empty dimension, shapes that do
-    not fit), and nothing about what: the caller takes the way that knows. Batch dimensions as for `product`, but that a
-    contiguous `a` is flattened here."""
+    None says that something is not as usual (a subclass, a dtype, a device, a layout, an empty dimension, shapes that
+    do not fit), and nothing about what: the caller takes the way that knows. Batch dimensions as for `product`, but
+    that a contiguous `a` is flattened here."""
 
 def softmax(scores: Any, out: Any, scale: float, causal: bool, mask: Any | None, threads: int) -> None:
     """Row softmax of scale * scores (+ mask, f32 of scores' shape) over the last dimension; causal: column j of row i

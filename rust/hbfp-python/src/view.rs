@@ -6,10 +6,10 @@ use hbfp::shape::FloatTensor;
 use numpy::{
     Element, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyReadwriteArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
 };
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyCapsule;
-use pyo3::intern;
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
 
@@ -328,10 +328,7 @@ mod dlpack {
     }
 
     /// Address, shape and strides of a float32 tensor on the CPU that has memory.
-    pub(super) fn floats(
-        x: &Bound<'_, PyAny>,
-        describe: Describe,
-    ) -> Option<(*mut f32, Vec<usize>, Vec<isize>)> {
+    pub(super) fn floats(x: &Bound<'_, PyAny>, describe: Describe) -> Option<(*mut f32, Vec<usize>, Vec<isize>)> {
         let mut tensor = std::mem::MaybeUninit::<Tensor>::uninit();
         // SAFETY: the GIL is held, and the object is of the class that gave `describe`, or of torch's Parameter, which
         // is laid out alike.
