@@ -37,6 +37,7 @@ __all__ = [
     "set_tensor_type",
     "softmax",
     "softmax_backward",
+    "tensor_product",
     "unpack",
 ]
 
@@ -162,6 +163,27 @@ def product(
     """out[.., M, N] (C-contiguous f32) = sum over the reduction of a times b, FORMAT.md section 5.
 
     Batch dimensions of a and b are equal, or absent on b (then a's are flattened into M by the caller)."""
+
+def tensor_product(
+    a: Any,
+    a_axis: int,
+    a_format: Format,
+    a_rounding: int,
+    a_stream: int,
+    b: Any,
+    b_axis: int,
+    b_format: Format,
+    b_rounding: int,
+    b_stream: int,
+    seed: int,
+    bias: Any | None,
+    threads: int,
+) -> Any | None:
+    """The same in one call that allocates: the product of two torch tensors, [.., M, N], or None.
+
+    None says that something is not as usual (a subclass, a dtype, a device, a layout, an empty dimension, shapes that
+    do not fit), and nothing about what: the caller takes the way that knows. Batch dimensions as for `product`, but
+    that a contiguous `a` is flattened here."""
 
 def softmax(scores: Any, out: Any, scale: float, causal: bool, mask: Any | None, threads: int) -> None:
     """Row softmax of scale * scores (+ mask, f32 of scores' shape) over the last dimension; causal: column j of row i

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from functools import wraps
 from math import prod, sqrt
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from hbfp import ops
 from hbfp.errors import HBFPError, ShapeError
@@ -53,13 +56,24 @@ class Role(IntEnum):
 # Plain numbers: the eager path adds them to a stream at every call.
 _X, _W, _DY_X, _W_X, _DY_W, _X_W, _Q, _K, _P, _V, _DO_P, _DO_V, _DS_Q, _DS_K, _P_V, _QKV = (int(role) for role in Role)
 
-# Differentiating a second time would need gradients of the encoding itself: `once_differentiable` says so when it
-# happens.
-_once = cast(Callable[[Callable[..., Any]], Callable[..., Any]], once_differentiable)
+_INTEGER = Backend.INTEGER
+_transform, _tracer = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Differentiating a second time would need gradients of the encoding itself: torch says so when it happens."""
+    guarded = cast(Callable[..., Any], once_differentiable(backward))
+
+    @wraps(backward)
+    def once(ctx: Any, *gradients: Tensor) -> Any:
+        # Without create_graph nothing can be differentiated again, and there is nothing to guard.
+        return guarded(ctx, *gradients) if is_grad_enabled() else backward(ctx, *gradients)
+
+    return once
 
 
 def _multiply(recipe: Recipe) -> Callable[..., Tensor]:
-    return ops.product if recipe.backend is Backend.INTEGER else ops.reference_product
+    return ops.product if recipe.backend is _INTEGER else ops.reference_product
 
 
 def _sum_to(gradient: Tensor, shape: Sequence[int]) -> Tensor:
@@ -298,12 +312,25 @@ def _batch_of(*tensors: Tensor) -> torch.Size:
 
 def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, no two the same object where torch.compile traces: it cannot when a function is given one twice."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return tensors
     seen: list[Tensor] = []
     for x in tensors:
         seen.append(x.view_as(x) if any(x is other for other in seen) else x)
     return tuple(seen)
+
+
+def _unseen(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a node of autograd would be seen by nobody: no gradient is asked for, nothing traces or transforms."""
+    return not (
+        is_compiling()
+        or (
+            is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+        )
+        or forward_ad._current_level >= 0
+        or _transform() is not None
+        or _tracer() is not None
+    )
 
 
 # --- the same as plain functions, with the checks that autograd's interface has no room for --------------------------
@@ -313,6 +340,14 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, seed: int, stream: int, source: object = None
 ) -> Tensor:
     """x [..., in] times weightᵀ [out, in], plus bias [out]; see `hbfp.nn.functional.linear`."""
+    usual = weight.dim() == 2 and x.dim() > 1 and recipe.backend is _INTEGER and not ops.recorders
+    if usual and _unseen(x, weight, bias):
+        policy = recipe.forward
+        quick = ops.quick_product(
+            x, -1, weight, -1, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), bias
+        )
+        if quick is not None:
+            return quick
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ShapeError(
             f"linear takes x [..., in] and weight [out, in]; found {tuple(x.shape)} and {tuple(weight.shape)}"

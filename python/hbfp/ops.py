@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from hbfp import _core
@@ -35,6 +36,7 @@ __all__ = [
     "column_sums",
     "product",
     "quantize",
+    "quick_product",
     "recorders",
     "reference_product",
     "require_real",
@@ -44,6 +46,10 @@ __all__ = [
 
 _core.set_tensor_type(torch.Tensor)
 
+# Bound once: a product of a few rows takes less time than looking up a dozen names.
+_dispatch_modes, _threads = torch._C._len_torch_dispatch_stack, torch.get_num_threads
+
+_FLOAT32 = torch.float32
 _CAST = frozenset({torch.float16, torch.bfloat16, torch.float64})
 _WORD = 2**64 - 1
 
@@ -71,7 +77,7 @@ recorders: list[Recorder] = []
 def require_real(*tensors: Tensor | None) -> None:
     """Raises DTypeError unless every tensor given is of a floating dtype that the door takes."""
     for x in tensors:
-        if x is not None and x.dtype is not torch.float32 and x.dtype not in _CAST:
+        if x is not None and x.dtype is not _FLOAT32 and x.dtype not in _CAST:
             raise DTypeError(
                 f"expected a float32 tensor (or float16, bfloat16, float64, which are cast); found {x.dtype}: "
                 "integers and complex numbers have no block format"
@@ -94,7 +100,7 @@ def _float32(x: Tensor) -> Tensor:
 
 def _direct(*tensors: Tensor) -> bool:
     """True where `_core` may be called without the dispatcher noticing."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    if is_compiling() or _dispatch_modes():
         return False
     for x in tensors:
         kind = type(x)
@@ -156,6 +162,32 @@ def _run_product(
     return out
 
 
+def quick_product(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+) -> Tensor | None:
+    """`product` in one call of the core, told to no recorder; None where anything is not as usual, errors included.
+
+    Not for code that torch.compile traces.
+    """
+    if _dispatch_modes():
+        return None
+    left, right = formats
+    out: Tensor | None = _core.tensor_product(
+        a, a_axis, left.core, roundings[0], streams[0],
+        b, b_axis, right.core, roundings[1], streams[1],
+        seed, bias, _threads(),
+    )  # fmt: skip
+    return out
+
+
 def _record(a: Tensor, a_axis: int, out: Tensor, formats: tuple[HBFP, HBFP], name: str, source: object) -> None:
     macs = out.numel() * a.shape[a_axis]
     report = Product(name, source, macs, formats[0], formats[1])
@@ -194,15 +226,17 @@ def product(
         ShapeError: the shapes do not fit; FormatError: the formats cut the reduction at different places;
         DTypeError: a tensor is not real, dense and on the CPU.
     """
-    if _direct(a, b):
+    compiling = is_compiling()
+    out = None if compiling else quick_product(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
+    if out is None and _direct(a, b):
         out = _run_product(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
-    else:
+    elif out is None:
         out = torch.ops.hbfp.product(
             a, a_axis, str(formats[0]), roundings[0], _signed(streams[0]),
             b, b_axis, str(formats[1]), roundings[1], _signed(streams[1]),
             _signed(seed), bias,
         )  # fmt: skip
-    if recorders and not torch.compiler.is_compiling():
+    if recorders and not compiling:
         _record(a, a_axis, out, formats, name, source)
     return out
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,12 @@ class Linear(nn.Linear):
             return super().forward(input)
         if state.solo and self.training:
             state.root.advance()
-        return autograd.linear(input, self.weight, self.bias, state.recipe, state.root.seed, state.stream(), state)
+        try:  # here `self.weight` looks last of all, a matter of a microsecond
+            weight: Tensor | None = self._parameters["weight"]
+            bias: Tensor | None = self._parameters["bias"]
+        except KeyError:  # pruned, or parametrized
+            weight, bias = self.weight, self.bias
+        return autograd.linear(input, cast(Tensor, weight), bias, state.recipe, state.root.seed, state.stream(), state)
 
     def extra_repr(self) -> str:
         state = self.hbfp_state

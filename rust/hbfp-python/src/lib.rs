@@ -29,7 +29,7 @@ mod _core {
     #[pymodule_export]
     use crate::format::Format;
     #[pymodule_export]
-    use crate::product::{Floats, Packed, Planes, prepack, product};
+    use crate::product::{Floats, Packed, Planes, prepack, product, tensor_product};
     #[pymodule_export]
     use crate::run::info;
     #[pymodule_export]

@@ -1,15 +1,19 @@
 //! Operands and products.
+#![allow(clippy::too_many_arguments, reason = "Python signatures")]
 
 use crate::encode::mode;
 use crate::error::{DTypeError, ShapeError};
 use crate::format::{Format, layout, resolve_axis};
-use crate::run::{run, run_with_workspace};
+use crate::run::{run, run_here, run_with_workspace, with_workspace};
 use crate::view::{FloatView, contiguous};
+use hbfp::Context;
 use hbfp::encode::RoundingMode;
-use hbfp::gemm::{self, Epilogue, Operand, Right};
+use hbfp::gemm::{self, Epilogue, Operand, Right, Workspace};
 use hbfp::shape::PlaneLayout;
 use numpy::{PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn};
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 
 /// An operand still in f32.
 #[pyclass(frozen, module = "hbfp._core")]
@@ -172,4 +176,78 @@ pub(crate) fn product(
     let epilogue = Epilogue { accumulate, bias: bias.as_ref().map(FloatView::as_slice) };
     let out = out.as_mut_slice();
     run_with_workspace(py, threads, |ctx, workspace| gemm::product(ctx, &a, &b, out, epilogue, workspace))
+}
+
+/// Products smaller than this are over before another thread, or a release of the GIL, would have paid.
+const SMALL_MACS: usize = 1 << 16;
+const SMALL_ELEMENTS: usize = 1 << 14;
+
+/// The product of two float tensors in a new one; None for all that is not as usual, errors included: the caller then
+/// takes the way that knows about it.
+#[pyfunction]
+pub(crate) fn tensor_product<'py>(
+    py: Python<'py>,
+    a: &Bound<'py, PyAny>,
+    a_axis: isize,
+    a_format: &Format,
+    a_rounding: u8,
+    a_stream: u64,
+    b: &Bound<'py, PyAny>,
+    b_axis: isize,
+    b_format: &Format,
+    b_rounding: u8,
+    b_stream: u64,
+    seed: u64,
+    bias: Option<&Bound<'py, PyAny>>,
+    threads: usize,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let (Some(mut left), Some(right)) = (FloatView::plain(a)?, FloatView::plain(b)?) else { return Ok(None) };
+    let bias = match bias.map(FloatView::plain).transpose()? {
+        Some(Some(bias)) if bias.is_contiguous() => Some(bias),
+        None => None,
+        Some(_) => return Ok(None),
+    };
+    // [.., lines, K] of either, whatever its axis.
+    let matrix = |view: &FloatView<'_>, axis: isize| match (view.shape(), axis) {
+        (&[.., lines, k], -1) | (&[.., k, lines], -2) if view.count() > 0 => Some((lines, k)),
+        _ => None,
+    };
+    let (Some((m, k)), Some((n, bk))) = (matrix(&left, a_axis), matrix(&right, b_axis)) else { return Ok(None) };
+    let batch = |view: &FloatView<'_>| view.shape()[..view.shape().len() - 2].to_vec();
+    let mut shape = batch(&left);
+    let rows = left.count() / k;
+    if right.shape().len() > 2 {
+        if shape != batch(&right) {
+            return Ok(None);
+        }
+    } else if !shape.is_empty() {
+        // Batches are rows of one matrix, in blocks and tiles too.
+        match left.flattened() {
+            Some(flat) if a_axis == -1 => left = flat,
+            _ => return Ok(None),
+        }
+    }
+    if k != bk {
+        return Ok(None);
+    }
+    let a_axis = resolve_axis(a_axis, left.shape().len())?;
+    let b_axis = resolve_axis(b_axis, right.shape().len())?;
+    let (a_mode, b_mode) = (mode(a_rounding, seed, a_stream)?, mode(b_rounding, seed, b_stream)?);
+    shape.extend([m, n]);
+    let out = a.call_method1(intern!(py, "new_empty"), PyTuple::new(py, &shape)?)?;
+    let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
+    let work = rows.saturating_mul(n).saturating_mul(k);
+    let small = work <= SMALL_MACS && left.count() + right.count() <= SMALL_ELEMENTS;
+    let a = Operand::Floats { x: left.tensor(), axis: a_axis, format: a_format.inner, mode: a_mode };
+    let b = Right::Operand(Operand::Floats { x: right.tensor(), axis: b_axis, format: b_format.inner, mode: b_mode });
+    let epilogue = Epilogue { accumulate: false, bias: bias.as_ref().map(FloatView::as_slice) };
+    let slice = target.as_mut_slice();
+    let multiply =
+        |ctx: &Context<'_>, workspace: &mut Workspace| gemm::product(ctx, &a, &b, slice, epilogue, workspace);
+    if small {
+        run_here(|ctx| with_workspace(ctx, multiply))?;
+    } else {
+        run_with_workspace(py, threads, multiply)?;
+    }
+    Ok(Some(out))
 }

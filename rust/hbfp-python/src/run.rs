@@ -126,11 +126,18 @@ pub(crate) fn run<T: Send>(
     let kernels = kernels()?;
     let threads = threads.clamp(1, MAX_THREADS);
     let chosen = choose(threads)?;
-    let outcome = py.detach(|| {
-        let ctx = Context { kernels, team: chosen.team(), threads };
-        catch_unwind(AssertUnwindSafe(|| work(&ctx)))
-    });
-    match outcome {
+    py.detach(|| guarded(&Context { kernels, team: chosen.team(), threads }, work))
+}
+
+/// Runs `work`, a matter of microseconds, on this thread and with the GIL, whose release would take as long.
+pub(crate) fn run_here<T>(work: impl FnOnce(&Context<'_>) -> Result<T, Error>) -> PyResult<T> {
+    // A setting that nobody understands is an error at any size.
+    threading()?;
+    guarded(&Context { kernels: kernels()?, team: &Serial, threads: 1 }, work)
+}
+
+fn guarded<T>(ctx: &Context<'_>, work: impl FnOnce(&Context<'_>) -> Result<T, Error>) -> PyResult<T> {
+    match catch_unwind(AssertUnwindSafe(|| work(ctx))) {
         Ok(result) => result.map_err(|e| to_python(&e)),
         Err(panic) => {
             let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
@@ -140,22 +147,28 @@ pub(crate) fn run<T: Send>(
     }
 }
 
-/// The same with a workspace of buffers.
+/// `work` with a workspace of buffers.
+pub(crate) fn with_workspace<T>(
+    ctx: &Context<'_>,
+    work: impl FnOnce(&Context<'_>, &mut Workspace) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let mut workspace = WORKSPACES.try_lock().ok().and_then(|mut kept| kept.pop()).unwrap_or_default();
+    let result = work(ctx, &mut workspace);
+    if let Ok(mut kept) = WORKSPACES.try_lock()
+        && kept.len() < KEPT_WORKSPACES
+    {
+        kept.push(workspace);
+    }
+    result
+}
+
+/// The same as [`run`] with a workspace of buffers.
 pub(crate) fn run_with_workspace<T: Send>(
     py: Python<'_>,
     threads: usize,
     work: impl FnOnce(&Context<'_>, &mut Workspace) -> Result<T, Error> + Send,
 ) -> PyResult<T> {
-    run(py, threads, |ctx| {
-        let mut workspace = WORKSPACES.try_lock().ok().and_then(|mut kept| kept.pop()).unwrap_or_default();
-        let result = work(ctx, &mut workspace);
-        if let Ok(mut kept) = WORKSPACES.try_lock()
-            && kept.len() < KEPT_WORKSPACES
-        {
-            kept.push(workspace);
-        }
-        result
-    })
+    run(py, threads, |ctx| with_workspace(ctx, work))
 }
 
 /// Level, levels, CPU features, threading and build.

@@ -6,26 +6,39 @@ use hbfp::shape::FloatTensor;
 use numpy::{
     Element, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyReadwriteArrayDyn, PyUntypedArray, PyUntypedArrayMethods,
 };
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
+use pyo3::types::PyCapsule;
+use std::ffi::{c_int, c_void};
 use std::ops::Range;
 
-/// torch.Tensor and torch.float32, once torch is in use.
-static TENSOR: PyOnceLock<(Py<PyAny>, Py<PyAny>)> = PyOnceLock::new();
+/// What is asked of torch, once it is in use.
+struct Torch {
+    tensor: Py<PyAny>,
+    parameter: Py<PyAny>,
+    float32: Py<PyAny>,
+    describe: Option<Describe>,
+}
+
+static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
 
 /// Accept instances of torch.Tensor wherever arrays are taken.
 #[pyfunction]
 pub(crate) fn set_tensor_type(py: Python<'_>, cls: Bound<'_, PyAny>) -> PyResult<()> {
-    if TENSOR.get(py).is_none() {
-        let float32 = py.import("torch")?.getattr("float32")?;
-        let _ = TENSOR.set(py, (cls.unbind(), float32.unbind()));
+    if TORCH.get(py).is_none() {
+        let torch = py.import("torch")?;
+        let parameter = torch.getattr("nn")?.getattr("Parameter")?.unbind();
+        let float32 = torch.getattr("float32")?.unbind();
+        let describe = dlpack::describe(&cls);
+        let _ = TORCH.set(py, Torch { tensor: cls.unbind(), parameter, float32, describe });
         crate::run::look_for_openmp();
     }
     Ok(())
 }
 
 fn is_tensor(x: &Bound<'_, PyAny>) -> PyResult<bool> {
-    TENSOR.get(x.py()).map_or(Ok(false), |(cls, _)| x.is_instance(cls.bind(x.py())))
+    TORCH.get(x.py()).map_or(Ok(false), |torch| x.is_instance(torch.tensor.bind(x.py())))
 }
 
 /// What a view keeps alive, and borrowed, while it is used.
@@ -58,6 +71,9 @@ impl<'py> FloatView<'py> {
     }
 
     fn new(x: &Bound<'py, PyAny>, what: &str, write: bool) -> PyResult<Self> {
+        if let Some(view) = Self::plain(x)? {
+            return Ok(view);
+        }
         if is_tensor(x)? {
             return Self::from_tensor(x, what);
         }
@@ -89,10 +105,46 @@ impl<'py> FloatView<'py> {
         Ok(Self { ptr, shape, strides, _owner: owner })
     }
 
+    /// For reading: a torch.Tensor or Parameter itself, float32, dense and on the CPU, by one call of C in place of some
+    /// ten of Python. None: the object is another, or there is something about it that has to be asked in Python.
+    pub(crate) fn plain(x: &Bound<'py, PyAny>) -> PyResult<Option<Self>> {
+        Ok(match Self::described(x) {
+            // Its memory holds the wrong signs, and only Python tells.
+            Some(_) if x.call_method0(intern!(x.py(), "is_neg"))?.is_truthy()? => None,
+            found => found,
+        })
+    }
+
+    /// For writing: a tensor that torch has just allocated, so C-contiguous and without a lazy negation.
+    pub(crate) fn fresh(x: &Bound<'py, PyAny>, shape: &[usize]) -> Option<Self> {
+        Self::described(x).filter(|view| view.shape == shape && view.is_contiguous())
+    }
+
+    fn described(x: &Bound<'py, PyAny>) -> Option<Self> {
+        let torch = TORCH.get(x.py())?;
+        let (describe, class) = (torch.describe?, x.get_type_ptr().cast());
+        if class != torch.tensor.as_ptr() && class != torch.parameter.as_ptr() {
+            return None;
+        }
+        let (ptr, shape, strides) = dlpack::floats(x, describe)?;
+        Some(Self { ptr, shape, strides, _owner: Owner::Tensor { _tensor: x.clone() } })
+    }
+
+    /// `self` with all dimensions but the last as one.
+    pub(crate) fn flattened(mut self) -> Option<Self> {
+        if !self.is_contiguous() {
+            return None;
+        }
+        let columns = *self.shape.last()?;
+        let rows = self.shape[..self.shape.len() - 1].iter().product();
+        (self.shape, self.strides) = (vec![rows, columns], vec![columns as isize, 1]);
+        Some(self)
+    }
+
     fn from_tensor(x: &Bound<'py, PyAny>, what: &str) -> PyResult<Self> {
         let py = x.py();
         let dtype = x.getattr("dtype")?;
-        let float32 = TENSOR.get(py).is_some_and(|(_, f)| dtype.is(f.bind(py)));
+        let float32 = TORCH.get(py).is_some_and(|torch| dtype.is(torch.float32.bind(py)));
         let cpu: bool = x.getattr("is_cpu")?.extract()?;
         if !float32 || !cpu || x.call_method0("is_neg")?.extract()? {
             let found = format!("{dtype} on {}", x.getattr("device")?);
@@ -224,4 +276,82 @@ pub(crate) fn contiguous<'a, 'py, T: Element>(
         return Err(other());
     }
     array.as_slice().map_err(|_| other())
+}
+
+use dlpack::Describe;
+
+/// The part of DLPack 1.x's exchange interface that tells a tensor's memory without a Python call.
+mod dlpack {
+    use super::*;
+    use pyo3::types::PyCapsuleMethods;
+
+    const MAJOR: u32 = 1;
+    const CPU: i32 = 1;
+    const FLOAT: u8 = 2;
+
+    #[repr(C)]
+    pub(super) struct Tensor {
+        data: *mut c_void,
+        device: [i32; 2],
+        rank: i32,
+        code: u8,
+        bits: u8,
+        lanes: u16,
+        shape: *const i64,
+        strides: *const i64,
+        byte_offset: u64,
+    }
+
+    /// Fills in the tensor's description, which borrows from the object; -1 with an exception set where there is none.
+    pub(super) type Describe = unsafe extern "C" fn(*mut c_void, *mut Tensor) -> c_int;
+
+    #[repr(C)]
+    struct Exchange {
+        version: [u32; 2],
+        older: *const c_void,
+        /// Allocator, and managed tensors out of and into Python objects.
+        _managed: [*const c_void; 3],
+        describe: Option<Describe>,
+        _stream: *const c_void,
+    }
+
+    /// How objects of the class are described, where it speaks this interface.
+    pub(super) fn describe(class: &Bound<'_, PyAny>) -> Option<Describe> {
+        let found = class.getattr("__dlpack_c_exchange_api__").ok()?;
+        let exchange = found.cast::<PyCapsule>().ok()?.pointer_checked(Some(c"dlpack_exchange_api")).ok()?;
+        // SAFETY: the capsule's name says what it points to, which lives as long as the process; the version comes
+        // first in every version, and is looked at before the rest.
+        unsafe {
+            let exchange = exchange.cast::<Exchange>();
+            if (*exchange.as_ptr()).version[0] == MAJOR { exchange.as_ref().describe } else { None }
+        }
+    }
+
+    /// Address, shape and strides of a float32 tensor on the CPU that has memory.
+    pub(super) fn floats(x: &Bound<'_, PyAny>, describe: Describe) -> Option<(*mut f32, Vec<usize>, Vec<isize>)> {
+        let mut tensor = std::mem::MaybeUninit::<Tensor>::uninit();
+        // SAFETY: the GIL is held, and the object is of the class that gave `describe`, or of torch's Parameter, which
+        // is laid out alike.
+        if unsafe { describe(x.as_ptr().cast(), tensor.as_mut_ptr()) } != 0 {
+            // The caller asks in Python, and meets the error there.
+            drop(PyErr::take(x.py()));
+            return None;
+        }
+        // SAFETY: it was filled in.
+        let tensor = unsafe { tensor.assume_init() };
+        if (tensor.code, tensor.bits, tensor.lanes, tensor.device[0]) != (FLOAT, 32, 1, CPU)
+            || tensor.data.is_null()
+            || tensor.rank <= 0
+            || tensor.strides.is_null()
+        {
+            return None;
+        }
+        let rank = tensor.rank as usize;
+        // SAFETY: both arrays have `rank` elements and live as long as the object is not changed, which takes the GIL.
+        let (shape, strides) = unsafe {
+            (std::slice::from_raw_parts(tensor.shape, rank), std::slice::from_raw_parts(tensor.strides, rank))
+        };
+        let ptr = tensor.data.wrapping_byte_add(tensor.byte_offset as usize).cast();
+        Some((ptr, shape.iter().map(|&n| n as usize).collect(), strides.iter().map(|&s| s as isize).collect()))
+    }
 }

@@ -1,0 +1,222 @@
+"""What a small product costs beside its arithmetic, counted and not timed; and the same bits by the short way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch.nn.utils import parametrize, prune  # noqa: E402
+
+import hbfp  # noqa: E402
+from hbfp import autograd, ops  # noqa: E402
+from hbfp.nn import functional  # noqa: E402
+
+PACKAGE = str(Path(hbfp.__file__).parent)
+
+
+def values(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+X, W, B = values(8, 64), values(64, 64, seed=1), values(64, seed=2)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor = W, bias: torch.Tensor | None = B) -> torch.Tensor:
+    return functional.linear(x, weight, bias, recipe="hbfp4")
+
+
+def calls_within(work: Callable[[], object]) -> list[str]:
+    """Names of the package's own Python functions that `work` calls."""
+    names: list[str] = []
+
+    def profile(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+def layer(training: bool = False) -> torch.nn.Module:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    hbfp.convert_(model, "hbfp4")
+    return model.train(training)[0]
+
+
+def test_a_call_without_gradients_stays_short():
+    """A step added to every call of every layer is seen here; nobody sees half a microsecond."""
+    module = layer()
+    with torch.no_grad():
+        linear(X), module(X)  # the first call reads recipes
+        assert len(calls_within(lambda: linear(X))) <= 6
+        assert len(calls_within(lambda: module(X))) <= 6
+
+
+def test_a_call_with_gradients_stays_short():
+    weight = W.clone().requires_grad_()
+    linear(X, weight)
+    assert len(calls_within(lambda: linear(X, weight))) <= 10
+
+
+@pytest.mark.parametrize("grad_mode", [True, False])
+def test_no_node_where_no_gradient_is_asked_for(grad_mode, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("autograd was asked")
+
+    monkeypatch.setattr(autograd.LinearFunction, "apply", refuse)
+    with torch.set_grad_enabled(grad_mode):
+        # Parameters of a layer in evaluation want a gradient, but in no_grad nobody asks.
+        out = linear(X) if grad_mode else linear(X, torch.nn.Parameter(W), torch.nn.Parameter(B))
+    assert out.grad_fn is None
+    assert not out.requires_grad
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_each_input_may_be_the_only_one_that_wants_a_gradient(which):
+    inputs = [x.clone().requires_grad_(i == which) for i, x in enumerate((X, W, B))]
+    linear(*inputs).sum().backward()
+    assert inputs[which].grad is not None
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_one_allocation_a_call(batch):
+    x = values(*batch, 8, 64)
+    linear(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+        linear(x)
+    names = [event.name for event in profile.events() if event.name.startswith("aten::")]
+    assert names == ["aten::new_empty", "aten::empty"]
+
+
+FORMATS = ("hbfp4b16", "hbfp6b64", "hbfp8t8", "hbfp4tensor", "hbfp12b16", "hbfp4b512")
+OPERANDS = {
+    "matrices": (values(5, 70), -1, values(6, 70), -1),
+    "columns": (values(70, 5), -2, values(70, 6), -2),
+    "transposed": (values(70, 5).T, -1, values(6, 70).T, -2),
+    "one row": (values(1, 8), -1, values(8, 8), -1),
+    "batch": (values(2, 3, 5, 70), -1, values(2, 3, 70, 6), -2),
+    "batch of columns": (values(3, 70, 5), -2, values(3, 70, 6), -2),
+    "expanded": (values(5, 70).expand(3, 5, 70), -1, values(6, 70).expand(3, 6, 70), -1),
+    "many rows": (values(2, 3, 5, 70), -1, values(6, 70), -1),
+    "slices": (values(9, 140)[1:6, ::2], -1, values(20, 80)[::3, 3:73], -1),
+    "parameter": (values(5, 70), -1, torch.nn.Parameter(values(6, 70)), -1),
+    "not small": (values(130, 70), -1, values(200, 70), -1),
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_the_short_way_gives_the_same_bits(name):
+    a, a_axis, b, b_axis = OPERANDS[name]
+    columns = b.shape[-2 if b_axis == -1 else -1]
+    for text, rounding, bias in product(FORMATS, (0, 3), (None, values(columns))):
+        format = hbfp.HBFP.parse(text)
+        rest = (format, format), (rounding, rounding), 2**64 - 1, (2**63 + 16, 7), bias
+        short = ops.quick_product(a, a_axis, b, b_axis, *rest)
+        assert short is not None, "nothing here is unusual"
+        full = ops._run_product(a.detach(), a_axis, b.detach(), b_axis, *rest)
+        assert (short.shape, short.stride(), short.requires_grad) == (full.shape, full.stride(), False)
+        assert torch.equal(short, full)
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+Z = torch.complex(X, X).conj().imag
+UNUSUAL = {
+    "negated left": (Z, W, None),
+    "negated right": (X, torch.complex(W, W).conj().imag, None),
+    "negated bias": (X, W, torch.complex(B, B).conj().imag),
+    "half": (X.bfloat16(), W, None),
+    "double weight": (X, W.double(), None),
+    "integers": (X.int(), W, None),
+    "subclass": (X.as_subclass(Marked), W, None),
+    "subclass as weight": (X, W.as_subclass(Marked), None),
+    "meta": (X.to("meta"), W, None),
+    "sparse": (X.to_sparse(), W, None),
+    "no rows": (X[:0], W, None),
+    "no reduction": (X[:, :0], W[:, :0], None),
+    "vector": (X[0], W, None),
+    "other reduction": (X[:, :5], W, None),
+    "other batch": (values(2, 3, 64), values(3, 5, 64), None),
+    "rows apart": (values(3, 2, 64).transpose(0, 1), W, None),
+    "strided bias": (X, W, values(128)[::2]),
+    "no storage": (torch._efficientzerotensor((8, 64)), W, None),
+    "no tensor": (X.tolist(), W, None),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_the_short_way_declines_what_it_does_not_know(name):
+    a, b, bias = UNUSUAL[name]
+    formats = (hbfp.HBFP4, hbfp.HBFP4)
+    assert ops.quick_product(a, -1, b, -1, formats, (0, 0), 0, (0, 0), bias) is None
+
+
+def test_negated_views_are_multiplied_with_their_signs():
+    assert torch.equal(linear(Z), linear(-X))
+    assert torch.equal(linear(X, W, torch.complex(B, B).conj().imag), linear(X, W, -B))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # forward mode's own
+def test_transforms_and_forward_mode_are_refused_as_with_gradients():
+    """They would pass a function that leaves no node, and take its result for a constant."""
+    unmapped = torch.vmap(lambda x: x + linear(X))
+    for transformed in (torch.vmap(linear), torch.func.grad(lambda x: linear(x).sum()), unmapped):
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            transformed(X)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        linear(torch.autograd.forward_ad.make_dual(X, X))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated", "ignore::torch.jit.TracerWarning")
+def test_a_traced_call_computes_anew():
+    """A tracer that sees only an allocation would replay it as the result."""
+    traced = torch.jit.trace(linear, X, check_trace=False)
+    assert torch.equal(traced(2 * X), linear(2 * X))
+
+
+def test_a_second_derivative_is_refused():
+    x = X.clone().requires_grad_()
+    weight = W.clone().requires_grad_()
+    (first,) = torch.autograd.grad(linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_a_layer_reads_its_weight_wherever_it_is():
+    """Pruning and parametrizations take the weight out of the module's parameters."""
+    module = layer()
+    prune.l1_unstructured(module, "weight", 0.5)
+    assert torch.equal(module(X), linear(X, module.weight, module.bias))
+    module = layer()
+    expected = linear(X, 2 * module.weight, module.bias)
+
+    class Twice(torch.nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    parametrize.register_parametrization(module, "weight", Twice())
+    assert torch.equal(module(X), expected)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_recorders_hear_of_calls_without_gradients(recorded):
+    heard: list[ops.Product] = []
+    if recorded:
+        ops.recorders.append(heard.append)
+    try:
+        linear(X)
+    finally:
+        ops.recorders.clear()
+    assert [(p.name, p.macs) for p in heard] == [("forward", 8 * 64 * 64)] * recorded
