@@ -21,7 +21,7 @@ pub(crate) struct TileKernel {
     pub(crate) correction: Correction,
     /// Whether sums stay exact: steps of a block, largest code of the left, width of the right operand.
     pub(crate) fits: fn(steps: usize, left_max: i32, right_bits: u8) -> bool,
-    /// The function for blocks of this many steps and at least the first rows of a panel.
+    /// The function for blocks of this many steps and the first `rows` ≤ 4 rows of a panel.
     pub(crate) for_block: fn(steps: usize, rows: usize) -> TileFn,
 }
 
@@ -111,6 +111,7 @@ macro_rules! kernels {
                 (16, 1) => run::<16, 1>,
                 (_, 1) => run::<0, 1>,
                 (_, 2) => run::<0, 2>,
+                (_, 3) => run::<0, 3>,
                 (16, _) => run::<16, 4>,
                 _ => run::<0, 4>,
             }
