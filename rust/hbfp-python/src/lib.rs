@@ -2,6 +2,7 @@
 //! computes a number.
 
 mod attention;
+mod ceilings;
 mod encode;
 mod error;
 mod format;
@@ -22,6 +23,8 @@ mod _core {
 
     #[pymodule_export]
     use crate::attention::{column_sums, softmax, softmax_backward};
+    #[pymodule_export]
+    use crate::ceilings::{multiply_adds, read_memory};
     #[pymodule_export]
     use crate::encode::{decode, encode, pack, philox4x32, quantize, unpack};
     #[pymodule_export]
