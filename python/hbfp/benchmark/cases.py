@@ -1,4 +1,4 @@
-"""The cases: each makes its operands, checks every contestant's answer, times them in turn and adds rows to the results.
+"""The cases: each makes its operands, checks every contestant's answer, times them in turn and adds rows.
 
 Shapes are M x N x K: x [M, K] times the transpose of w [N, K]. Random operands are normal, from a fixed seed.
 """
@@ -117,7 +117,7 @@ class _Contestants:
         """Those that run; a peer that does not, or computes something else, is noted with the reason."""
         expected = self._x @ self._w.t()
         for peer in peers:
-            if self._bench.quick and peer.slow:
+            if self._bench.quick and not peer.quick:
                 self._bench.results.not_run(self._case, peer.name, "left out of the quick run")
                 continue
             try:
@@ -180,7 +180,7 @@ def few_rows(bench: Bench, m: int, n: int = 4096, k: int = 4096) -> None:
     x, w = _operands(m, n, k)
     contestants = _Contestants(bench, "few rows", x, w)
     contestants.add_ours([hbfp.HBFP4])
-    contestants.add_peers(peer for peer in PEERS if not peer.slow)
+    contestants.add_peers(peer for peer in PEERS if peer.few_rows)
     bench.measure("few rows", _name(m, n, k), 2 * m * n * k, "GOP/s", contestants.calls, contestants.notes)
 
 
@@ -189,7 +189,6 @@ def cold_row(bench: Bench, n: int = 4096, k: int = 4096, total: int = COLD_BYTES
     is in bytes of weights."""
     x, w = _operands(1, n, k)
     expected = x @ w.t()
-    names = ["torch fp32", "torch bf16", "torch int8 dynamic", "torch int4 weights", "ggml Q4_0", "ggml Q4_0 repacked"]
     rotations: dict[str, tuple[float, Call]] = {}
     out = torch.empty(1, n)
     a, weights = _core.Floats(x, -1, hbfp.HBFP4.core), _core.Floats(w, -1, hbfp.HBFP4.core)
@@ -198,12 +197,18 @@ def cold_row(bench: Bench, n: int = 4096, k: int = 4096, total: int = COLD_BYTES
     for copy in packed:
         out.zero_()
         _core.product(a, copy, out, None, False, bench.threads)
-        copies = itertools.cycle(packed)
+        exact(str(hbfp.HBFP4), out, (x, w), (hbfp.HBFP4, hbfp.HBFP4))
+    copies = itertools.cycle(packed)
     rotations[str(hbfp.HBFP4)] = (
         float(packed[0].nbytes),
         lambda: _core.product(a, next(copies), out, None, False, bench.threads),
     )
-    for peer in _named(*names):
+    for peer in PEERS:
+        if not peer.few_rows:
+            continue
+        if bench.quick and not peer.quick:
+            bench.results.not_run("cold row", peer.name, "left out of the quick run")
+            continue
         size = n * k * peer.weight_bits / 8
         try:
             calls = [checked(peer, x, w.clone(), bench.threads, expected) for _ in range(int(total / size) + 1)]
@@ -360,7 +365,7 @@ def training_step(bench: Bench, m: int, n: int, k: int) -> None:
             raise WrongAnswer(f"{name}: a training step left no gradients")
         close(f"{name}, weight gradient", found_dw, expected_dw, tolerances[name])
         close(f"{name}, input gradient", found_dx, expected_dx, tolerances[name])
-        if bench.quick and seconds > 0.5 and name != "torch fp32":
+        if bench.quick and seconds > 0.5 and name == "torch bf16 autocast":
             bench.results.not_run("training step", name, f"left out of the quick run: {seconds:.1f} s a step")
             del contestants[name]
     bench.measure("training step", _name(m, n, k), 6 * m * n * k, "GOP/s", contestants, {})

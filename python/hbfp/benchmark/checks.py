@@ -1,4 +1,4 @@
-"""Answers are checked before they are timed: ours bit by bit against the oracle, others' within their format's error."""
+"""Answers are checked before they are timed: ours bit by bit against the oracle, others' to their format's error."""
 
 from collections.abc import Sequence
 

@@ -90,7 +90,7 @@ def _verdict(gate: Gate, results: Results, threads: int) -> Verdict:
     if must is None or stretch is None:
         return Verdict(gate.name, threads, Outcome.REPORT, figure, None, None, "", gate.form)
     sign = -1 if gate.at_most else 1
-    if sign * figure < sign * must:
+    if not sign * figure >= sign * must:  # a figure that is no number misses
         outcome = Outcome.MISS
     else:
         outcome = Outcome.STRETCH if sign * figure >= sign * stretch else Outcome.PASS

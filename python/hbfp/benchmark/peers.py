@@ -46,8 +46,10 @@ class Peer:
     tolerance: float
     """Largest relative error (Frobenius norm) against FP32 on normal values: about twice what the format gives."""
     note: str = ""
-    slow: bool = False
-    """Not worth the time where its instructions are missing: left out of the quick run."""
+    quick: bool = True
+    """Part of the quick run."""
+    few_rows: bool = True
+    """Made for few rows, too."""
 
 
 @contextlib.contextmanager
@@ -158,18 +160,27 @@ PEERS = (
     Peer("torch fp32", _fp32, 32, 1e-5),
     Peer("torch bf16", _bf16, 16, 0.006, "both operands bf16 beforehand"),
     Peer("torch int8 dynamic", _dynamic_int8, 8, 0.05, "activations quantised inside"),
-    Peer("torch _int_mm", _int_mm, 8, 0.03, "int8 codes in, int32 out: neither quantised nor scaled inside", slow=True),
-    Peer("torch int4 weights", _int4, 4 + 32 / GROUP, 0.18, "activations bf16"),
+    Peer(
+        "torch _int_mm",
+        _int_mm,
+        8,
+        0.03,
+        "int8 codes in, int32 out: neither quantised nor scaled inside",
+        quick=False,
+        few_rows=False,
+    ),
+    Peer("torch int4 weights", _int4, 4 + 32 / GROUP, 0.18, "activations bf16", quick=False),
     Peer(
         "torchao int8",
         _torchao("Int8DynamicActivationInt8WeightConfig", torch.float32),
         8,
         0.03,
         "activations quantised inside",
-        slow=True,
+        quick=False,
+        few_rows=False,
     ),
-    Peer("torchao int4", _torchao("Int4WeightOnlyConfig", torch.bfloat16, group_size=GROUP), 4.5, 0.18, slow=True),
-    Peer("ggml Q4_0", _ggml(False), 4.5, 0.18, "activations quantised inside"),
+    Peer("torchao int4", _torchao("Int4WeightOnlyConfig", torch.bfloat16, group_size=GROUP), 4.5, 0.18, quick=False),
+    Peer("ggml Q4_0", _ggml(False), 4.5, 0.18, "activations quantised inside", quick=False),
     Peer("ggml Q4_0 repacked", _ggml(True), 4.5, 0.18, "activations quantised inside"),
 )
 BY_NAME = {peer.name: peer for peer in PEERS}

@@ -49,7 +49,7 @@ def draw(results: Results, threads: int, path: Path) -> None:
             axes.plot(x, y, linewidth=1.8, markersize=5.5, **style)
     figures = [rate for points in curves.values() for _, rate in points]
     top = max(top, *figures)
-    axes.set_ylim(10 ** np.floor(np.log10(min(figures))), 1.6 * top)
+    axes.set_ylim(0.7 * min(figures), 1.5 * top)
     axes.set_xlim(sizes[0] / 1.1, sizes[-1] * 1.1)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -60,9 +60,8 @@ def draw(results: Results, threads: int, path: Path) -> None:
     axes.set_xlabel("size n of the product n × n × n")
     axes.set_ylabel("GOP/s (2 n³ operations)")
     count = "one thread" if threads == 1 else f"{threads} threads"
-    axes.set_title(
-        f"Products with activations encoded inside: {results.cpu}, level {results.level}, {count}", fontsize=11
-    )
+    figure.suptitle("Square products: weights packed, activations as they come", x=0.01, ha="left", fontsize=12)
+    axes.set_title(f"{results.cpu}, level {results.level}, {count}", loc="left", fontsize=9.5, color="#505050")
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False, fontsize=9.5)
