@@ -252,17 +252,19 @@ def scaling(bench: Bench, size: int, thread_counts: Sequence[int]) -> None:
     ]
 
 
-def sweep(bench: Bench, sizes: Sequence[int], limit: float = 1.0) -> None:
+def sweep(bench: Bench, sizes: Sequence[int], limit: float = 2.5) -> None:
     """Square products over the size, for the plot; a contestant leaves when a call would take longer than `limit`
     seconds."""
     rates: dict[str, float] = {}
+    slow: set[str] = set()
     for size in sizes:
         work = 2 * size**3
         x, w = _operands(size, size, size)
         contestants = _Contestants(bench, "sweep", x, w)
-        slow = {name for name, rate in rates.items() if work / rate / 1e9 > limit}
-        for name in slow:
-            bench.results.not_run("sweep", name, f"more than {limit:g} s a call from size {size} up")
+        for name in sorted(name for name, rate in rates.items() if work / rate / 1e9 > limit and name not in slow):
+            slow.add(name)
+            count = f"{bench.threads} thread{'s' * (bench.threads > 1)}"
+            bench.results.not_run("sweep", name, f"more than {limit:g} s a call from size {size} up, {count}")
         contestants.add_ours(f for f in (hbfp.HBFP4, hbfp.HBFP6, hbfp.HBFP8) if str(f) not in slow)
         names = ("torch fp32", "torch bf16", "torch int8 dynamic")
         contestants.add_peers(_named(*(name for name in names if name not in slow)))

@@ -20,7 +20,7 @@ from hbfp.benchmark.timing import Effort
 __all__ = ["Step", "default_threads", "new_results", "plan", "run"]
 
 _QUICK = Effort(rounds=5, calls=5, slow_rounds=1)
-_PLOT = Effort(rounds=3, calls=3, slow_rounds=1)
+_PLOT = Effort(rounds=3, calls=2, slow_rounds=1)
 """The sweep feeds a plot, no gate."""
 
 

@@ -23,6 +23,8 @@ class Effort:
     slow: float = 8.0
     """A contestant that takes so many times the fastest one's time is timed by `slow_rounds` single calls."""
     slow_rounds: int = 3
+    hopeless: float = 2.0
+    """A slow contestant whose call takes so many seconds is timed by one."""
 
 
 FULL = Effort()
@@ -49,7 +51,7 @@ def interleave(contestants: Mapping[str, Call], effort: Effort = FULL) -> dict[s
     for number in range(effort.rounds):
         for name, call in contestants.items():
             if first[name] > max(effort.slow * fastest, 20 * effort.sample):
-                if number < effort.slow_rounds:
+                if number < (1 if first[name] > effort.hopeless else effort.slow_rounds):
                     found[name].append(first[name] if number == 0 else seconds_per_call(call, 1))
             else:
                 repeats = max(1, round(effort.sample / max(first[name], 1e-7) + 0.5))
