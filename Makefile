@@ -16,6 +16,9 @@ UV      = $(shell test -x $(BIN)/uv && echo $(BIN)/uv || echo uv)
 DIST   := build/dist
 # A second environment: the wheel, numpy and safetensors, no torch.
 BARE   := build/numpy-only
+# Contestants of the bench beside torch: MIT, BSD.
+PEERS     := llama-cpp-python==0.3.36 torchao==0.18.0
+PEER_JOBS ?= 1
 # Tests there that could not come out otherwise for want of torch.
 SAME_EVERYWHERE := test_layering test_reference test_vectors
 
@@ -54,12 +57,21 @@ fmt: setup ## Put Rust and Python sources in the house format
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: setup ## Time products and training steps against torch FP32
-	$(PYTHON) benches/end_to_end.py
+bench: setup ## Time products and training steps against torch, torchao and ggml, with a verdict on each bar (ARGS="--record")
+	$(BIN)/hbfp bench $(ARGS)
 
 .PHONY: bench-quick
-bench-quick: setup ## The same on few shapes
-	$(PYTHON) benches/end_to_end.py --quick
+bench-quick: setup ## The same on few shapes, under 90 s; fails if HBFP4 is not twice as fast as FP32
+	$(BIN)/hbfp bench --quick $(ARGS)
+
+# ggml is compiled here, for this CPU: minutes. --no-deps: the bench loads its libraries and runs none of its Python.
+.PHONY: bench-peers
+bench-peers: setup ## Add the optional contestants, ggml (needs a C++ compiler, takes minutes) and torchao, to .venv
+	@for peer in $(PEERS); do \
+	    CMAKE_BUILD_PARALLEL_LEVEL=$(PEER_JOBS) CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF" nice -n 19 \
+	        $(UV) pip install --python $(PYTHON) --no-deps --no-binary llama-cpp-python "$$peer" || \
+	        echo "make bench-peers: $$peer could not be installed, the reason stands above; hbfp bench runs without it" >&2; \
+	done
 
 .PHONY: vectors
 vectors: setup ## Write tests/vectors anew from the exact-arithmetic oracle
@@ -72,7 +84,7 @@ docs: setup ## Build the core crate's documentation, inner parts too, into targe
 .PHONY: clean
 clean: ## Remove .venv and everything that was built
 	rm -rf $(VENV) build target python/hbfp/_core.*.so
-	find python tests benches -name __pycache__ -prune -exec rm -rf {} +
+	find python tests -name __pycache__ -prune -exec rm -rf {} +
 
 # ---- tests, part by part; ARGS go to pytest
 

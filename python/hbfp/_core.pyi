@@ -29,11 +29,14 @@ __all__ = [
     "decode",
     "encode",
     "info",
+    "lay_out",
+    "multiply_adds",
     "pack",
     "philox4x32",
     "prepack",
     "product",
     "quantize",
+    "read_memory",
     "set_tensor_type",
     "softmax",
     "softmax_backward",
@@ -152,6 +155,9 @@ class Packed:
 def prepack(operand: Floats | Planes, threads: int) -> Packed:
     """Kernel layout of a 2-D right operand."""
 
+def lay_out(operand: Floats | Planes, left: bool, threads: int) -> None:
+    """Encodes an operand into a workspace as a product would, and leaves it there: for benches."""
+
 def product(
     a: Floats | Planes,
     b: Floats | Planes | Packed,
@@ -195,6 +201,12 @@ def softmax_backward(p: Any, dp: Any, out: Any, scale: float, threads: int) -> N
 
 def column_sums(x: Any, out: Any, threads: int) -> None:
     """Sums over the rows of x [rows, n] in blocks of 64 (FORMAT.md section 6: bias gradients)."""
+
+def multiply_adds(rounds: int, threads: int) -> int:
+    """Rounds of the level's multiply-adds in registers, on every thread; the operations done, two per multiply-add."""
+
+def read_memory(x: Any, passes: int, threads: int) -> int:
+    """Reads x (C-contiguous f32) from end to end, each thread a part; the bytes read."""
 
 def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]: ...
 def set_tensor_type(cls: type) -> None:

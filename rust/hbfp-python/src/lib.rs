@@ -2,6 +2,7 @@
 //! computes a number.
 
 mod attention;
+mod ceilings;
 mod encode;
 mod error;
 mod format;
@@ -23,13 +24,15 @@ mod _core {
     #[pymodule_export]
     use crate::attention::{column_sums, softmax, softmax_backward};
     #[pymodule_export]
+    use crate::ceilings::{multiply_adds, read_memory};
+    #[pymodule_export]
     use crate::encode::{decode, encode, pack, philox4x32, quantize, unpack};
     #[pymodule_export]
     use crate::error::{CodeError, DTypeError, FormatError, HBFPError, LevelError, NonFiniteError, ShapeError};
     #[pymodule_export]
     use crate::format::Format;
     #[pymodule_export]
-    use crate::product::{Floats, Packed, Planes, prepack, product, tensor_product};
+    use crate::product::{Floats, Packed, Planes, lay_out, prepack, product, tensor_product};
     #[pymodule_export]
     use crate::run::info;
     #[pymodule_export]

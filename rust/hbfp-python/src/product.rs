@@ -145,6 +145,14 @@ pub(crate) fn prepack(py: Python<'_>, operand: &Bound<'_, PyAny>, threads: usize
     Ok(Packed { inner })
 }
 
+/// Encodes an operand into a workspace as a product would, and leaves it there: for benches.
+#[pyfunction]
+pub(crate) fn lay_out(py: Python<'_>, operand: &Bound<'_, PyAny>, left: bool, threads: usize) -> PyResult<()> {
+    let borrowed = Borrowed::new(operand, "operand")?;
+    let operand = borrowed.operand()?;
+    run_with_workspace(py, threads, |ctx, workspace| gemm::lay_out(ctx, &operand, left, workspace))
+}
+
 /// out = Σ over the reductions of a times b.
 #[pyfunction]
 pub(crate) fn product(

@@ -9,6 +9,7 @@
 
 pub(crate) mod arch;
 pub mod attention;
+pub mod ceilings;
 pub mod encode;
 pub mod error;
 pub mod format;

@@ -46,6 +46,9 @@ pub struct Kernels {
     pub(crate) fill_random: unsafe fn(Seed, Counters, *mut u16),
     pub(crate) softmax_row: unsafe fn(*mut f32, usize),
     pub(crate) softmax_backward_row: unsafe fn(*const f32, *mut f32, usize, f32),
+    pub(crate) peak_pairs: unsafe fn(usize, i32) -> i32,
+    pub(crate) peak_dot4: unsafe fn(usize, i32) -> i32,
+    pub(crate) read_words: unsafe fn(*const i32, usize) -> i32,
 }
 
 impl Kernels {
@@ -124,6 +127,7 @@ macro_rules! kernels {
             use super::*;
             use crate::arch::generic::{encode, philox, product, softmax};
             use crate::arch::simd::Simd;
+            use crate::ceilings;
 
             pub(crate) static KERNELS: Kernels = Kernels {
                 level: $level,
@@ -142,6 +146,9 @@ macro_rules! kernels {
                 fill_random,
                 softmax_row,
                 softmax_backward_row,
+                peak_pairs,
+                peak_dot4,
+                read_words,
             };
 
             kernels!(@tiles $make, $attribute, $($tile)+ $($nibbles)+);
@@ -188,6 +195,18 @@ macro_rules! kernels {
             #$attribute
             unsafe fn softmax_backward_row(p: *const f32, grad: *mut f32, n: usize, scale: f32) {
                 unsafe { softmax::softmax_backward_row($make, p, grad, n, scale) }
+            }
+            #$attribute
+            unsafe fn peak_pairs(rounds: usize, seed: i32) -> i32 {
+                unsafe { ceilings::peak_pairs($make, rounds, seed) }
+            }
+            #$attribute
+            unsafe fn peak_dot4(rounds: usize, seed: i32) -> i32 {
+                unsafe { ceilings::peak_dot4($make, rounds, seed) }
+            }
+            #$attribute
+            unsafe fn read_words(p: *const i32, n: usize) -> i32 {
+                unsafe { ceilings::read_words($make, p, n) }
             }
         }
     };
