@@ -236,7 +236,7 @@ def scaling(bench: Bench, size: int, thread_counts: Sequence[int]) -> None:
             2 * size**3,
             "GOP/s",
             times[str(threads)],
-            note,
+            _ENCODED_INSIDE,
         )
         for threads in calls
     ]
