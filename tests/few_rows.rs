@@ -143,7 +143,7 @@ fn single_lines_and_blocks_outside_the_fast_range() {
     // whose rest is fast, so that fast and general panels stand side by side in one product.
     let levels = contexts();
     let mut rng = TestRng(22);
-    let borders = [-127, -120, -76, -75, -74, -73, 51, 52, 53, 54, 100, 118];
+    let borders = [-127, -120, -75, -65, -64, -63, -62, 51, 52, 53, 54, 100, 118];
     for (turn, (width, block)) in WIDTHS.iter().flat_map(|&w| BLOCKS.map(|b| (w, b))).enumerate() {
         let k = reduction(block);
         let blocks = k.div_ceil(block);

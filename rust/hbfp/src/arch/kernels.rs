@@ -218,7 +218,7 @@ kernels!(scalar, Level::Scalar, crate::arch::scalar::Scalar<8>, crate::arch::sca
 kernels!(
     avx2, Level::Avx2, crate::arch::x86_64::avx2::Avx2, crate::arch::x86_64::avx2::Avx2::assume(),
     [tile_halves Halves HALVES, tile_segments8 Total SEGMENTS8, tile_segments2 Total SEGMENTS2, tile_wide Wide WIDE],
-    [nibbles_halves Halves HALVES], [target_feature(enable = "avx2")]
+    [nibbles_halves Halves HALVES], [target_feature(enable = "avx2,fma")]
 );
 #[cfg(target_arch = "x86_64")]
 kernels!(

@@ -145,6 +145,10 @@ impl<const N: usize> Simd for Scalar<N> {
         zip_f32(a, b, |a, b| a * b)
     }
     #[inline(always)]
+    fn mul_add_f32(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        from_fn(|i| f32::from_bits(a[i]).mul_add(f32::from_bits(b[i]), f32::from_bits(c[i])).to_bits())
+    }
+    #[inline(always)]
     fn div_f32(self, a: Self::V, b: Self::V) -> Self::V {
         zip_f32(a, b, |a, b| a / b)
     }

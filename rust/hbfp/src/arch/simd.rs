@@ -64,6 +64,8 @@ pub(crate) trait Simd: Copy {
     fn add_f32(self, a: Self::V, b: Self::V) -> Self::V;
     fn sub_f32(self, a: Self::V, b: Self::V) -> Self::V;
     fn mul_f32(self, a: Self::V, b: Self::V) -> Self::V;
+    /// a · b + c, rounded once.
+    fn mul_add_f32(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     fn div_f32(self, a: Self::V, b: Self::V) -> Self::V;
     /// Neither operand is a NaN; of two zeros either.
     fn min_f32(self, a: Self::V, b: Self::V) -> Self::V;

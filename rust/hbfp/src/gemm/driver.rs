@@ -4,6 +4,7 @@
 //! A against some panels of B. Within it, a B panel of [`Plan::depth`] elements of the reduction stays in the
 //! first-level cache while the A panels, in the second level, pass by.
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint tiles")]
+#![allow(clippy::too_many_arguments, reason = "a product: two operands, the output, its epilogue and its kernel")]
 
 use super::cache::Caches;
 use super::{Epilogue, general};
@@ -61,7 +62,9 @@ impl Plan {
         let b_block = b_block_bytes(bl.steps, bl.width);
         let depth = if al.panels <= 2 { al.blocks } else { (caches.l1 / 2 / b_block).max(1024 / al.block) };
         let depth = depth.clamp(1, al.blocks.max(1));
-        let mut row_panels = (caches.l2 / 2 / (depth * al.block_bytes)).clamp(8, 256).min(al.panels);
+        // More than half of the second level would do, but for what passes through it; tasks of equal size.
+        let most = (caches.l2 * 5 / 8 / (depth * al.block_bytes)).clamp(8, 256);
+        let mut row_panels = al.panels.div_ceil(al.panels.div_ceil(most));
         let mut column_panels = 16.min(bl.panels);
         if workers > 1 {
             let tasks = |r: usize, c: usize| al.matrices * al.panels.div_ceil(r) * bl.panels.div_ceil(c);
@@ -223,7 +226,9 @@ impl Product<'_> {
         let general = b.general | (unsafe { *self.a.general.add(panel) } != 0);
         let a = self.a.bytes.wrapping_add(panel * al.panel_bytes() + slice.blocks.start * al.block_bytes);
         let run = self.run.filter(|_| !general && !slice.blocks.is_empty());
-        if let (Some(run), true) = (run, width == columns) {
+        // Every second access to a row off its register's alignment would touch two cache lines, block after block.
+        let in_place = width == columns && (c.as_ptr() as usize | (4 * n)).is_multiple_of(32);
+        if let (Some(run), true) = (run, in_place) {
             let tile = Tile { c: c.as_mut_ptr(), stride: n, fresh };
             // SAFETY: the panels were laid out with these layouts; the kernel writes as many rows as there are.
             unsafe { run[usize::from(i + 1 == al.panels)](slice.blocks.len(), al.steps, a, b.bytes, tile) };

@@ -12,8 +12,9 @@ use super::product::{Correction, RIDER};
 use crate::arch::simd::Simd;
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT, Rounding};
 
-/// Scale exponents whose every pairwise sum lies in −149…104, where the exponent can ride in an accumulator.
-pub(crate) const FAST_SCALES: std::ops::RangeInclusive<i32> = -74..=52;
+/// Scale exponents whose every pairwise sum s lies in −126…104: 2^s is a normal number, and the exponent can ride in an
+/// accumulator.
+pub(crate) const FAST_SCALES: std::ops::RangeInclusive<i32> = -63..=52;
 
 /// Lines of a strip.
 pub(crate) const STRIP: usize = 32;

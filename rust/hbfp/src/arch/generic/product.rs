@@ -1,7 +1,7 @@
 //! The innermost tiles of a product: up to 4 rows × 2 registers of columns, over all blocks of the reduction.
 //!
 //! # The exponent rides in the accumulator
-//! An accumulator starts as the bits of the float 1.5·2^23·2^(ea+eb). Integer sums then count in units of that float's
+//! (where accumulators have 32 bits: AVX-512, scalar) An accumulator starts as the bits of the float 1.5·2^23·2^(ea+eb). Integer sums then count in units of that float's
 //! last place: after the block its bits, read as f32, are (1.5·2^23 + D)·2^(ea+eb) exactly, as long as |D| < 2^22 and
 //! the exponent stays normal (−149 ≤ ea + eb ≤ 104). Subtracting 1.5·2^23·2^(ea+eb) is exact; adding to C is the one
 //! rounding of the contract.
@@ -22,7 +22,8 @@
 //! # Ceilings
 //! AVX-512 VNNI: two vpdpbusd of 64 products a cycle. AVX2 with 16-bit sums: one vpmaddubsw and one vpaddw for 32
 //! products, so four vector ports end at two pairs a cycle (Zen 3 reaches 85 % of that even without loads); a block
-//! costs 5 more operations for each of the tile's registers.
+//! costs 4 more operations for each of the tile's registers: widening and adding halves, conversion, scale, fused
+//! multiply-add.
 
 use crate::arch::simd::Simd;
 use crate::format::EXPONENT_OFFSET;
@@ -149,6 +150,20 @@ unsafe fn start_total<S: Simd, const ROWS: usize>(s: S, eb: [S::V; 2], ends: *co
     acc
 }
 
+/// Sums of 32 bits start as −OFF · Σa.
+///
+/// # Safety
+/// `ends` is valid for reading 16 + 4 · ROWS bytes.
+#[inline(always)]
+unsafe fn start_plain<S: Simd, const ROWS: usize>(s: S, ends: *const u8) -> Sums<S, ROWS> {
+    let mut acc = [[s.splat(0); 2]; ROWS];
+    for (i, acc) in acc.iter_mut().enumerate() {
+        // SAFETY: i < ROWS.
+        *acc = [unsafe { s.sub(word(s, ends.add(4 * i)), word(s, ends.add(16 + 4 * i))) }; 2];
+    }
+    acc
+}
+
 /// One step in 16-bit halves. Additions follow their multiplications at a distance of four: next to them they would
 /// compete for the multipliers' ports (9 % on Zen 3; left to itself, the compiler puts them there).
 ///
@@ -190,9 +205,9 @@ unsafe fn step_dot4<S: Simd, const ROWS: usize>(s: S, acc: &mut Sums<S, ROWS>, x
 /// Turns a block's totals, riders included, into floats and adds them to the tile.
 ///
 /// # Safety
-/// `riders` is valid for reading 4 · ROWS bytes, `from` and `c` for reading and writing ROWS rows of 2 LANES elements.
+/// As for [`finish`].
 #[inline(always)]
-unsafe fn finish_block<S: Simd, const ROWS: usize>(
+unsafe fn finish_riding<S: Simd, const ROWS: usize>(
     s: S,
     total: &Sums<S, ROWS>,
     eb: [S::V; 2],
@@ -213,27 +228,31 @@ unsafe fn finish_block<S: Simd, const ROWS: usize>(
     }
 }
 
-/// The same from sums of halves.
+/// Adds a block's sums D, in words or in halves still to be added, to the tile: C = fma(D, 2^(ea+eb), C). The product is exact, so that this is the
+/// one rounding as well; 2^(ea+eb) is normal in the fast range.
 ///
 /// # Safety
-/// As for [`finish_block`].
+/// `riders` is valid for reading 4 · ROWS bytes, `from` and `c` for reading and writing ROWS rows of 2 LANES elements.
 #[inline(always)]
-unsafe fn finish_halves<S: Simd, const ROWS: usize>(
+unsafe fn finish<S: Simd, const ROWS: usize, const HALVES: bool>(
     s: S,
-    acc: &Sums<S, ROWS>,
+    sums: &Sums<S, ROWS>,
     eb: [S::V; 2],
     riders: *const u8,
     from: (*const f32, usize),
     c: &Tile,
 ) {
+    // From the bits of 1.5·2^23 to those of 1.
+    let one = s.splat(0x3F80_0000 - RIDER);
     for v in 0..2 {
-        for (i, acc) in acc.iter().enumerate() {
+        // In order: else the compiler adds `one` to each of the riders.
+        let eb = s.in_order(s.add(eb[v], one));
+        for (i, sums) in sums.iter().enumerate() {
             // SAFETY: i < ROWS, v < 2.
             unsafe {
-                let zero = s.add(eb[v], word(s, riders.add(4 * i)));
-                let total = s.add(s.sum_halves(acc[v]), zero);
+                let scale = s.add(eb, word(s, riders.add(4 * i)));
                 let sum = s.load(from.0.add(i * from.1 + v * S::LANES).cast());
-                let sum = s.add_f32(sum, s.sub_f32(total, zero));
+                let sum = s.mul_add_f32(s.to_f32(if HALVES { s.sum_halves(sums[v]) } else { sums[v] }), scale, sum);
                 s.store(c.c.add(i * c.stride + v * S::LANES).cast(), sum);
             }
         }
@@ -317,7 +336,7 @@ pub(crate) unsafe fn tile_halves<S: Simd, const STEPS: usize, const ROWS: usize>
             for t in 0..steps {
                 step_halves::<S, ROWS>(s, &mut acc, columns(s, b.add(4 * t * width)), a.add(16 * t));
             }
-            finish_halves(s, &acc, columns(s, b.add(4 * width * steps)), ends.add(16), from, &c);
+            finish::<S, ROWS, true>(s, &acc, columns(s, b.add(4 * width * steps)), ends.add(16), from, &c);
             from = (c.c, c.stride);
         }
     }
@@ -347,8 +366,7 @@ unsafe fn tile_segments<S: Simd, const STEPS: usize, const ROWS: usize, const SE
             let a = a.add(block * a_block_bytes(steps, false));
             let b = b.add(block * b_block_bytes(steps, width));
             let ends = a.add(16 * steps);
-            let eb = columns(s, b.add(4 * width * steps));
-            let mut acc = start_total::<S, ROWS>(s, eb, ends);
+            let mut acc = start_plain::<S, ROWS>(s, ends);
             let mut done = 0;
             while done < steps {
                 let mut halves = [[s.splat(0); 2]; ROWS];
@@ -360,7 +378,7 @@ unsafe fn tile_segments<S: Simd, const STEPS: usize, const ROWS: usize, const SE
                 }
                 done += SEGMENT;
             }
-            finish_block(s, &acc, eb, ends.add(16), from, &c);
+            finish::<S, ROWS, false>(s, &acc, columns(s, b.add(4 * width * steps)), ends.add(16), from, &c);
             from = (c.c, c.stride);
         }
     }
@@ -424,8 +442,7 @@ pub(crate) unsafe fn tile_wide<S: Simd, const STEPS: usize, const ROWS: usize>(
             let a = a.add(block * a_block_bytes(steps, true));
             let b = b.add(block * b_block_bytes(steps, width));
             let ends = a.add(32 * steps);
-            let eb = columns(s, b.add(4 * width * steps));
-            let mut acc = start_total::<S, ROWS>(s, eb, ends);
+            let mut acc = start_plain::<S, ROWS>(s, ends);
             for t in 0..steps {
                 let x = columns(s, b.add(4 * t * width));
                 for odd in 0..2 {
@@ -449,7 +466,7 @@ pub(crate) unsafe fn tile_wide<S: Simd, const STEPS: usize, const ROWS: usize>(
                     }
                 }
             }
-            finish_block(s, &acc, eb, ends.add(16), from, &c);
+            finish::<S, ROWS, false>(s, &acc, columns(s, b.add(4 * width * steps)), ends.add(16), from, &c);
             from = (c.c, c.stride);
         }
     }
@@ -488,7 +505,7 @@ pub(crate) unsafe fn nibbles_halves<S: Simd, const STEPS: usize, const ROWS: usi
                 step_halves::<S, ROWS>(s, &mut acc, even, a.add(16 * (steps - 1)));
             }
             let eb = nibble_riders(s, b.add(4 * width * steps.div_ceil(2)));
-            finish_halves(s, &acc, eb, ends.add(16), from, &c);
+            finish::<S, ROWS, true>(s, &acc, eb, ends.add(16), from, &c);
             from = (c.c, c.stride);
         }
     }
@@ -527,7 +544,7 @@ pub(crate) unsafe fn nibbles_dot4<S: Simd, const STEPS: usize, const ROWS: usize
                 let [even, _] = nibbles(s, columns(s, b.add(4 * (steps / 2) * width)));
                 step_dot4::<S, ROWS>(s, &mut acc, even, a.add(16 * (steps - 1)));
             }
-            finish_block(s, &acc, eb, ends.add(16), from, &c);
+            finish_riding(s, &acc, eb, ends.add(16), from, &c);
             from = (c.c, c.stride);
         }
     }

@@ -1,15 +1,15 @@
-//! AVX2: eight lanes.
+//! AVX2 with FMA: eight lanes.
 
 use crate::arch::simd::Simd;
 use std::arch::x86_64::*;
 
-/// Proof that the CPU has AVX2.
+/// Proof that the CPU has AVX2 and FMA.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2(());
 
 impl Avx2 {
     /// # Safety
-    /// The CPU has AVX2.
+    /// The CPU has AVX2 and FMA.
     #[inline(always)]
     pub(crate) unsafe fn assume() -> Self {
         Self(())
@@ -19,7 +19,7 @@ impl Avx2 {
 /// Wraps intrinsics whose only condition is the CPU level.
 macro_rules! level {
     ($e:expr) => {
-        // SAFETY: the token proves AVX2.
+        // SAFETY: the token proves the level.
         unsafe { $e }
     };
 }
@@ -55,12 +55,12 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load(self, p: *const i32) -> Self::V {
-        // SAFETY: the token proves AVX2, the caller 32 readable bytes.
+        // SAFETY: the token proves the level, the caller 32 readable bytes.
         unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut i32, v: Self::V) {
-        // SAFETY: the token proves AVX2, the caller 32 writable bytes.
+        // SAFETY: the token proves the level, the caller 32 writable bytes.
         unsafe { _mm256_storeu_si256(p.cast(), v) }
     }
     #[inline(always)]
@@ -70,17 +70,17 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn load_u16(self, p: *const u16) -> Self::V {
-        // SAFETY: the token proves AVX2, the caller 16 readable bytes.
+        // SAFETY: the token proves the level, the caller 16 readable bytes.
         unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     unsafe fn load_u8(self, p: *const u8) -> Self::V {
-        // SAFETY: the token proves AVX2, the caller 8 readable bytes.
+        // SAFETY: the token proves the level, the caller 8 readable bytes.
         unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
     }
     #[inline(always)]
     unsafe fn store_i16x2(self, p: *mut i16, [a, b]: [Self::V; 2]) {
-        // SAFETY: the token proves AVX2, the caller 32 writable bytes.
+        // SAFETY: the token proves the level, the caller 32 writable bytes.
         unsafe { _mm256_storeu_si256(p.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(a, b))) }
     }
 
@@ -149,6 +149,10 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn mul_f32(self, a: Self::V, b: Self::V) -> Self::V {
         si(level!(_mm256_mul_ps(ps(a), ps(b))))
+    }
+    #[inline(always)]
+    fn mul_add_f32(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        si(level!(_mm256_fmadd_ps(ps(a), ps(b), ps(c))))
     }
     #[inline(always)]
     fn div_f32(self, a: Self::V, b: Self::V) -> Self::V {
@@ -274,7 +278,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store_chunks(self, p: *mut u8, stride: usize, v: Self::V) {
-        // SAFETY: the token proves AVX2, the caller two places of 16 writable bytes.
+        // SAFETY: the token proves the level, the caller two places of 16 writable bytes.
         unsafe {
             _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(v));
             _mm_storeu_si128(p.add(stride).cast(), _mm256_extracti128_si256::<1>(v));
@@ -282,7 +286,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store_chunk(self, p: *mut u8, v: Self::V) {
-        // SAFETY: the token proves AVX2, the caller 16 writable bytes.
+        // SAFETY: the token proves the level, the caller 16 writable bytes.
         unsafe { _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(v)) }
     }
 
@@ -296,7 +300,7 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn store_counters(self, p: *mut u16, [w0, w1, w2, w3]: [Self::V; 4]) {
-        // SAFETY: the token proves AVX2, the caller 64 writable bytes.
+        // SAFETY: the token proves the level, the caller 64 writable bytes.
         unsafe {
             // Per 64-bit lane: the first and the second eight bytes of a counter.
             let first = _mm256_blend_epi32::<0b1010_1010>(w0, _mm256_slli_epi64::<32>(w1));

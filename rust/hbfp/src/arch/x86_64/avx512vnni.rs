@@ -137,6 +137,10 @@ impl Simd for Avx512Vnni {
         si(level!(_mm512_mul_ps(ps(a), ps(b))))
     }
     #[inline(always)]
+    fn mul_add_f32(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        si(level!(_mm512_fmadd_ps(ps(a), ps(b), ps(c))))
+    }
+    #[inline(always)]
     fn div_f32(self, a: Self::V, b: Self::V) -> Self::V {
         si(level!(_mm512_div_ps(ps(a), ps(b))))
     }
