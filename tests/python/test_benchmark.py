@@ -11,17 +11,18 @@ import sys
 from dataclasses import replace
 
 import pytest
-import torch
 
-import hbfp
-from hbfp import _core
-from hbfp.benchmark import CASES, cases, ceilings, checks, gates, ggml, peers, plot, report, suite, timing
-from hbfp.benchmark.cases import Bench
-from hbfp.benchmark.gates import Gate, Outcome, evaluate
-from hbfp.benchmark.results import Missing, NotMeasured, NotRun, Results, Row, cpu_name, rows_from_csv
-from hbfp.benchmark.timing import Effort
-from hbfp.errors import FileError
-from hbfp.tools.cli import main
+torch = pytest.importorskip("torch")
+
+import hbfp  # noqa: E402
+from hbfp import _core  # noqa: E402
+from hbfp.benchmark import CASES, cases, ceilings, checks, gates, ggml, peers, plot, report, suite, timing  # noqa: E402
+from hbfp.benchmark.cases import Bench  # noqa: E402
+from hbfp.benchmark.gates import Gate, Outcome, evaluate  # noqa: E402
+from hbfp.benchmark.results import Missing, NotMeasured, NotRun, Results, Row, cpu_name, rows_from_csv  # noqa: E402
+from hbfp.benchmark.timing import Effort  # noqa: E402
+from hbfp.errors import FileError  # noqa: E402
+from hbfp.tools.cli import main  # noqa: E402
 
 BRIEF = Effort(rounds=2, calls=1, sample=0.0, slow=1e9)
 
