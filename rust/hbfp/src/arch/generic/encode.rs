@@ -272,26 +272,48 @@ pub(crate) unsafe fn encode_rows<S: Simd, const R: u8>(
     coding: &PanelCoding,
     place: &BlockPlace,
 ) -> bool {
-    let full = n == 4 * place.steps && n.is_multiple_of(4 * S::LANES);
     // SAFETY: the caller's word.
     unsafe {
-        match (coding.correction, full) {
-            (None, true) => rows::<S, R, RIGHT, true>(s, x, n, random, coding, place),
-            (None, false) => rows::<S, R, RIGHT, false>(s, x, n, random, coding, place),
-            (Some(Correction::Wide), true) => rows::<S, R, WIDE, true>(s, x, n, random, coding, place),
-            (Some(Correction::Wide), false) => rows::<S, R, WIDE, false>(s, x, n, random, coding, place),
-            (Some(_), true) => rows::<S, R, LEFT, true>(s, x, n, random, coding, place),
-            (Some(_), false) => rows::<S, R, LEFT, false>(s, x, n, random, coding, place),
+        match coding.correction {
+            None => rows_of_side::<S, R, RIGHT>(s, x, n, random, coding, place),
+            Some(Correction::Wide) => rows_of_side::<S, R, WIDE>(s, x, n, random, coding, place),
+            Some(_) => rows_of_side::<S, R, LEFT>(s, x, n, random, coding, place),
         }
     }
 }
 
-/// [`encode_rows`] for one side. `FULL`: the block is whole and a multiple of four registers.
+/// [`encode_rows`] for one side.
 ///
 /// # Safety
 /// As for [`encode_rows`].
 #[inline(always)]
-unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool>(
+unsafe fn rows_of_side<S: Simd, const R: u8, const SIDE: u8>(
+    s: S,
+    x: &[*const f32; 4],
+    n: usize,
+    random: &[*const u16; 4],
+    coding: &PanelCoding,
+    place: &BlockPlace,
+) -> bool {
+    let whole = n == 4 * place.steps;
+    // SAFETY: the caller's word.
+    unsafe {
+        if whole && n.is_multiple_of(4 * S::LANES) {
+            rows::<S, R, SIDE, true, 4>(s, x, n, random, coding, place)
+        } else if whole && n.is_multiple_of(2 * S::LANES) {
+            rows::<S, R, SIDE, true, 2>(s, x, n, random, coding, place)
+        } else {
+            rows::<S, R, SIDE, false, 4>(s, x, n, random, coding, place)
+        }
+    }
+}
+
+/// [`encode_rows`] by `REGISTERS` of a line at a time. `FULL`: the block is whole and a multiple of that.
+///
+/// # Safety
+/// As for [`encode_rows`].
+#[inline(always)]
+unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REGISTERS: usize>(
     s: S,
     x: &[*const f32; 4],
     n: usize,
@@ -300,7 +322,7 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool>(
     place: &BlockPlace,
 ) -> bool {
     let chunks = S::LANES / 4;
-    let quad = 4 * S::LANES;
+    let run = REGISTERS * S::LANES;
     // SAFETY: reads stay inside n by `load_up_to`, or inside the random bits' padding; steps past the last one are
     // written to a copy.
     unsafe {
@@ -310,11 +332,11 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool>(
         while i < n {
             for (&x, top) in x.iter().zip(&mut top) {
                 // The line's next block but one; four lines at a time are too many for the hardware to follow alone.
-                for line in (0..quad).step_by(16) {
+                for line in (0..run).step_by(16) {
                     s.prefetch(x.wrapping_add(i + AHEAD + line));
                 }
                 let mut m = [s.splat(0); 4];
-                for (j, m) in m.iter_mut().enumerate() {
+                for (j, m) in m.iter_mut().enumerate().take(REGISTERS) {
                     let at = i + j * S::LANES;
                     let v = if FULL {
                         s.load(x.add(at).cast())
@@ -325,7 +347,7 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool>(
                 }
                 *top = s.max_i32(*top, s.max_i32(s.max_i32(m[0], m[1]), s.max_i32(m[2], m[3])));
             }
-            i += quad;
+            i += run;
         }
         let Scales { scale, keep, general } = scales(s, s.max_of_4(top), coding);
         let inverse = inverses(s, scale);
@@ -344,7 +366,7 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool>(
             let mut lines = [s.splat(0); 4];
             for l in 0..4 {
                 let mut q = [s.splat(0); 4];
-                for (j, q) in q.iter_mut().enumerate() {
+                for (j, q) in q.iter_mut().enumerate().take(REGISTERS) {
                     let at = i + j * S::LANES;
                     if FULL || at < n {
                         let r = if R == STOCHASTIC { s.load_u16(random[l].add(at)) } else { s.splat(0) };
@@ -364,7 +386,7 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool>(
             if SIDE != RIGHT {
                 add_codes(s, &mut sums, words, minus_offset);
             }
-            for (j, word) in words.into_iter().enumerate() {
+            for (j, word) in words.into_iter().enumerate().take(REGISTERS) {
                 let first = step + j * chunks;
                 if FULL || first + chunks <= place.steps {
                     store_codes::<S, SIDE>(s, coding, word, place.codes.add(first * place.step), place.step);
@@ -378,7 +400,7 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool>(
                     }
                 }
             }
-            step += S::LANES;
+            step += run / 4;
         }
         let rider = s.shl::<23>(scale);
         if SIDE == RIGHT {
