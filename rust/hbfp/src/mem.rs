@@ -107,6 +107,14 @@ impl<'a, T> SharedMut<'a, T> {
     pub(crate) fn as_ptr(&self) -> *const T {
         self.ptr
     }
+    /// Where `len` elements from `from` on lie: for a rectangle, whose gaps other tasks may be writing.
+    ///
+    /// # Panics
+    /// If they are not inside the slice.
+    pub(crate) fn pointer(&self, from: usize, len: usize) -> *mut T {
+        assert!(from <= self.len && len <= self.len - from);
+        self.ptr.wrapping_add(from)
+    }
     /// Elements `from .. from + len`.
     ///
     /// # Safety

@@ -23,8 +23,9 @@ use std::sync::{Mutex, PoisonError};
 
 /// Rows of C up to which a product reads nibbles directly: two A panels, each of which unpacks them anew.
 pub(super) const NIBBLE_ROWS: usize = 2 * PANEL_ROWS;
-/// Multiply-accumulates below which a product runs on the calling thread.
+/// Multiply-accumulates, and elements to encode, below which a product runs on the calling thread.
 const SERIAL_MACS: usize = 1 << 22;
+const SERIAL_ELEMENTS: usize = 1 << 18;
 /// Tasks for each thread, so that all end together.
 const TASKS_PER_WORKER: usize = 8;
 
@@ -54,15 +55,17 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(ctx: &Context<'_>, al: &PanelLayout, bl: &PanelLayout) -> Self {
+    /// For panels of which `encoded` elements are still to be laid out.
+    fn new(ctx: &Context<'_>, al: &PanelLayout, bl: &PanelLayout, encoded: usize) -> Self {
         let caches = Caches::get();
         let macs = al.matrices.saturating_mul(al.lines).saturating_mul(bl.lines).saturating_mul(al.k.max(1));
-        let workers = if macs < SERIAL_MACS { 1 } else { ctx.threads.max(1) };
-        // Half of the first level for B, half of the second for A; a few rows pass over B but once.
+        let small = macs < SERIAL_MACS && encoded < SERIAL_ELEMENTS;
+        let workers = if small { 1 } else { ctx.threads.max(1) };
+        // Half of the first level for B; a few rows pass over B but once.
         let b_block = b_block_bytes(bl.steps, bl.width);
         let depth = if al.panels <= 2 { al.blocks } else { (caches.l1 / 2 / b_block).max(1024 / al.block) };
         let depth = depth.clamp(1, al.blocks.max(1));
-        // More than half of the second level would do, but for what passes through it; tasks of equal size.
+        // Most of the second level for A, the rest for what passes through it; tasks of equal size.
         let most = (caches.l2 * 5 / 8 / (depth * al.block_bytes)).clamp(8, 256);
         let mut row_panels = al.panels.div_ceil(al.panels.div_ceil(most));
         let mut column_panels = 16.min(bl.panels);
@@ -101,7 +104,9 @@ pub(super) fn multiply(
     debug_assert!(bl.shared || al.matrices == bl.matrices);
     assert_eq!(out.len(), al.matrices * m * n);
     reserve_scratch(ctx, scratch);
-    let plan = Plan::new(ctx, &al, &bl);
+    let elements = |layout: &PanelLayout| layout.matrices * layout.lines * layout.k;
+    let encoded = elements(&al) + if let Right::Fresh(job) = &right { elements(&job.layout) } else { 0 };
+    let plan = Plan::new(ctx, &al, &bl, encoded);
     let (fillings, fill_tasks, a, b) = match right {
         Right::Packed(b) => {
             let (fillings, fill_tasks) = reserve(ctx, [left]);
@@ -150,7 +155,6 @@ pub(super) fn multiply(
             }
         }
     };
-    // Small operands are laid out by one thread even so: the others wait less than it would take to hand out strips.
     let stages = [
         Stage { tasks: fill_tasks, task: &lay_out },
         Stage { tasks: al.matrices * row_tasks * column_tasks, task: &multiply },
@@ -218,8 +222,10 @@ impl Product<'_> {
         let Self { al, bl, .. } = self;
         let (m, n, columns) = (al.lines, bl.lines, bl.width);
         let (height, width) = (PANEL_ROWS.min(m - i * PANEL_ROWS), columns.min(n - j * columns));
-        // SAFETY: a tile belongs to one task.
-        let c = unsafe { self.out.part((matrix * m + i * PANEL_ROWS) * n + j * columns, (height - 1) * n + width) };
+        let at = (matrix * m + i * PANEL_ROWS) * n + j * columns;
+        let c = self.out.pointer(at, (height - 1) * n + width);
+        // SAFETY: a tile belongs to one task, and each of its rows is taken once at a time.
+        let row = |r: usize| unsafe { self.out.part(at + r * n, width) };
         let fresh = slice.first && !self.epilogue.accumulate;
         let panel = al.panel(matrix, i);
         // SAFETY: one flag a panel, written by the stage before.
@@ -227,15 +233,15 @@ impl Product<'_> {
         let a = self.a.bytes.wrapping_add(panel * al.panel_bytes() + slice.blocks.start * al.block_bytes);
         let run = self.run.filter(|_| !general && !slice.blocks.is_empty());
         // Every second access to a row off its register's alignment would touch two cache lines, block after block.
-        let in_place = width == columns && (c.as_ptr() as usize | (4 * n)).is_multiple_of(32);
+        let in_place = width == columns && (c as usize | (4 * n)).is_multiple_of(32);
         if let (Some(run), true) = (run, in_place) {
-            let tile = Tile { c: c.as_mut_ptr(), stride: n, fresh };
+            let tile = Tile { c, stride: n, fresh };
             // SAFETY: the panels were laid out with these layouts; the kernel writes as many rows as there are.
             unsafe { run[usize::from(i + 1 == al.panels)](slice.blocks.len(), al.steps, a, b.bytes, tile) };
         } else {
             let buffer = &mut buffer.0[..PANEL_ROWS * columns];
-            for (to, from) in buffer.chunks_exact_mut(columns).zip(c.chunks(n)) {
-                if fresh { to.fill(0.0) } else { to[..width].copy_from_slice(&from[..width]) }
+            for (r, to) in buffer.chunks_exact_mut(columns).take(height).enumerate() {
+                if fresh { to.fill(0.0) } else { to[..width].copy_from_slice(row(r)) }
             }
             let tile = Tile { c: buffer.as_mut_ptr(), stride: columns, fresh: false };
             match run {
@@ -245,14 +251,14 @@ impl Product<'_> {
                 },
                 None => self.general_tile(a, b.bytes, slice.blocks.len(), buffer),
             }
-            for (from, to) in buffer.chunks_exact(columns).zip(c.chunks_mut(n)) {
-                to[..width].copy_from_slice(&from[..width]);
+            for (r, from) in buffer.chunks_exact(columns).take(height).enumerate() {
+                row(r).copy_from_slice(&from[..width]);
             }
         }
         if slice.last && (general || self.epilogue.accumulate || self.epilogue.bias.is_some()) {
             let bias = self.epilogue.bias.map(|bias| &bias[j * columns..][..width]);
-            for row in c.chunks_mut(n) {
-                for (c, x) in row[..width].iter_mut().enumerate() {
+            for r in 0..height {
+                for (c, x) in row(r).iter_mut().enumerate() {
                     *x = general::finish(*x, bias.map(|bias| bias[c]));
                 }
             }

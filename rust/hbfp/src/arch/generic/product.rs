@@ -1,7 +1,7 @@
 //! The innermost tiles of a product: up to 4 rows × 2 registers of columns, over all blocks of the reduction.
 //!
 //! # The exponent rides in the accumulator
-//! (where accumulators have 32 bits: AVX-512, scalar) An accumulator starts as the bits of the float 1.5·2^23·2^(ea+eb). Integer sums then count in units of that float's
+//! On levels whose dot products add to 32 bits (scalar, AVX-512). An accumulator starts as the bits of the float 1.5·2^23·2^(ea+eb). Integer sums then count in units of that float's
 //! last place: after the block its bits, read as f32, are (1.5·2^23 + D)·2^(ea+eb) exactly, as long as |D| < 2^22 and
 //! the exponent stays normal (−149 ≤ ea + eb ≤ 104). Subtracting 1.5·2^23·2^(ea+eb) is exact; adding to C is the one
 //! rounding of the contract.
