@@ -184,12 +184,21 @@ def tensor_product(
     seed: int,
     bias: Any | None,
     threads: int,
+    keep: tuple[Format, int, int] | None = None,
 ) -> Any | None:
     """The same in one call that allocates: the product of two torch tensors, [.., M, N], or None.
+
+    With keep = (format, rounding, stream), for a right operand b without batch dimensions: a pair, the product and what
+    `kept_product` takes, a uint8 tensor. It holds the codes of `a` along its rows (axis -2 of the flattened matrix),
+    made in the same pass.
 
     None says that something is not as usual (a subclass, a dtype, a device, a layout, an empty dimension, shapes that
     do not fit), and nothing about what: the caller takes the way that knows. Batch dimensions as for `product`, but
     that a contiguous `a` is flattened here."""
+
+def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: int) -> None:
+    """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` kept of an [K, N] tensor in
+    `kept_format`: the same bits as the product with that tensor."""
 
 def softmax(scores: Any, out: Any, scale: float, causal: bool, mask: Any | None, threads: int) -> None:
     """Row softmax of scale * scores (+ mask, f32 of scores' shape) over the last dimension; causal: column j of row i

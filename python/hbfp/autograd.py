@@ -1,8 +1,8 @@
 """Differentiable products: linear, matmul and attention, whose backward passes are fixed-point products too.
 
-Every operand is encoded anew along the reduction of the product at hand (FORMAT section 6), so nothing encoded is kept
-between forward and backward; what is kept are the float tensors, and of those only the ones that a gradient needs.
-Backward computes the gradients that are asked for and no others.
+Every operand is encoded anew along the reduction of the product at hand (FORMAT section 6), and backward computes the
+gradients that are asked for and no others. Of the tensors that it needs, a linear layer keeps X as the codes of its
+third product, made in the same pass as those of the first; the rest are float tensors.
 
 Each function takes `seed` and `stream` as numbers. The stream's low four bits are 0; every operand adds its role, so
 that no two operands of a step share random bits. Recomputation with the same numbers gives the same bits.
@@ -102,13 +102,25 @@ class LinearFunction(torch.autograd.Function):
         source: object,
     ) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
         policy = recipe.forward
-        return _multiply(recipe)(
-            x, -1, weight, -1, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), bias,
-            name="forward", source=source,
-        )  # fmt: skip
+        streams = (stream | _X, stream | _W)
+        kept = None
+        if need_weight and recipe.backend is _INTEGER:
+            # What backward needs of X are its codes along the batch: an eighth of the memory at 4 bits, and the same
+            # pass over X makes both encodings.
+            later = recipe.weight_gradient
+            keep = (later.formats[1], later.roundings[1], stream | _X_W)
+            out, kept = ops.product_keeping(
+                x, weight, policy.formats, policy.roundings, seed, streams, bias, keep, name="forward", source=source
+            )
+        else:
+            out = _multiply(recipe)(
+                x, -1, weight, -1, policy.formats, policy.roundings, seed, streams, bias, name="forward", source=source
+            )
+        ctx.kept, ctx.columns = kept is not None, x.shape[-1]
+        ctx.save_for_backward((x if kept is None else kept) if need_weight else None, weight if need_x else None)
+        return out
 
     @staticmethod
     @_once
@@ -125,7 +137,13 @@ class LinearFunction(torch.autograd.Function):
                 name="input gradient", source=source,
             )  # fmt: skip
         rows = dy.flatten(0, -2) if need_weight or need_bias else dy
-        if need_weight:
+        if need_weight and ctx.kept:
+            policy = recipe.weight_gradient
+            dweight = ops.kept_product(
+                rows, x, ctx.columns, policy.formats, policy.roundings, seed, (stream | _DY_W, stream | _X_W),
+                name="weight gradient", source=source,
+            )  # fmt: skip
+        elif need_weight:
             policy = recipe.weight_gradient
             dweight = multiply(
                 rows, -2, x.flatten(0, -2), -2, policy.formats, policy.roundings, seed,

@@ -34,7 +34,9 @@ __all__ = [
     "Product",
     "Recorder",
     "column_sums",
+    "kept_product",
     "product",
+    "product_keeping",
     "quantize",
     "quick_product",
     "recorders",
@@ -185,6 +187,74 @@ def quick_product(
         b, b_axis, right.core, roundings[1], streams[1],
         seed, bias, _threads(),
     )  # fmt: skip
+    return out
+
+
+def product_keeping(
+    a: Tensor,
+    b: Tensor,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    keep: tuple[HBFP, int, int],
+    *,
+    name: str = "product",
+    source: object = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`product` of a [..., M, K] and b [N, K], which also keeps the codes of `a` along its rows, in the same pass.
+
+    Args:
+        keep: format, rounding and stream of the codes that are kept.
+
+    Returns:
+        The product, and a uint8 tensor for `kept_product`: about half a byte an element at 4 bits, one at more. None
+        where nothing could be kept: under torch.compile and dispatch modes, for subclasses, wide formats and tiles.
+    """
+    if not is_compiling() and not _dispatch_modes():
+        left, right = formats
+        rest = (seed, bias, _threads(), (keep[0].core, keep[1], keep[2]))
+        both = _core.tensor_product(
+            a, -1, left.core, roundings[0], streams[0], b, -1, right.core, roundings[1], streams[1], *rest
+        )
+        if both is None and _direct(a, b):
+            # Another dtype, or batch dimensions that are no rows of one matrix as they lie.
+            dense, wide = _float32(a).contiguous(), _float32(b)
+            rest = (seed, None if bias is None else _float32(bias), *rest[2:])
+            both = _core.tensor_product(
+                dense, -1, left.core, roundings[0], streams[0], wide, -1, right.core, roundings[1], streams[1], *rest
+            )
+        if both is not None:
+            if recorders:
+                _record(a, -1, both[0], formats, name, source)
+            kept: tuple[Tensor, Tensor] = both
+            return kept
+    return product(a, -1, b, -1, formats, roundings, seed, streams, bias, name=name, source=source), None
+
+
+def kept_product(
+    a: Tensor,
+    kept: Tensor,
+    columns: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    *,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """aᵀ X, float32 [M, columns], of a [K, M] and what `product_keeping` kept of an X [K, columns].
+
+    The formats, roundings and streams are those of a and X; X's have had their effect when it was kept.
+    """
+    a = _float32(a)
+    out = torch.empty(a.shape[1], columns, dtype=torch.float32, device="cpu")
+    floats = _core.Floats(a, -2, formats[0].core, roundings[0], seed, streams[0])
+    _core.kept_product(floats, kept, formats[1].core, out, _threads())
+    if recorders:
+        _record(a, -2, out, formats, name, source)
     return out
 
 

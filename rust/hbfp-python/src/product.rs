@@ -4,11 +4,11 @@
 use crate::encode::mode;
 use crate::error::{DTypeError, ShapeError};
 use crate::format::{Format, layout, resolve_axis};
-use crate::run::{run, run_here, run_with_workspace, with_workspace};
-use crate::view::{FloatView, contiguous};
+use crate::run::{kept_bytes, run, run_here, run_with_workspace, with_workspace};
+use crate::view::{BytesView, FloatView, contiguous};
 use hbfp::Context;
 use hbfp::encode::RoundingMode;
-use hbfp::gemm::{self, Epilogue, Operand, Right, Workspace};
+use hbfp::gemm::{self, Epilogue, Keep, Kept, Operand, Right, Workspace};
 use hbfp::shape::PlaneLayout;
 use numpy::{PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn};
 use pyo3::intern;
@@ -190,9 +190,14 @@ pub(crate) fn product(
 const SMALL_MACS: usize = 1 << 16;
 const SMALL_ELEMENTS: usize = 1 << 14;
 
+/// What [`tensor_product`] is to keep of `a`: along its rows, in this format, with this rounding and stream.
+type KeepArguments<'py> = (PyRef<'py, Format>, u8, u64);
+
 /// The product of two float tensors in a new one; None for all that is not as usual, errors included: the caller then
 /// takes the way that knows about it.
 #[pyfunction]
+#[pyo3(signature = (a, a_axis, a_format, a_rounding, a_stream, b, b_axis, b_format, b_rounding, b_stream, seed, bias,
+                    threads, keep=None))]
 pub(crate) fn tensor_product<'py>(
     py: Python<'py>,
     a: &Bound<'py, PyAny>,
@@ -208,6 +213,7 @@ pub(crate) fn tensor_product<'py>(
     seed: u64,
     bias: Option<&Bound<'py, PyAny>>,
     threads: usize,
+    keep: Option<KeepArguments<'py>>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let (Some(mut left), Some(right)) = (FloatView::plain(a)?, FloatView::plain(b)?) else { return Ok(None) };
     let bias = match bias.map(FloatView::plain).transpose()? {
@@ -225,7 +231,7 @@ pub(crate) fn tensor_product<'py>(
     let mut shape = batch(&left);
     let rows = left.count() / k;
     if right.shape().len() > 2 {
-        if shape != batch(&right) {
+        if shape != batch(&right) || keep.is_some() {
             return Ok(None);
         }
     } else if !shape.is_empty() {
@@ -235,7 +241,7 @@ pub(crate) fn tensor_product<'py>(
             _ => return Ok(None),
         }
     }
-    if k != bk {
+    if k != bk || (keep.is_some() && a_axis != -1) {
         return Ok(None);
     }
     let a_axis = resolve_axis(a_axis, left.shape().len())?;
@@ -246,16 +252,62 @@ pub(crate) fn tensor_product<'py>(
     let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
     let work = rows.saturating_mul(n).saturating_mul(k);
     let small = work <= SMALL_MACS && left.count() + right.count() <= SMALL_ELEMENTS;
+    let mut kept = match &keep {
+        None => None,
+        Some((format, rounding, stream)) => {
+            let Some(len) = kept_bytes(k, rows, format.inner)? else { return Ok(None) };
+            Some((BytesView::new(py, len)?, format.inner, mode(*rounding, seed, *stream)?))
+        }
+    };
     let a = Operand::Floats { x: left.tensor(), axis: a_axis, format: a_format.inner, mode: a_mode };
     let b = Right::Operand(Operand::Floats { x: right.tensor(), axis: b_axis, format: b_format.inner, mode: b_mode });
     let epilogue = Epilogue { accumulate: false, bias: bias.as_ref().map(FloatView::as_slice) };
     let slice = target.as_mut_slice();
-    let multiply =
-        |ctx: &Context<'_>, workspace: &mut Workspace| gemm::product(ctx, &a, &b, slice, epilogue, workspace);
+    let keep = kept.as_mut().map(|(bytes, format, mode)| Keep {
+        axis: 0,
+        format: *format,
+        mode: *mode,
+        bytes: bytes.as_mut_slice(),
+    });
+    let multiply = |ctx: &Context<'_>, workspace: &mut Workspace| {
+        gemm::product_keeping(ctx, &a, keep, &b, slice, epilogue, workspace)
+    };
     if small {
         run_here(|ctx| with_workspace(ctx, multiply))?;
     } else {
         run_with_workspace(py, threads, multiply)?;
     }
-    Ok(Some(out))
+    match kept {
+        None => Ok(Some(out)),
+        Some((bytes, ..)) => Ok(Some(PyTuple::new(py, [out, bytes.into_tensor()])?.into_any())),
+    }
+}
+
+/// out [M, N] = a [K, M] along its rows, times what [`tensor_product`] kept of an X [K, N].
+#[pyfunction]
+pub(crate) fn kept_product(
+    py: Python<'_>,
+    a: &Bound<'_, PyAny>,
+    kept: &Bound<'_, PyAny>,
+    kept_format: &Format,
+    out: &Bound<'_, PyAny>,
+    threads: usize,
+) -> PyResult<()> {
+    let left = Borrowed::new(a, "a")?;
+    let bytes = BytesView::read(kept, "kept")?;
+    let mut out = FloatView::write(out, "out")?;
+    left.expect_apart(&out)?;
+    let Borrowed::Floats(view, axis, ..) = &left else {
+        return Err(DTypeError::new_err("a: expected Floats; found Planes"));
+    };
+    let (&[_, _], &[_, lines]) = (view.shape(), out.shape()) else {
+        let found = format!("{:?} and {:?}", view.shape(), out.shape());
+        return Err(ShapeError::new_err(format!("expected matrices a and out; found shapes {found}")));
+    };
+    let kept = Kept { lines, k: view.shape()[*axis], format: kept_format.inner, bytes: bytes.as_slice() };
+    let a = left.operand()?;
+    let slice = out.as_mut_slice();
+    run_with_workspace(py, threads, |ctx, workspace| {
+        gemm::product(ctx, &a, &Right::Kept(kept), slice, Epilogue::default(), workspace)
+    })
 }

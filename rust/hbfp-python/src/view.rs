@@ -9,7 +9,7 @@ use numpy::{
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::PyCapsule;
+use pyo3::types::{PyCapsule, PyDict};
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
 
@@ -18,6 +18,10 @@ struct Torch {
     tensor: Py<PyAny>,
     parameter: Py<PyAny>,
     float32: Py<PyAny>,
+    uint8: Py<PyAny>,
+    empty: Py<PyAny>,
+    /// Keyword arguments that make `empty` give bytes on the CPU, whatever the defaults.
+    byte_options: Py<PyDict>,
     describe: Option<Describe>,
 }
 
@@ -30,8 +34,23 @@ pub(crate) fn set_tensor_type(py: Python<'_>, cls: Bound<'_, PyAny>) -> PyResult
         let torch = py.import("torch")?;
         let parameter = torch.getattr("nn")?.getattr("Parameter")?.unbind();
         let float32 = torch.getattr("float32")?.unbind();
+        let uint8 = torch.getattr("uint8")?;
+        let byte_options = PyDict::new(py);
+        byte_options.set_item("dtype", &uint8)?;
+        byte_options.set_item("device", "cpu")?;
         let describe = dlpack::describe(&cls);
-        let _ = TORCH.set(py, Torch { tensor: cls.unbind(), parameter, float32, describe });
+        let _ = TORCH.set(
+            py,
+            Torch {
+                tensor: cls.unbind(),
+                parameter,
+                float32,
+                uint8: uint8.unbind(),
+                empty: torch.getattr("empty")?.unbind(),
+                byte_options: byte_options.unbind(),
+                describe,
+            },
+        );
         crate::run::look_for_openmp();
     }
     Ok(())
@@ -257,6 +276,63 @@ impl<'py> FloatView<'py> {
 unsafe impl Send for FloatView<'_> {}
 // SAFETY: as above; shared references only read.
 unsafe impl Sync for FloatView<'_> {}
+
+/// A one-dimensional uint8 torch tensor.
+pub(crate) struct BytesView<'py> {
+    ptr: *mut u8,
+    len: usize,
+    tensor: Bound<'py, PyAny>,
+}
+
+impl<'py> BytesView<'py> {
+    /// A new one.
+    pub(crate) fn new(py: Python<'py>, len: usize) -> PyResult<Self> {
+        let torch = TORCH.get(py).ok_or_else(|| DTypeError::new_err("expected torch in use; found it not imported"))?;
+        let tensor = torch.empty.bind(py).call((len,), Some(torch.byte_options.bind(py)))?;
+        Self::read(&tensor, "a new tensor")
+    }
+
+    /// For reading.
+    pub(crate) fn read(x: &Bound<'py, PyAny>, what: &str) -> PyResult<Self> {
+        let py = x.py();
+        let fits = is_tensor(x)?
+            && TORCH.get(py).is_some_and(|torch| x.getattr("dtype").is_ok_and(|dtype| dtype.is(torch.uint8.bind(py))))
+            && x.getattr(intern!(py, "is_cpu"))?.extract()?
+            && x.call_method0(intern!(py, "is_contiguous"))?.extract()?;
+        if !fits {
+            let text =
+                format!("{what}: expected a contiguous uint8 tensor on the CPU; found a {}", x.get_type().name()?);
+            return Err(DTypeError::new_err(text));
+        }
+        let len: usize = x.call_method0(intern!(py, "numel"))?.extract()?;
+        let ptr: usize = x.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        if ptr == 0 && len > 0 {
+            return Err(DTypeError::new_err(format!("{what}: expected a tensor with memory; found one without")));
+        }
+        Ok(Self { ptr: std::ptr::with_exposed_provenance_mut(ptr), len, tensor: x.clone() })
+    }
+
+    pub(crate) fn into_tensor(self) -> Bound<'py, PyAny> {
+        self.tensor
+    }
+
+    pub(crate) fn as_slice(&self) -> &[u8] {
+        if self.len == 0 {
+            return &[];
+        }
+        // SAFETY: contiguous and alive; see `FloatView::tensor` for other threads.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.len) }
+    }
+
+    /// The bytes of a view made by [`Self::new`].
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        if self.len == 0 {
+            return &mut [];
+        }
+        // SAFETY: contiguous, alive, and known to nobody else yet.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len) }
+    }
+}
 
 /// A C-contiguous array of another element type.
 pub(crate) fn contiguous<'a, 'py, T: Element>(

@@ -58,6 +58,8 @@ pub(crate) struct Scratch {
     pub(crate) wide: Vec<i16>,
     /// A B panel taken out of nibbles.
     pub(crate) panel: AlignedBytes,
+    /// Strips whose panels take another form in the end.
+    pub(crate) strips: AlignedBytes,
     /// As many zeros as a block has elements.
     pub(crate) zeros: Vec<f32>,
 }
@@ -82,6 +84,7 @@ impl Scratch {
             + 2 * (self.random.len() + self.transposed.len() + self.wide.len())
             + self.codes.len()
             + self.panel.capacity()
+            + self.strips.capacity()
     }
 }
 

@@ -13,6 +13,8 @@ use crate::mem::{AlignedBytes, SharedMut};
 use crate::pack::packed_bytes;
 use crate::parallel::for_each_task;
 use crate::shape::FloatLines;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Lines of planes blocked along the reduction: rows of all matrices, one after the other.
@@ -57,6 +59,10 @@ impl Source<'_> {
             Self::Codes(c) => c.k,
         }
     }
+    /// Matrices, lines, elements of a line.
+    pub(crate) fn shape(&self) -> [usize; 3] {
+        [self.matrices(), self.lines(), self.k()]
+    }
 }
 
 /// Which operand, and what the other one makes it carry.
@@ -66,6 +72,15 @@ pub(crate) enum Side {
     Left { correction: Correction, offset: i32 },
     /// Columns of C, raised by `offset`.
     Right { offset: i32 },
+}
+
+/// How the codes of a block lie in its panel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Form {
+    /// As the kernels read them.
+    Bytes,
+    /// Right operands of 4 bits or fewer that are kept: two codes a byte.
+    Nibbles,
 }
 
 /// Sizes of the panels of one operand.
@@ -84,41 +99,23 @@ pub(crate) struct PanelLayout {
     pub(crate) panels: usize,
     pub(crate) block_bytes: usize,
     pub(crate) side: Side,
-    /// Right operands of 4 bits or fewer that are kept: two codes a byte.
-    pub(crate) nibbles: bool,
+    pub(crate) form: Form,
     /// One matrix stands for all.
     pub(crate) shared: bool,
 }
 
 impl PanelLayout {
     /// Panels of `width` lines.
-    pub(crate) fn new(source: &Source<'_>, block: usize, width: usize, side: Side) -> Self {
-        let (lines, k) = (source.lines(), source.k());
+    pub(crate) fn new([matrices, lines, k]: [usize; 3], block: usize, width: usize, side: Side) -> Self {
         let steps = block.div_ceil(4);
-        let block_bytes = match side {
-            Side::Left { correction, .. } => a_block_bytes(steps, correction == Correction::Wide),
-            Side::Right { .. } => b_block_bytes(steps, width),
-        };
         let (blocks, panels) = (k.div_ceil(block), lines.div_ceil(width));
-        let matrices = source.matrices();
-        Self {
-            matrices,
-            lines,
-            k,
-            block,
-            width,
-            steps,
-            blocks,
-            panels,
-            block_bytes,
-            side,
-            nibbles: false,
-            shared: false,
-        }
+        let block_bytes = plain_block_bytes(side, steps, width);
+        let (form, shared) = (Form::Bytes, false);
+        Self { matrices, lines, k, block, width, steps, blocks, panels, block_bytes, side, form, shared }
     }
     /// The same panels with two codes a byte.
     pub(crate) fn in_nibbles(self) -> Self {
-        Self { block_bytes: nibble_block_bytes(self.steps, self.width), nibbles: true, ..self }
+        Self { block_bytes: nibble_block_bytes(self.steps, self.width), form: Form::Nibbles, ..self }
     }
     pub(crate) fn panel_bytes(&self) -> usize {
         self.blocks * self.block_bytes
@@ -127,8 +124,12 @@ impl PanelLayout {
     pub(crate) fn panel(&self, matrix: usize, panel: usize) -> usize {
         matrix * self.strips() * (STRIP / self.width) + panel
     }
+    /// Panels of all matrices.
+    pub(crate) fn panel_count(&self) -> usize {
+        self.panel(self.matrices, 0)
+    }
     pub(crate) fn bytes(&self) -> usize {
-        self.panel(self.matrices, 0) * self.panel_bytes()
+        self.panel_count() * self.panel_bytes()
     }
     fn strips(&self) -> usize {
         self.lines.div_ceil(STRIP)
@@ -144,17 +145,12 @@ impl PanelLayout {
             Side::Right { .. } => None,
         }
     }
+}
 
-    /// Where four lines from `line` of a strip on, or more of them in chunks, go; relative to the strip's first byte.
-    fn place(&self, base: *mut u8, line: usize, b: usize) -> BlockPlace {
-        let (panel, lane) = (line / self.width, line % self.width);
-        let first = base.wrapping_add(panel * self.panel_bytes() + b * self.block_bytes);
-        let (step, chunk) = match self.side {
-            Side::Left { .. } => ((self.block_bytes - 32) / self.steps, self.panel_bytes()),
-            Side::Right { .. } => (4 * self.width, 16),
-        };
-        let codes = first.wrapping_add(4 * lane);
-        BlockPlace { codes, ends: codes.wrapping_add(step * self.steps), step, chunk, steps: self.steps }
+fn plain_block_bytes(side: Side, steps: usize, width: usize) -> usize {
+    match side {
+        Side::Left { correction, .. } => a_block_bytes(steps, correction == Correction::Wide),
+        Side::Right { .. } => b_block_bytes(steps, width),
     }
 }
 
@@ -163,37 +159,44 @@ impl PanelLayout {
 pub(crate) struct Panels {
     pub(crate) bytes: AlignedBytes,
     /// Per panel: 1 if a block is a NaN block or its exponent lies outside the fast range.
-    pub(crate) general: Vec<u8>,
+    pub(crate) general: Vec<AtomicU8>,
 }
 
 impl Panels {
     pub(crate) fn as_ref(&self) -> PanelsRef {
         PanelsRef { bytes: self.bytes.as_ptr(), general: self.general.as_ptr() }
     }
+
+    /// Memory for panels of this layout.
+    pub(crate) fn reserve(&mut self, layout: &PanelLayout) -> PanelsMut<'_> {
+        let len = layout.bytes();
+        let bytes = self.bytes.reserve(len);
+        self.general.clear();
+        self.general.resize_with(layout.panel_count(), AtomicU8::default);
+        // SAFETY: reserved just now; `self` stays borrowed as long as this lives.
+        let bytes = unsafe { SharedMut::from_raw(bytes.as_ptr(), len) };
+        PanelsMut { bytes, general: &self.general }
+    }
 }
 
-/// Panels of one operand that are to be filled.
-pub(crate) struct Job<'a> {
-    pub(crate) source: &'a Source<'a>,
-    pub(crate) format: BlockFormat,
-    pub(crate) layout: PanelLayout,
-    pub(crate) panels: &'a mut Panels,
+/// Memory that panels are written to, by several tasks at once.
+#[derive(Clone, Copy)]
+pub(crate) struct PanelsMut<'a> {
+    pub(crate) bytes: SharedMut<'a, u8>,
+    /// Zero before the first write.
+    pub(crate) general: &'a [AtomicU8],
 }
 
-/// A job whose memory is reserved: the tasks from `first` on are `together` strips of a matrix each.
-pub(crate) struct Filling<'a> {
-    first: usize,
-    together: usize,
-    source: &'a Source<'a>,
-    format: BlockFormat,
-    layout: PanelLayout,
-    bytes: SharedMut<'a, u8>,
-    general: SharedMut<'a, u8>,
-}
-
-impl Filling<'_> {
-    /// The panels, to be read once they are filled.
-    pub(crate) fn panels(&self) -> PanelsRef {
+impl<'a> PanelsMut<'a> {
+    /// Memory of the caller's, for as many panels as `general` has bytes.
+    pub(crate) fn new(bytes: &'a mut [u8], general: &'a mut [u8]) -> Self {
+        general.fill(0);
+        // SAFETY: an atomic byte is laid out as a byte, and nobody else uses these as long as they are borrowed.
+        let general = unsafe { std::slice::from_raw_parts(general.as_mut_ptr().cast::<AtomicU8>(), general.len()) };
+        Self { bytes: SharedMut::new(bytes), general }
+    }
+    /// The panels, to be read once they are written.
+    pub(crate) fn as_ref(&self) -> PanelsRef {
         PanelsRef { bytes: self.bytes.as_ptr(), general: self.general.as_ptr() }
     }
 }
@@ -202,116 +205,224 @@ impl Filling<'_> {
 #[derive(Clone, Copy)]
 pub(crate) struct PanelsRef {
     pub(crate) bytes: *const u8,
-    pub(crate) general: *const u8,
+    general: *const AtomicU8,
 }
 // SAFETY: whoever reads through the pointers vouches for the order.
 unsafe impl Send for PanelsRef {}
 // SAFETY: as above.
 unsafe impl Sync for PanelsRef {}
 
-/// Strips that a task takes at most: side by side they make runs of 1 KiB of memory.
-const STRIPS_TOGETHER: usize = 8;
-/// Tasks for each thread, so that all end together.
-const TASKS_PER_WORKER: usize = 4;
-
-/// Reserves the panels of `jobs`. Returns what [`fill_strips`] needs, and the number of tasks.
-pub(crate) fn reserve<'a>(ctx: &Context<'_>, jobs: impl IntoIterator<Item = Job<'a>>) -> (Vec<Filling<'a>>, usize) {
-    let mut first = 0;
-    let fillings = jobs
-        .into_iter()
-        .map(|Job { source, format, layout, panels }| {
-            let len = layout.bytes();
-            let bytes = panels.bytes.reserve(len);
-            panels.general.clear();
-            panels.general.resize(layout.panel(layout.matrices, 0), 0);
-            // SAFETY: reserved just now; `panels` stays borrowed as long as this lives.
-            let bytes = unsafe { SharedMut::from_raw(bytes.as_ptr(), len) };
-            let general = SharedMut::new(&mut panels.general);
-            let tasks = TASKS_PER_WORKER * ctx.threads.max(1);
-            let together = (layout.matrices * layout.strips() / tasks).clamp(1, STRIPS_TOGETHER);
-            let filling = Filling { first, together, source, format, layout, bytes, general };
-            first += layout.matrices * layout.strips().div_ceil(together);
-            filling
-        })
-        .collect();
-    (fillings, first)
+impl PanelsRef {
+    /// Panels and their flags that lie in two slices.
+    pub(crate) fn new((bytes, general): (&[u8], &[u8])) -> Self {
+        // An atomic byte is laid out as a byte; it is only read here.
+        Self { bytes: bytes.as_ptr(), general: general.as_ptr().cast() }
+    }
+    /// Whether a panel needs the general product.
+    ///
+    /// # Safety
+    /// There is such a panel.
+    pub(crate) unsafe fn is_general(&self, panel: usize) -> bool {
+        // SAFETY: one flag a panel.
+        unsafe { (*self.general.add(panel)).load(Ordering::Relaxed) != 0 }
+    }
 }
 
-/// Does task number `task` of all.
-///
-/// # Safety
-/// No other call for the same task is under way.
-pub(crate) unsafe fn fill_strips(
-    ctx: &Context<'_>,
-    fillings: &[Filling<'_>],
-    task: usize,
-    scratch: &mut Scratch,
-) -> Result<()> {
-    let Filling { first, together, source, format, layout, bytes, general } =
-        fillings.iter().rfind(|f| f.first <= task).expect("task 0 belongs to the first job");
-    let tasks = layout.strips().div_ceil(*together);
-    let (matrix, from) = ((task - first) / tasks, (task - first) % tasks * together);
-    let strips = from..(from + together).min(layout.strips());
-    scratch.reserve(layout.block);
-    let panels = STRIP / layout.width;
-    let writer = |strip: usize| {
-        let at = layout.panel(matrix, strip * panels);
-        // SAFETY: every strip's panels belong to one task.
-        let (bytes, general) =
-            unsafe { (bytes.part(at * layout.panel_bytes(), panels * layout.panel_bytes()), general.part(at, panels)) };
-        let line = strip * STRIP;
-        let lines = STRIP.min(layout.lines - line);
-        StripWriter { ctx, layout, format: *format, matrix, line, lines, bytes, general }
-    };
-    match source {
-        // Block after block, so that neighbouring strips are read one after the other.
-        Source::Floats(x, mode) if takes_strips(x, *mode) => {
-            for b in 0..layout.blocks {
-                let mut strip = strips.start;
-                while strip < strips.end {
-                    let together = STRIPS_STAGED.min(strips.end - strip);
-                    let (staged, amax) = writer(strip).stage(x, b, together, scratch);
-                    for (i, amax) in amax[..staged].iter().enumerate() {
-                        writer(strip + i).strip_of_floats(x, *mode, b, i, amax, scratch);
+/// Panels that are to be filled.
+pub(crate) struct Job<'a> {
+    pub(crate) source: &'a Source<'a>,
+    pub(crate) format: BlockFormat,
+    pub(crate) layout: PanelLayout,
+    pub(crate) panels: PanelsMut<'a>,
+}
+
+impl Job<'_> {
+    /// Lines that lie side by side are taken a few blocks at a time: tasks follow each other down the rows of the tensor.
+    fn blocks_together(&self) -> usize {
+        match self.source {
+            Source::Floats(x, mode) if takes_strips(x, *mode) => (BLOCK_ROWS / self.layout.block).max(1),
+            _ => self.layout.blocks.max(1),
+        }
+    }
+}
+
+/// A job cut into tasks: runs of blocks, and in each groups of strips, matrix after matrix.
+pub(crate) struct Filling<'a> {
+    job: Job<'a>,
+    strips_together: usize,
+    blocks_together: usize,
+    tasks: usize,
+}
+
+impl<'a> Filling<'a> {
+    fn new(ctx: &Context<'_>, job: Job<'a>) -> Self {
+        let layout = &job.layout;
+        let blocks_together = job.blocks_together();
+        let runs = layout.blocks.div_ceil(blocks_together);
+        let wanted = TASKS_PER_WORKER * ctx.threads.max(1);
+        let strips_together = (layout.matrices * layout.strips() * runs / wanted).clamp(1, STRIPS_TOGETHER);
+        let tasks = layout.matrices * runs * layout.strips().div_ceil(strips_together);
+        Self { job, strips_together, blocks_together, tasks }
+    }
+
+    /// Does task number `task`.
+    ///
+    /// # Safety
+    /// No other call for the same task is under way.
+    unsafe fn run(&self, ctx: &Context<'_>, task: usize, scratch: &mut Scratch) -> Result<()> {
+        let Job { source, format, ref layout, panels } = self.job;
+        let (groups, runs) =
+            (layout.strips().div_ceil(self.strips_together), layout.blocks.div_ceil(self.blocks_together));
+        let (matrix, rest) = (task / (groups * runs), task % (groups * runs));
+        let from = rest % groups * self.strips_together;
+        let strips = from..(from + self.strips_together).min(layout.strips());
+        let b = rest / groups * self.blocks_together;
+        let blocks = b..(b + self.blocks_together).min(layout.blocks);
+        scratch.reserve(layout.block);
+        let per_strip = STRIP / layout.width;
+        // Other forms are made of the kernels' own, which goes to scratch.
+        let plain = plain_block_bytes(layout.side, layout.steps, layout.width);
+        let (own, stride) = match layout.form {
+            Form::Bytes => (None, layout.panel_bytes()),
+            Form::Nibbles => {
+                let stride = blocks.len() * plain;
+                (Some(scratch.strips.reserve(strips.len() * per_strip * stride)), stride)
+            }
+        };
+        let writer = |strip: usize| {
+            let at = layout.panel(matrix, strip * per_strip);
+            let first = match own {
+                None => panels.bytes.pointer(at * stride, per_strip * stride),
+                Some(own) => own
+                    .as_ptr()
+                    .wrapping_add((strip - strips.start) * per_strip * stride)
+                    .wrapping_sub(blocks.start * plain),
+            };
+            let line = strip * STRIP;
+            let lines = STRIP.min(layout.lines - line);
+            let general = &panels.general[at..at + per_strip];
+            let blocks = blocks.clone();
+            StripWriter { ctx, layout, format, matrix, line, lines, blocks, first, stride, plain, general }
+        };
+        match source {
+            // Block after block, so that neighbouring strips are read one after the other.
+            Source::Floats(x, mode) if takes_strips(x, *mode) => {
+                for b in blocks.clone() {
+                    let mut strip = strips.start;
+                    while strip < strips.end {
+                        let together = STRIPS_STAGED.min(strips.end - strip);
+                        let (staged, amax) = writer(strip).stage(x, b, together, scratch);
+                        for (i, amax) in amax[..staged].iter().enumerate() {
+                            writer(strip + i).strip_of_floats(x, *mode, b, i, amax, scratch);
+                        }
+                        strip += staged;
                     }
-                    strip += staged;
+                }
+            }
+            Source::Floats(x, mode) => strips.clone().for_each(|strip| writer(strip).rows_of_floats(x, *mode, scratch)),
+            Source::Planes(p) => {
+                for strip in strips.clone() {
+                    writer(strip).rows_of_codes(scratch, |part, b, stride, scratch, ends| {
+                        rows_of_planes(p, format, part, b, layout, stride, scratch, ends)
+                    })?;
+                }
+            }
+            Source::Codes(c) => {
+                for strip in strips.clone() {
+                    writer(strip).rows_of_codes(scratch, |part, b, stride, scratch, ends| {
+                        rows_of_codes(c, part, b, stride, scratch, ends);
+                        Ok(())
+                    })?;
                 }
             }
         }
-        Source::Floats(x, mode) => strips.for_each(|strip| writer(strip).rows_of_floats(x, *mode, scratch)),
-        Source::Planes(p) => {
-            for strip in strips {
-                writer(strip).rows_of_codes(scratch, |part, b, stride, scratch, ends| {
-                    rows_of_planes(p, *format, part, b, layout, stride, scratch, ends)
-                })?;
+        if let Some(own) = own {
+            let len = blocks.len();
+            for (i, panel) in (strips.start * per_strip..strips.end * per_strip).enumerate() {
+                let to = layout.panel(matrix, panel) * layout.panel_bytes() + blocks.start * layout.block_bytes;
+                // SAFETY: the writers filled these panels' blocks; nobody else writes to the same place.
+                let (from, to) = unsafe {
+                    (
+                        std::slice::from_raw_parts(own.as_ptr().add(i * stride), len * plain),
+                        panels.bytes.part(to, len * layout.block_bytes),
+                    )
+                };
+                for (from, to) in from.chunks_exact(plain).zip(to.chunks_exact_mut(layout.block_bytes)) {
+                    to_nibbles(layout, from, to);
+                }
             }
         }
-        Source::Codes(c) => {
-            for strip in strips {
-                writer(strip).rows_of_codes(scratch, |part, b, stride, scratch, ends| {
-                    rows_of_codes(c, part, b, stride, scratch, ends);
-                    Ok(())
-                })?;
-            }
-        }
+        Ok(())
     }
-    Ok(())
 }
 
-/// Lays out operands, on all threads.
-pub(crate) fn fill<'a>(
-    ctx: &Context<'_>,
-    jobs: impl IntoIterator<Item = Job<'a>>,
-    scratch: &mut Vec<Mutex<Scratch>>,
-) -> Result<()> {
+/// Jobs cut into tasks.
+pub(crate) struct Fillings<'a> {
+    jobs: Vec<Filling<'a>>,
+    /// How many of the first jobs take turns, each in proportion to its tasks: they read the same tensor, and what one
+    /// brings into the caches serves the others.
+    together: usize,
+}
+
+impl<'a> Fillings<'a> {
+    pub(crate) fn new(ctx: &Context<'_>, jobs: impl IntoIterator<Item = Job<'a>>, together: usize) -> Self {
+        Self { jobs: jobs.into_iter().map(|job| Filling::new(ctx, job)).collect(), together }
+    }
+
+    pub(crate) fn tasks(&self) -> usize {
+        self.jobs.iter().map(|job| job.tasks).sum()
+    }
+
+    /// Does task number `task` of all.
+    ///
+    /// # Safety
+    /// No other call for the same task is under way.
+    pub(crate) unsafe fn run(&self, ctx: &Context<'_>, task: usize, scratch: &mut Scratch) -> Result<()> {
+        let (turns, rest) = self.jobs.split_at(self.together);
+        let all: usize = turns.iter().map(|job| job.tasks).sum();
+        let mut left = task;
+        if task < all {
+            // The last job fills the gaps that the others leave.
+            for (i, job) in turns.iter().enumerate() {
+                let remaining: usize = turns[i..].iter().map(|job| job.tasks).sum();
+                let done = |position: usize| position * job.tasks / remaining;
+                if done(left + 1) > done(left) {
+                    // SAFETY: the caller's word; positions map to tasks one to one.
+                    return unsafe { job.run(ctx, done(left), scratch) };
+                }
+                left -= done(left);
+            }
+            unreachable!("the last job takes every position");
+        }
+        left -= all;
+        for job in rest {
+            if left < job.tasks {
+                // SAFETY: the caller's word.
+                return unsafe { job.run(ctx, left, scratch) };
+            }
+            left -= job.tasks;
+        }
+        unreachable!("a task below the count")
+    }
+}
+
+/// Strips that a task takes at most: side by side they make runs of 1 KiB of memory.
+const STRIPS_TOGETHER: usize = 8;
+/// Rows of lines side by side that a task takes, in whole blocks.
+const BLOCK_ROWS: usize = 128;
+/// Tasks for each thread, so that all end together.
+const TASKS_PER_WORKER: usize = 4;
+
+/// Lays an operand out, on all threads.
+pub(crate) fn fill(ctx: &Context<'_>, job: Job<'_>, scratch: &mut Vec<Mutex<Scratch>>) -> Result<()> {
     reserve_scratch(ctx, scratch);
-    let (fillings, tasks) = reserve(ctx, jobs);
-    let elements = fillings.iter().map(|f| f.layout.matrices * f.layout.lines * f.layout.k).sum();
+    let elements = job.layout.matrices * job.layout.lines * job.layout.k;
+    let fillings = Fillings::new(ctx, [job], 1);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
-    for_each_task(ctx.team, ctx.workers(elements), tasks, &|worker, task| {
+    for_each_task(ctx.team, ctx.workers(elements), fillings.tasks(), &|worker, task| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: tasks are handed out once.
-        if let Err(error) = unsafe { fill_strips(ctx, &fillings, task, &mut scratch) } {
+        if let Err(error) = unsafe { fillings.run(ctx, task, &mut scratch) } {
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
     });
@@ -333,7 +444,7 @@ struct BlockEnds {
     sums: [[i32; STRIP]; 2],
 }
 
-/// Writes the panels of a strip of `lines` lines from `line` on.
+/// Writes blocks of the panels of a strip of `lines` lines from `line` on.
 struct StripWriter<'a> {
     ctx: &'a Context<'a>,
     layout: &'a PanelLayout,
@@ -341,11 +452,32 @@ struct StripWriter<'a> {
     matrix: usize,
     line: usize,
     lines: usize,
-    bytes: &'a mut [u8],
-    general: &'a mut [u8],
+    blocks: Range<usize>,
+    /// Block 0 of the first panel, whether or not it is written.
+    first: *mut u8,
+    /// Bytes from a panel to the next, and of a block.
+    stride: usize,
+    plain: usize,
+    general: &'a [AtomicU8],
 }
 
 impl StripWriter<'_> {
+    /// Where four lines from `line` on, or more of them in chunks, go.
+    fn place(&self, line: usize, b: usize) -> BlockPlace {
+        let PanelLayout { width, steps, .. } = *self.layout;
+        let first = self.first.wrapping_add(line / width * self.stride + b * self.plain);
+        let (step, chunk) = match self.layout.side {
+            Side::Left { .. } => ((self.plain - 32) / steps, self.stride),
+            Side::Right { .. } => (4 * width, 16),
+        };
+        let codes = first.wrapping_add(4 * (line % width));
+        BlockPlace { codes, ends: codes.wrapping_add(step * steps), step, chunk, steps }
+    }
+
+    fn set_general(&self, line: usize) {
+        self.general[line / self.layout.width].store(1, Ordering::Relaxed);
+    }
+
     fn part(&self, line: usize, width: usize, b: usize) -> Part {
         let PanelLayout { k, block, .. } = *self.layout;
         Part { matrix: self.matrix, line: self.line + line, width, k: b * block, n: block.min(k - b * block) }
@@ -408,21 +540,18 @@ impl StripWriter<'_> {
         let kernels = self.ctx.kernels;
         let encode = kernels.encode_strip[mode.rounding as usize];
         let lanes = kernels.columns / 2;
-        let base = self.bytes.as_mut_ptr();
         let staging = &scratch.staging[staged * 4 * steps * STRIP..][..4 * steps * STRIP];
         assert!(scratch.random.len() >= staging.len());
         if mode.is_stochastic() {
             random_strip(kernels, x, self.part(0, self.lines, b), mode.seed, &mut scratch.random);
         }
-        let places: [BlockPlace; STRIP / 8] =
-            std::array::from_fn(|v| self.layout.place(base, (v * lanes).min(STRIP - lanes), b));
+        let places: [BlockPlace; STRIP / 8] = std::array::from_fn(|v| self.place((v * lanes).min(STRIP - lanes), b));
         // SAFETY: the assertion covers all that is read; the places lie inside the strip's panels.
-        let general =
-            unsafe { encode(staging.as_ptr(), scratch.random.as_ptr(), amax.as_ptr(), &coding, &places) };
+        let general = unsafe { encode(staging.as_ptr(), scratch.random.as_ptr(), amax.as_ptr(), &coding, &places) };
         if general != 0 {
             for v in (0..STRIP / lanes).filter(|v| general >> v & 1 == 1) {
                 for line in (v * lanes..(v + 1) * lanes).step_by(width.min(lanes)) {
-                    self.general[line / width] = 1;
+                    self.set_general(line);
                 }
             }
         }
@@ -430,7 +559,8 @@ impl StripWriter<'_> {
 
     /// Lines that are contiguous, or made so.
     fn rows_of_floats(&mut self, x: &FloatLines<'_>, mode: RoundingMode, scratch: &mut Scratch) {
-        let PanelLayout { blocks, block, width, .. } = *self.layout;
+        let PanelLayout { block, width, .. } = *self.layout;
+        let blocks = self.blocks.end;
         let coding = PanelCoding::new(self.format, self.layout.offset(), self.layout.correction());
         // Read where they lie; the rest goes through scratch.
         if x.k_stride == 1 && (x.by_line || !mode.is_stochastic()) {
@@ -438,7 +568,7 @@ impl StripWriter<'_> {
             // a distance of a power of two would push each other out.
             let run = (RUN / block).max(1);
             for panel in (0..self.lines).step_by(width) {
-                for from in (0..blocks).step_by(run) {
+                for from in (self.blocks.start..blocks).step_by(run) {
                     // A right panel is written whole: its last columns meet every row.
                     let to = (from + run).min(blocks);
                     for line in (panel..panel + width).step_by(4) {
@@ -469,7 +599,7 @@ impl StripWriter<'_> {
         // Random bits across the lines come for a whole strip.
         let set = if mode.is_stochastic() && !x.by_line { STRIP } else { width };
         for from in (0..self.lines).step_by(set) {
-            for b in 0..blocks {
+            for b in self.blocks.clone() {
                 let part = self.part(from, set.min(self.lines - from), b);
                 let loaded = load_lines(self.ctx.kernels, x, part, mode, scratch);
                 for l in (0..part.width.next_multiple_of(width)).step_by(4) {
@@ -496,11 +626,13 @@ impl StripWriter<'_> {
         b: usize,
     ) {
         let n = self.part(0, 0, b).n;
-        let place = self.layout.place(self.bytes.as_mut_ptr(), line, b);
+        let place = self.place(line, b);
         let encode = self.ctx.kernels.encode_rows[mode.rounding as usize];
         // SAFETY: the callers made n elements and their random bits readable; the place lies inside the strip's panels.
         let general = unsafe { encode(lines, n, random, coding, &place) };
-        self.general[line / self.layout.width] |= u8::from(general);
+        if general {
+            self.set_general(line);
+        }
     }
 
     /// Lines of codes that `read` puts into scratch.
@@ -509,10 +641,10 @@ impl StripWriter<'_> {
         scratch: &mut Scratch,
         mut read: impl FnMut(Part, usize, usize, &mut Scratch, &mut BlockEnds) -> Result<()>,
     ) -> Result<()> {
-        let PanelLayout { steps, blocks, .. } = *self.layout;
+        let steps = self.layout.steps;
         // Beyond the last code of a short block or a narrow strip there are zero codes.
         let stride = steps * 4 + ROW_PADDING;
-        for b in 0..blocks {
+        for b in self.blocks.clone() {
             let part = self.part(0, self.lines, b);
             let mut ends = BlockEnds { c: [0; STRIP], zero: [true; STRIP], sums: [[0; STRIP]; 2] };
             read(part, b, stride, scratch, &mut ends)?;
@@ -528,18 +660,22 @@ impl StripWriter<'_> {
 
     /// Distributes a block's codes and the lines' ends to the panels of the strip.
     fn write(&mut self, b: usize, ends: &BlockEnds, codes: &[i8], stride: usize) {
-        let PanelLayout { width, steps, block_bytes, .. } = *self.layout;
-        let panel_bytes = self.layout.panel_bytes();
+        let PanelLayout { width, steps, .. } = *self.layout;
+        let block_bytes = self.plain;
         let offset = self.layout.offset();
-        for (p, general) in self.general.iter_mut().enumerate() {
-            let out = &mut self.bytes[p * panel_bytes + b * block_bytes..][..block_bytes];
+        for p in 0..STRIP / width {
+            let first = self.first.wrapping_add(p * self.stride + b * block_bytes);
+            // SAFETY: a block of a panel of this strip, which belongs to one task.
+            let out = unsafe { std::slice::from_raw_parts_mut(first, block_bytes) };
             for i in 0..width {
                 let l = p * width + i;
                 let line = &codes[l * stride..][..4 * steps];
                 // A block of zeros adds nothing under any exponent.
                 let zero = ends.zero[l] && ends.c[l] != NAN_EXPONENT;
                 let scale = if zero { 0 } else { i32::from(ends.c[l]) - EXPONENT_OFFSET };
-                *general |= u8::from(!FAST_SCALES.contains(&scale));
+                if !FAST_SCALES.contains(&scale) {
+                    self.set_general(l);
+                }
                 let rider = scale << 23;
                 match self.layout.side {
                     Side::Left { correction, .. } => {
@@ -580,34 +716,24 @@ impl StripWriter<'_> {
     }
 }
 
-/// Two codes a byte, from panels of bytes.
-pub(crate) fn to_nibbles(bytes: &Panels, layout: &PanelLayout) -> Panels {
-    let to = layout.in_nibbles();
-    let mut out = Panels { bytes: AlignedBytes::default(), general: bytes.general.clone() };
-    let blocks = layout.panel(layout.matrices, 0) * layout.blocks;
-    let (from_len, to_len) = (blocks * layout.block_bytes, blocks * to.block_bytes);
-    let to_bytes = out.bytes.reserve(to_len);
-    // SAFETY: reserved with, and filled by, these layouts.
-    let (from, into) = unsafe {
-        (
-            std::slice::from_raw_parts(bytes.bytes.as_ptr(), from_len),
-            std::slice::from_raw_parts_mut(to_bytes.as_ptr(), to_len),
-        )
-    };
+/// A block of a right panel with two codes a byte, from one with a byte each.
+fn to_nibbles(layout: &PanelLayout, from: &[u8], into: &mut [u8]) {
     let row = 4 * layout.width;
-    for (from, into) in from.chunks_exact(layout.block_bytes).zip(into.chunks_exact_mut(to.block_bytes)) {
-        let (codes, riders) = from.split_at(row * layout.steps);
-        let (nibbles, exponents) = into.split_at_mut(row * layout.steps.div_ceil(2));
-        for (out, pair) in nibbles.chunks_exact_mut(row).zip(codes.chunks(2 * row)) {
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = (pair[i] & 15) | pair.get(row + i).map_or(0, |x| x << 4);
+    let (codes, riders) = from.split_at(row * layout.steps);
+    let (nibbles, exponents) = into.split_at_mut(row * layout.steps.div_ceil(2));
+    for (out, pair) in nibbles.chunks_exact_mut(row).zip(codes.chunks(2 * row)) {
+        let (even, odd) = pair.split_at(row);
+        if odd.is_empty() {
+            out.copy_from_slice(even);
+        } else {
+            for ((out, even), odd) in out.iter_mut().zip(even).zip(odd) {
+                *out = (even & 15) | (odd << 4);
             }
         }
-        for (out, rider) in exponents.iter_mut().zip(riders.as_chunks::<4>().0) {
-            *out = ((i32::from_le_bytes(*rider).wrapping_sub(RIDER) >> 23) + EXPONENT_OFFSET) as u8;
-        }
     }
-    out
+    for (out, rider) in exponents.iter_mut().zip(riders.as_chunks::<4>().0) {
+        *out = ((i32::from_le_bytes(*rider).wrapping_sub(RIDER) >> 23) + EXPONENT_OFFSET) as u8;
+    }
 }
 
 /// Whether a strip of f32 is encoded side by side: its lines are neighbours in memory and so are their random bits.

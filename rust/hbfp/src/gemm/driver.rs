@@ -13,7 +13,7 @@ use crate::arch::kernels::{TileFn, TileKernel};
 use crate::encode::Context;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
-use crate::encode::panels::{Job, PanelLayout, Panels, PanelsRef, fill_strips, reserve, reserve_scratch};
+use crate::encode::panels::{Fillings, Form, Job, PanelLayout, PanelsRef, reserve_scratch};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET};
 use crate::mem::{AlignedBytes, SharedMut};
@@ -31,7 +31,7 @@ const TASKS_PER_WORKER: usize = 8;
 
 /// The right operand of [`multiply`].
 pub(super) enum Right<'a> {
-    Packed(&'a Panels),
+    Packed(PanelsRef),
     Fresh(Job<'a>),
 }
 
@@ -84,13 +84,14 @@ impl Plan {
     }
 }
 
-/// `out` ← products of all matrices, once the operands are laid out.
+/// `out` ← products of all matrices, once the operands are laid out; and `kept`, another encoding of the left tensor.
 ///
 /// # Errors
 /// What laying out finds wrong; `out` is untouched then.
 pub(super) fn multiply(
     ctx: &Context<'_>,
     left: Job<'_>,
+    kept: Option<Job<'_>>,
     right: Right<'_>,
     bl: PanelLayout,
     out: &mut [f32],
@@ -105,20 +106,17 @@ pub(super) fn multiply(
     assert_eq!(out.len(), al.matrices * m * n);
     reserve_scratch(ctx, scratch);
     let elements = |layout: &PanelLayout| layout.matrices * layout.lines * layout.k;
-    let encoded = elements(&al) + if let Right::Fresh(job) = &right { elements(&job.layout) } else { 0 };
+    let encoded = elements(&al)
+        + kept.as_ref().map_or(0, |job| elements(&job.layout))
+        + if let Right::Fresh(job) = &right { elements(&job.layout) } else { 0 };
     let plan = Plan::new(ctx, &al, &bl, encoded);
-    let (fillings, fill_tasks, a, b) = match right {
-        Right::Packed(b) => {
-            let (fillings, fill_tasks) = reserve(ctx, [left]);
-            let a = fillings[0].panels();
-            (fillings, fill_tasks, a, b.as_ref())
-        }
-        Right::Fresh(job) => {
-            let (fillings, fill_tasks) = reserve(ctx, [left, job]);
-            let (a, b) = (fillings[0].panels(), fillings[1].panels());
-            (fillings, fill_tasks, a, b)
-        }
+    let a = left.panels.as_ref();
+    let (b, fresh) = match right {
+        Right::Packed(b) => (b, None),
+        Right::Fresh(job) => (job.panels.as_ref(), Some(job)),
     };
+    let together = 1 + usize::from(kept.is_some());
+    let fillings = Fillings::new(ctx, [Some(left), kept, fresh].into_iter().flatten(), together);
     let row_tasks = al.panels.div_ceil(plan.row_panels);
     let column_tasks = bl.panels.div_ceil(plan.column_panels);
     let out = SharedMut::new(out);
@@ -131,7 +129,7 @@ pub(super) fn multiply(
     let lay_out = |worker: usize, task: usize| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: tasks are handed out once.
-        if let Err(error) = unsafe { fill_strips(ctx, &fillings, task, &mut scratch) } {
+        if let Err(error) = unsafe { fillings.run(ctx, task, &mut scratch) } {
             failed.store(true, Ordering::Relaxed);
             *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
@@ -156,7 +154,7 @@ pub(super) fn multiply(
         }
     };
     let stages = [
-        Stage { tasks: fill_tasks, task: &lay_out },
+        Stage { tasks: fillings.tasks(), task: &lay_out },
         Stage { tasks: al.matrices * row_tasks * column_tasks, task: &multiply },
     ];
     for_each_stage(ctx.team, plan.workers, &stages);
@@ -200,10 +198,10 @@ impl Product<'_> {
     fn right_panel(&self, matrix: usize, j: usize, slice: &Slice, buffer: &mut AlignedBytes) -> RightPanel {
         let Self { bl, .. } = self;
         let panel = bl.panel(if bl.shared { 0 } else { matrix }, j);
-        // SAFETY: one flag a panel, written by the stage before.
-        let general = unsafe { *self.b.general.add(panel) } != 0;
+        // SAFETY: a panel of the layout, written by the stage before.
+        let general = unsafe { self.b.is_general(panel) };
         let bytes = self.b.bytes.wrapping_add(panel * bl.panel_bytes() + slice.blocks.start * bl.block_bytes);
-        if !bl.nibbles || self.from_nibbles {
+        if bl.form == Form::Bytes || self.from_nibbles {
             return RightPanel { bytes, general };
         }
         RightPanel { bytes: self.unpack(bytes, slice.blocks.len(), buffer), general }
@@ -228,8 +226,8 @@ impl Product<'_> {
         let row = |r: usize| unsafe { self.out.part(at + r * n, width) };
         let fresh = slice.first && !self.epilogue.accumulate;
         let panel = al.panel(matrix, i);
-        // SAFETY: one flag a panel, written by the stage before.
-        let general = b.general | (unsafe { *self.a.general.add(panel) } != 0);
+        // SAFETY: a panel of the layout, written by the stage before.
+        let general = b.general | unsafe { self.a.is_general(panel) };
         let a = self.a.bytes.wrapping_add(panel * al.panel_bytes() + slice.blocks.start * al.block_bytes);
         let run = self.run.filter(|_| !general && !slice.blocks.is_empty());
         // Every second access to a row off its register's alignment would touch two cache lines, block after block.
@@ -285,12 +283,13 @@ impl Product<'_> {
 }
 
 /// Codes of a packed right operand. Blocks of zeros come back with another exponent, which no product can tell.
-pub(super) fn codes_of_panels(layout: &PanelLayout, panels: &Panels, format: BlockFormat) -> Codes {
-    let PanelLayout { lines, k, block, width, steps, blocks, nibbles, .. } = *layout;
+pub(super) fn codes_of_panels(layout: &PanelLayout, panels: PanelsRef, format: BlockFormat) -> Codes {
+    let PanelLayout { lines, k, block, width, steps, blocks, form, .. } = *layout;
+    let nibbles = form == Form::Nibbles;
     let mut codes = vec![0i16; lines * k];
     let mut exponents = vec![0u8; lines * blocks];
     // SAFETY: the panels were laid out with this layout.
-    let bytes = unsafe { std::slice::from_raw_parts(panels.bytes.as_ptr(), layout.bytes()) };
+    let bytes = unsafe { std::slice::from_raw_parts(panels.bytes, layout.bytes()) };
     for line in 0..lines {
         for b in 0..blocks {
             let from = &bytes[line / width * layout.panel_bytes() + b * layout.block_bytes..][..layout.block_bytes];

@@ -10,7 +10,7 @@ use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::arch::kernels::TileKernel;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
-use crate::encode::panels::{Job, PanelLayout, Panels, PlaneLines, Side, Source, fill, to_nibbles};
+use crate::encode::panels::{Form, Job, PanelLayout, Panels, PanelsMut, PanelsRef, PlaneLines, Side, Source, fill};
 use crate::encode::{Context, RoundingMode, check_size};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
@@ -135,6 +135,81 @@ pub enum Right<'a> {
     Operand(Operand<'a>),
     /// Laid out once for many.
     Packed(&'a Packed),
+    /// Laid out beside an earlier product.
+    Kept(Kept<'a>),
+}
+
+/// Another encoding of a product's left tensor, written beside the product as a right operand for a later one: what
+/// training keeps of X is its codes along the batch.
+#[derive(Debug)]
+pub struct Keep<'a> {
+    /// Reduction of the later product, one of the last two dimensions; the tensor is one matrix.
+    pub axis: usize,
+    /// Format to encode with.
+    pub format: BlockFormat,
+    /// Rounding to encode with.
+    pub mode: RoundingMode,
+    /// [`kept_bytes`] bytes.
+    pub bytes: &'a mut [u8],
+}
+
+/// What [`Keep`] wrote.
+#[derive(Clone, Copy, Debug)]
+pub struct Kept<'a> {
+    /// Lines (columns of C).
+    pub lines: usize,
+    /// Elements of the reduction.
+    pub k: usize,
+    /// Format of the codes.
+    pub format: BlockFormat,
+    /// As many bytes as were kept, by the same level.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> Keep<'a> {
+    fn lines<'x>(&self, of: &Operand<'x>) -> Result<FloatLines<'x>> {
+        match of {
+            Operand::Floats { x, .. } if x.shape().len() == 2 && self.axis < 2 => x.lines(self.axis),
+            _ => Err(Error::shape("one matrix of floats to keep, along one of its two axes", "another operand")),
+        }
+    }
+
+    fn job(self, ctx: &Context<'_>, source: &'a Source<'a>) -> Result<Job<'a>> {
+        let [_, lines, k] = source.shape();
+        let expected = kept_bytes(ctx, lines, k, self.format);
+        let Some(expected) = expected else {
+            return Err(Error::shape("a format in blocks of up to 8 bits, to keep", self.format.to_string()));
+        };
+        check_size("bytes to keep the operand in", self.bytes.len(), expected)?;
+        let layout = kept_layout(self.format, source.shape(), ctx.kernels.columns);
+        let (bytes, general) = self.bytes.split_at_mut(layout.bytes());
+        Ok(Job { source, format: self.format, layout, panels: PanelsMut::new(bytes, general) })
+    }
+}
+
+impl<'a> Kept<'a> {
+    /// # Errors
+    /// [`Error::Shape`] for another number of bytes than such an operand has at this level.
+    fn panels(&self, ctx: &Context<'_>) -> Result<(PanelLayout, PanelsRef)> {
+        let Some(len) = kept_bytes(ctx, self.lines, self.k, self.format) else {
+            return Err(Error::shape("a format in blocks of up to 8 bits", self.format.to_string()));
+        };
+        check_size("bytes of a kept operand", self.bytes.len(), len)?;
+        let layout = kept_layout(self.format, [1, self.lines, self.k], ctx.kernels.columns);
+        Ok((layout, PanelsRef::new(self.bytes.split_at(layout.bytes()))))
+    }
+}
+
+/// Bytes of a right operand of `lines` lines of `k` elements as [`Keep`] writes it, at the level of `ctx`. None: the format
+/// cannot be kept so.
+#[must_use]
+pub fn kept_bytes(ctx: &Context<'_>, lines: usize, k: usize, format: BlockFormat) -> Option<usize> {
+    let line = matches!(format.shape(), BlockShape::Line(n) if n <= MAX_BLOCK);
+    if !line || !encodes_to_panels(format) || lines.checked_mul(k)? == 0 {
+        return None;
+    }
+    let layout = kept_layout(format, [1, lines, k], ctx.kernels.columns);
+    Some(layout.bytes() + layout.panel_count())
 }
 
 /// A right operand in the layout of a level's kernels.
@@ -218,6 +293,13 @@ fn fits_panels(format: BlockFormat, block: usize) -> bool {
     format.bits() <= 8 && block <= MAX_BLOCK
 }
 
+/// Layout of a right operand that is kept.
+fn kept_layout(format: BlockFormat, shape: [usize; 3], columns: usize) -> PanelLayout {
+    let block = format.block_along(shape[2]);
+    let layout = PanelLayout::new(shape, block, columns, Side::Right { offset: offset(format.bits()) });
+    if format.bits() <= 4 { layout.in_nibbles() } else { layout }
+}
+
 /// Lays out a right operand once. It is read as one matrix of `lines` × K.
 ///
 /// # Errors
@@ -232,14 +314,10 @@ pub fn prepack(ctx: &Context<'_>, operand: &Operand<'_>) -> Result<Packed> {
     let (level, columns) = (ctx.kernels.level(), ctx.kernels.columns);
     let block = format.block_along(source.k());
     let content = if fits_panels(format, block) {
-        let layout = PanelLayout::new(&source, block, columns, Side::Right { offset: offset(format.bits()) });
-        let (mut panels, mut scratch) = (Panels::default(), Vec::new());
-        fill(ctx, [Job { source: &source, format, layout, panels: &mut panels }], &mut scratch)?;
-        if format.bits() <= 4 {
-            PackedContent::Panels(layout.in_nibbles(), to_nibbles(&panels, &layout))
-        } else {
-            PackedContent::Panels(layout, panels)
-        }
+        let layout = kept_layout(format, source.shape(), columns);
+        let mut panels = Panels::default();
+        fill(ctx, Job { source: &source, format, layout, panels: panels.reserve(&layout) }, &mut Vec::new())?;
+        PackedContent::Panels(layout, panels)
     } else {
         match operand.resolve(ctx, false)? {
             Resolved::Codes(codes) => PackedContent::Codes(codes),
@@ -271,8 +349,8 @@ pub fn lay_out(ctx: &Context<'_>, operand: &Operand<'_>, left: bool, workspace: 
     } else {
         (ctx.kernels.columns, Side::Right { offset }, &mut workspace.right)
     };
-    let layout = PanelLayout::new(&source, block, width, side);
-    fill(ctx, [Job { source: &source, format, layout, panels }], &mut workspace.scratch)
+    let layout = PanelLayout::new(source.shape(), block, width, side);
+    fill(ctx, Job { source: &source, format, layout, panels: panels.reserve(&layout) }, &mut workspace.scratch)
 }
 
 /// `out` ← A · Bᵀ along their reductions, [matrices, lines of A, lines of B], row-major.
@@ -291,13 +369,36 @@ pub fn product(
     epilogue: Epilogue<'_>,
     workspace: &mut Workspace,
 ) -> Result<()> {
+    product_keeping(ctx, a, None, b, out, epilogue, workspace)
+}
+
+/// [`product`], which also writes another encoding of the left tensor, in the same pass over it.
+///
+/// # Errors
+/// As [`product`]; [`Error::Shape`] for something to keep that is no matrix of floats, or not of the size.
+///
+/// # Panics
+/// As [`product`].
+pub fn product_keeping(
+    ctx: &Context<'_>,
+    a: &Operand<'_>,
+    keep: Option<Keep<'_>>,
+    b: &Right<'_>,
+    out: &mut [f32],
+    epilogue: Epilogue<'_>,
+    workspace: &mut Workspace,
+) -> Result<()> {
     let mut left = a.resolve(ctx, true)?;
     let right = match b {
         Right::Operand(b) => Some(b.resolve(ctx, true)?),
-        Right::Packed(_) => None,
+        Right::Packed(_) | Right::Kept(_) => None,
     };
+    let kept_lines = keep.as_ref().map(|keep| keep.lines(a)).transpose()?;
+    let kept_source = kept_lines.as_ref().zip(keep.as_ref()).map(|(x, keep)| Source::Floats(x, keep.mode));
+    let kept = kept_source.as_ref().zip(keep).map(|(source, keep)| keep.job(ctx, source)).transpose()?;
     let (af, bf, n, bk, b_matrices) = match (b, &right) {
         (Right::Packed(p), _) => (a.format(), p.format, p.shape().0, p.shape().1, 1),
+        (Right::Kept(kept), _) => (a.format(), kept.format, kept.lines, kept.k, 1),
         (Right::Operand(o), Some(r)) => {
             let s = r.source();
             (a.format(), o.format(), s.lines(), s.k(), s.matrices())
@@ -328,9 +429,12 @@ pub fn product(
         check_size("elements of bias", bias.len(), n)?;
     }
     if out.is_empty() {
-        return Ok(());
+        return kept.map_or(Ok(()), |job| fill(ctx, job, &mut workspace.scratch));
     }
     if !(fits_panels(af, block) && fits_panels(bf, block)) {
+        if let Some(job) = kept {
+            fill(ctx, job, &mut workspace.scratch)?;
+        }
         let to_codes = |operand: &Operand<'_>, resolved: Resolved<'_>| match resolved {
             Resolved::Codes(codes) => Ok(codes),
             _ => match operand.resolve(ctx, false)? {
@@ -344,7 +448,12 @@ pub fn product(
         let right = match (b, right) {
             (Right::Packed(Packed { content: PackedContent::Codes(codes), .. }), _) => codes,
             (Right::Packed(Packed { content: PackedContent::Panels(layout, panels), format, .. }), _) => {
-                unpacked = driver::codes_of_panels(layout, panels, *format);
+                unpacked = driver::codes_of_panels(layout, panels.as_ref(), *format);
+                &unpacked
+            }
+            (Right::Kept(kept), _) => {
+                let (layout, panels) = kept.panels(ctx)?;
+                unpacked = driver::codes_of_panels(&layout, panels, kept.format);
                 &unpacked
             }
             (Right::Operand(o), Some(r)) => {
@@ -370,27 +479,32 @@ pub fn product(
             let PackedContent::Panels(layout, _) = &packed.content else { unreachable!("8 bits or fewer") };
             *layout
         }
-        (_, Some(right)) => PanelLayout::new(right, block, columns, side),
+        (Right::Kept(kept), _) => kept.panels(ctx)?.0,
+        (_, Some(right)) => PanelLayout::new(right.shape(), block, columns, side),
         _ => unreachable!("resolved above"),
     };
     // A few rows are done before nibbles could be unpacked.
-    let nibbles = right_layout.nibbles && m <= driver::NIBBLE_ROWS;
+    let nibbles = right_layout.form == Form::Nibbles && m <= driver::NIBBLE_ROWS;
     let from_nibbles = if nibbles { fitting(ctx.kernels.nibble_tiles) } else { None };
     let kernel = from_nibbles.or_else(|| fitting(ctx.kernels.tiles));
     let correction = kernel.map_or(Correction::Total, |kernel| kernel.correction);
     let side = Side::Left { correction, offset: offset(bf.bits()) };
-    let left_layout = PanelLayout::new(&source, block, PANEL_ROWS, side);
+    let left_layout = PanelLayout::new(source.shape(), block, PANEL_ROWS, side);
     // Panels end with each left matrix, so several of them against one right matrix stay apart.
     right_layout.shared = right_layout.matrices != left_layout.matrices;
     let Workspace { left, right: right_panels, scratch } = workspace;
-    let left = Job { source: &source, format: af, layout: left_layout, panels: left };
+    let left = Job { source: &source, format: af, layout: left_layout, panels: left.reserve(&left_layout) };
     let right = match (b, &resolved) {
-        (Right::Packed(Packed { content: PackedContent::Panels(_, panels), .. }), _) => driver::Right::Packed(panels),
+        (Right::Packed(Packed { content: PackedContent::Panels(_, panels), .. }), _) => {
+            driver::Right::Packed(panels.as_ref())
+        }
+        (Right::Kept(kept), _) => driver::Right::Packed(kept.panels(ctx)?.1),
         (_, Some(source)) => {
-            driver::Right::Fresh(Job { source, format: bf, layout: right_layout, panels: right_panels })
+            let panels = right_panels.reserve(&right_layout);
+            driver::Right::Fresh(Job { source, format: bf, layout: right_layout, panels })
         }
         _ => unreachable!("resolved above"),
     };
     let kernel = driver::Kernel { tile: kernel, from_nibbles: from_nibbles.is_some() };
-    driver::multiply(ctx, left, right, right_layout, out, epilogue, kernel, scratch)
+    driver::multiply(ctx, left, kept, right, right_layout, out, epilogue, kernel, scratch)
 }

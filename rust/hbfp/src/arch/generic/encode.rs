@@ -372,7 +372,8 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REG
             s.splat_in_chunks::<2>(inverse),
             s.splat_in_chunks::<3>(inverse),
         ];
-        let (limit, minus) = (s.splat(coding.limit * 0x0101_0101), s.splat(((256 - coding.limit) as u32 * 0x0101_0101) as i32));
+        let (limit, minus) =
+            (s.splat(coding.limit * 0x0101_0101), s.splat(((256 - coding.limit) as u32 * 0x0101_0101) as i32));
         let minus_offset = minus_offset(s, coding);
         let mut sums = CodeSums { halves: s.splat(0), total: s.splat(0) };
         let mut step = 0;
@@ -593,7 +594,8 @@ unsafe fn strip<S: Simd, const R: u8, const SIDE: u8>(
     let mut general = 0;
     // SAFETY: v < STRIP and 4 t + 3 < 4 steps keep every access inside what the caller vouches for.
     unsafe {
-        let (limit, minus) = (s.splat(coding.limit * 0x0101_0101), s.splat(((256 - coding.limit) as u32 * 0x0101_0101) as i32));
+        let (limit, minus) =
+            (s.splat(coding.limit * 0x0101_0101), s.splat(((256 - coding.limit) as u32 * 0x0101_0101) as i32));
         let minus_offset = minus_offset(s, coding);
         for (group, place) in places.iter().enumerate().take(STRIP / S::LANES) {
             let v = group * S::LANES;

@@ -70,11 +70,7 @@ pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, 
             let q = s.mul_low_u32(c2, m1);
             let c0 = s.xor(s.high_u32(q), s.splat((first as u32 ^ keys[1][0]) as i32));
             let third = s.mul_low_u32(c0, m0);
-            let of_group = [
-                s.xor(p, key(1, 1)),
-                s.xor(q, key(2, 0)),
-                s.xor(s.high_u32(third), key(2, 1)),
-            ];
+            let of_group = [s.xor(p, key(1, 1)), s.xor(q, key(2, 0)), s.xor(s.high_u32(third), key(2, 1))];
             let mut r = 0;
             while r < rows {
                 let mut c = [[s.splat(0); 4]; ROWS];
@@ -82,12 +78,7 @@ pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, 
                     let row = row.wrapping_add(row_step.wrapping_mul((r + i) as u32));
                     let of_row = u64::from(MULTIPLIERS[0]) * u64::from((first >> 32) as u32 ^ row ^ keys[0][0]);
                     let p1 = s.mul_low_u32(s.xor(s.splat((of_row >> 32) as i32), of_group[0]), m1);
-                    *c = [
-                        s.xor(s.high_u32(p1), of_group[1]),
-                        p1,
-                        s.xor(of_group[2], s.splat(of_row as i32)),
-                        third,
-                    ];
+                    *c = [s.xor(s.high_u32(p1), of_group[1]), p1, s.xor(of_group[2], s.splat(of_row as i32)), third];
                 }
                 // Written out: a loop would be left rolled, with copies of its state.
                 macro_rules! rounds {
