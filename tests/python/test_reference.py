@@ -114,6 +114,12 @@ def test_float32_rounding_agrees_with_the_host(value):
         assert reference.round_to_float32(Fraction(value)) == int(host.view(np.uint32))
 
 
+@given(st.one_of(st.integers(-(2**60), 2**60), st.integers(-(2**26), 2**26)), st.integers(-260, 130))
+def test_the_two_roundings_to_float32_agree(n, exponent):
+    """Terms and sums are rounded in integers, everything else by fractions."""
+    assert arithmetic._round_scaled(n, exponent) == reference.round_to_float32(n * Fraction(2) ** exponent)
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_float32_sums_agree_with_the_host(a, b):
     """Signed zeros, infinities, NaN, subnormals of a single addition."""
