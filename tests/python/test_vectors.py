@@ -71,7 +71,7 @@ def test_the_vectors_are_not_stale():
 
 def test_a_changed_a_missing_and_a_strange_file_are_found(tmp_path):
     """The guard itself: a check that is never red guards nothing."""
-    assert len(vectors.generate(tmp_path)) == 7
+    assert len(vectors.generate(tmp_path)) == 8
     assert vectors.check(tmp_path) == []
     philox = tmp_path / "philox.json"
     philox.write_text(philox.read_text(encoding="utf-8").replace("6627e8d5", "6627e8d6"), encoding="utf-8")
@@ -301,6 +301,31 @@ def test_bias_gradient(case):
     assert patterns(out) == case["db"]
     _core.column_sums(floats(case["dy"], shape), out, 3)
     assert patterns(out) == case["db"]
+
+
+@cases("convolution")
+def test_convolution(case):
+    """The torch level's step: output and all gradients; the geometry and the roles are the file's."""
+    torch = pytest.importorskip("torch")
+    from hbfp.nn import functional
+    from hbfp.policy import MatmulPolicy, OperandPolicy, Recipe
+
+    rank = len(case["x_shape"]) - 2
+    convolve = getattr(functional, f"conv{'_transpose' * case['transposed']}{rank}d", None)
+    if convolve is None:
+        pytest.skip("there are no convolutions yet")
+    operands = [OperandPolicy(*pair) for pair in zip(case["formats"], case["roundings"], strict=True)]
+    recipe = Recipe(*(MatmulPolicy(*operands[i : i + 2]) for i in (0, 2, 4)))
+    shapes = {"x": case["x_shape"], "w": case["w_shape"], "bias": case["y_shape"][1:2], "dy": case["y_shape"]}
+    x, w, bias, dy = (torch.from_numpy(floats(case[name], shape)) for name, shape in shapes.items())
+    geometry = {name: case[name] for name in ("stride", "padding", "dilation", "groups")}
+    if case["transposed"]:
+        geometry["output_padding"] = case["output_padding"]
+    leaves = [t.requires_grad_() for t in (x, w, bias)]
+    y = convolve(*leaves, **geometry, recipe=recipe, seed=int(case["seed"], 16), stream=int(case["streams"][0], 16))
+    assert list(y.shape) == case["y_shape"]
+    results = [y, *torch.autograd.grad(y, leaves, dy)]
+    assert [patterns(t.detach().numpy()) for t in results] == [case[name] for name in ("y", "dx", "dw", "db")]
 
 
 @cases("softmax")

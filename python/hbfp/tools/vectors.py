@@ -38,8 +38,11 @@ FLAGS = {
     "BlockOrder": "Terms are added in block order, each addition rounded; any other order gives other bits (5.5).",
     "Booster": "The operands of one step in different widths, each encoded for its own product (6.1, 6.5).",
     "CanonicalNaN": "A NaN result is 0x7FC00000 whatever NaN went in (1.8, 5.9).",
+    "Convolution": "Taps in the kernel's own order, blocks that restart at each tap, group and pixel, random bits of "
+    "the tensors as they are held (6.14, 6.17, 6.19).",
     "EmptyReduction": "K = 0: the result is +0.0 or the given C, plus the bias (5.10).",
     "ExponentClamp": "The scale exponent is outside the exponent field and is clamped to it (1.4, 2.6).",
+    "FlattenedPatch": "Few channels in a group: forward blocks run over the patch, whose padding is encoded (6.16).",
     "InfBlock": "An infinity makes a NaN block, and an infinite sum follows IEEE 754 (1.6, 5.9).",
     "KnownAnswer": "An answer published with Random123 for philox4x32-10 (3.8).",
     "MixedFormats": "Operands of different widths or kinds of block whose boundaries along K agree (5.1, 5.2).",
@@ -48,6 +51,7 @@ FLAGS = {
     "OddRows": "Leading dimensions: rows are counted through all of them, blocks and tiles are not (3.9, 4.2, 6.2).",
     "Overflow": "A decoded value, a term or a sum beyond float32 is infinite (1.8, 5.4, 5.9).",
     "PackOrder": "Codes are packed from the least significant bit upwards, low nibble first (7.3).",
+    "PaddedTap": "A tap that meets no pixel is a block of zeros that takes part: a NaN opposite is not lost (6.15).",
     "Padding": "Zero bits fill the last byte, zero codes the last tiles; readers refuse others (7.3, 7.4, 7.6).",
     "PhiloxCounter": "The random bits of an element come from its row, its column, the seed and the stream (3.8, 3.9).",
     "PowerOfTwoMax": "A block's largest magnitude is a power of two, where the exponent rules part (2.2, 2.3, 2.4).",
@@ -63,6 +67,7 @@ FLAGS = {
     "TieAway": "A value half-way between two codes goes away from zero (3.3).",
     "TieToEven": "A value half-way between two codes goes to the even one (3.2).",
     "Tile": "Square blocks of the last two dimensions, cut off at the edges, read in both directions (4.2, 7.4).",
+    "TransposedConvolution": "Products are those of a convolution with the parts exchanged, roles are not (6.18).",
     "Truncate": "Rounding toward zero drops the fraction of negative values too (3.4).",
     "WholeTensor": "One exponent for the whole tensor (4.3, 7.5).",
     "WideCodes": "Codes of more than 8 bits: two bytes unpacked, sums beyond 32 bits (1.1, 5.3).",
@@ -855,6 +860,123 @@ def _bias_gradient_case(name: str, flags: list[str], words: NDArray[np.uint32]) 
     }
 
 
+# -------------------------------------------------------------------------------------------------------- convolution
+
+
+def _convolution() -> Iterator[Case]:
+    three, mixed = ("hbfp4b3",) * 6, ("hbfp4b4", "hbfp6b4", "hbfp8b4", "hbfp6b4", "hbfp8b4", "hbfp4b4")
+    plain, flat = ["Convolution", "StreamRoles"], ["Convolution", "FlattenedPatch", "StreamRoles"]
+    yield _convolution_case("taps", [*plain, "BlockOrder"], (2, 16, 5), (2, 16, 3), three, _DEFAULT, spread=12)
+    yield _convolution_case(
+        "geometry", [*plain, "PaddedTap", "ShortTail"], (1, 34, 3, 4), (4, 17, 2, 2), ("hbfp4b7",) * 6, _EMULATOR,
+        stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2,
+    )  # fmt: skip
+    yield _convolution_case("volume", [*plain], (1, 16, 2, 2, 3), (2, 16, 1, 2, 2), mixed, _EMULATOR)
+    yield _convolution_case("batch", [*plain, "ShortTail"], (5, 16, 3), (2, 16, 2), three, _DEFAULT, padding=1)
+    yield _convolution_case("outputs", [*plain, "ShortTail"], (1, 16, 3), (7, 16, 1), three, _EMULATOR, stride=2)
+    yield _convolution_case(
+        "stem", [*flat, "PaddedTap", "ShortTail"], (2, 3, 4, 3), (2, 3, 3, 3), ("hbfp4b16",) * 6, _EMULATOR,
+        stride=2, padding=1,
+    )  # fmt: skip
+    yield _convolution_case("depthwise", flat, (2, 3, 3, 4), (6, 1, 2, 2), mixed, _DEFAULT, padding=1, groups=3)
+    yield _convolution_case("fifteen", flat, (1, 15, 3), (2, 15, 2), ("hbfp6b64",) * 6, _EMULATOR)
+    for where in ("x", "w", "dy"):
+        yield _convolution_case(
+            f"nan-{where}", ["CanonicalNaN", "Convolution", "NaNBlock", "PaddedTap"], (2, 16, 4), (3, 16, 2), three,
+            _DEFAULT, stride=2, padding=1, nan=where,
+        )  # fmt: skip
+    transposed = ["StreamRoles", "TransposedConvolution"]
+    yield _convolution_case(
+        "transposed", [*transposed, "ShortTail"], (2, 8, 3, 2), (8, 3, 2, 3), mixed, _EMULATOR,
+        stride=2, padding=(0, 1), output_padding=(1, 0), transposed=True,
+    )  # fmt: skip
+    yield _convolution_case(
+        "transposed-groups", transposed, (1, 34, 4), (34, 2, 3), three, _DEFAULT, groups=2, transposed=True
+    )
+
+
+def _convolution_case(
+    name: str,
+    flags: list[str],
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    formats: Sequence[str],
+    roundings: Sequence[str],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    spread: int = 3,
+    nan: str = "",
+) -> Case:
+    rank = len(x_shape) - 2
+    each: dict[str, Any] = {
+        key: [value] * rank if isinstance(value, int) else list(value)
+        for key, value in (("stride", stride), ("padding", padding), ("dilation", dilation))
+    }
+    extra = [output_padding] * rank if isinstance(output_padding, int) else list(output_padding)
+    outputs = w_shape[1] * groups if transposed else w_shape[0]
+    out = []
+    for size, k, s, p, d, e in zip(x_shape[2:], w_shape[2:], *each.values(), extra, strict=True):
+        span = d * (k - 1) + 1
+        out.append((size - 1) * s - 2 * p + span + e if transposed else (size + 2 * p - span) // s + 1)
+    draw = _Draw(f"convolution/{name}")
+    seed = draw.word() << 32 | draw.word()
+    tensors = {
+        "x": draw.patterns(x_shape, -spread, 1),
+        "w": draw.patterns(w_shape, -1 - spread, 0),
+        "bias": draw.patterns((outputs,), -3, 0),
+        "dy": draw.patterns((x_shape[0], outputs, *out), -6 - spread, -3),
+    }
+    if nan:
+        words = tensors[nan].reshape(-1)
+        words[len(words) // 2] = 0xFFC12345
+    x, w, bias, dy = (_floats(words) for words in tensors.values())
+    streams = [reference.stream_number(3, 2, 0, role) for role in range(6)]
+
+    def operands(left: int, right: int) -> tuple[Any, ...]:
+        pair = left, right
+        return (
+            tuple(FormatDescription.parse(formats[role]) for role in pair),
+            tuple(roundings[role] for role in pair),
+            seed,
+            tuple(streams[role] for role in pair),
+        )
+
+    if transposed:
+        y = reference.convolution_input_gradient(x, w, out, *operands(0, 1), **each, groups=groups, bias=bias)
+        dx = reference.convolution(dy, w, None, *operands(2, 3), **each, groups=groups, flatten=False)
+        dw = reference.convolution_weight_gradient(x, dy, w_shape[2:], *operands(5, 4), **each, groups=groups)
+    else:
+        y = reference.convolution(x, w, bias, *operands(0, 1), **each, groups=groups)
+        dx = reference.convolution_input_gradient(dy, w, x_shape[2:], *operands(2, 3), **each, groups=groups)
+        dw = reference.convolution_weight_gradient(dy, x, w_shape[2:], *operands(4, 5), **each, groups=groups)
+    return {
+        "name": name,
+        "flags": sorted(flags),
+        "formats": list(formats),
+        "roundings": list(roundings),
+        "seed": hex(seed),
+        "streams": [hex(stream) for stream in streams],
+        "transposed": transposed,
+        **each,
+        "output_padding": extra,
+        "groups": groups,
+        "flattened": not transposed and w_shape[1] < 16,
+        "x_shape": list(x_shape),
+        "w_shape": list(w_shape),
+        "y_shape": list(y.shape),
+        **{key: _hex(words) for key, words in tensors.items()},
+        "y": _hex(y),
+        "dx": _hex(dx),
+        "dw": _hex(dw),
+        "db": _hex(reference.convolution_bias_gradient(dy)),
+    }
+
+
 # ------------------------------------------------------------------------------------------------------------ softmax
 
 
@@ -900,6 +1022,10 @@ _TOPICS: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
     "training.json": (
         "One step of a linear layer: y = x·wT + bias, dx = dy·w, dw = dyT·x; and bias gradients.",
         _training,
+    ),
+    "convolution.json": (
+        "One step of a convolution or, with its parts exchanged, of a transposed one: y with bias, dx, dw, db.",
+        _convolution,
     ),
     "softmax.json": ("p = softmax(scores · scale) by rows, and ds from dp.", _softmax),
 }

@@ -1,22 +1,18 @@
-"""The exact-arithmetic oracle: the specification (docs/spec.md) in integers and fractions, and nothing else.
+"""Formats, encoding, packing, products of matrices, linear layers and softmax: the specification section by section.
 
-It shares no code with the compiled core, so that agreement means something. float32 values enter and leave as bit
-patterns; between the two every number is an `int` or a `fractions.Fraction`, and numpy is a container only. It is
-written to be read beside the specification, section by section, and quick enough for tensors of a few thousand
-elements.
-
-Functions carry the names and signatures of the numpy level. Formats are read through plain attributes: an `hbfp.HBFP`
-serves, and so does the `FormatDescription` below, which needs no compiled code. Bad arguments raise `ValueError`.
+float32 values enter and leave as bit patterns; between the two every number is an `int` or a `fractions.Fraction`, and
+numpy is a container only.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from operator import mul
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -28,9 +24,11 @@ __all__ = [
     "Encoded",
     "FormatDescription",
     "LinearStep",
+    "Lines",
     "bias_gradient",
     "block_exponent",
     "encode",
+    "encode_with",
     "float32_add",
     "float32_value",
     "linear",
@@ -40,10 +38,12 @@ __all__ = [
     "pack_codes",
     "philox4x32",
     "product",
+    "product_of_lines",
     "quantize",
     "random_bits",
     "round_to_code",
     "round_to_float32",
+    "row_and_column",
     "scale_exponent",
     "scale_range",
     "stream_number",
@@ -223,6 +223,28 @@ def round_to_float32(value: Fraction | int) -> int:
     return sign | min(((spacing + 149) << 23) + steps, INFINITY)
 
 
+def _round_scaled(n: int, exponent: int) -> int:
+    """`round_to_float32` of n · 2^exponent, which needs no fraction: all that products and sums ever round."""
+    if n == 0:
+        return 0
+    magnitude = abs(n)
+    spacing = max(magnitude.bit_length() - 1 + exponent - 23, -149)
+    dropped = spacing - exponent
+    if dropped <= 0:
+        steps = magnitude << -dropped
+    else:
+        steps, rest, half = magnitude >> dropped, magnitude & ((1 << dropped) - 1), 1 << (dropped - 1)
+        steps += rest > half or (rest == half and steps % 2 == 1)
+    return (SIGN if n < 0 else 0) | min(((spacing + 149) << 23) + steps, INFINITY)
+
+
+def _scaled(pattern: int) -> tuple[int, int]:
+    """A finite float32 as n and e of n · 2^e."""
+    exponent, fraction = pattern >> 23 & 0xFF, pattern & 0x7FFFFF
+    n = fraction | 1 << 23 if exponent else fraction
+    return -n if pattern & SIGN else n, max(exponent, 1) - 150
+
+
 def float32_add(a: int, b: int) -> int:
     """The float32 sum of two bit patterns; every NaN result is the canonical one."""
     if _is_nan(a) or _is_nan(b):
@@ -233,10 +255,12 @@ def float32_add(a: int, b: int) -> int:
         if _is_finite(a):
             return b
         return a if a == b else CANONICAL_NAN
-    total = float32_value(a) + float32_value(b)
+    (n_a, e_a), (n_b, e_b) = _scaled(a), _scaled(b)
+    lower = min(e_a, e_b)
+    total = (n_a << (e_a - lower)) + (n_b << (e_b - lower))
     if total == 0:
         return SIGN if a & b & SIGN else 0
-    return round_to_float32(total)
+    return _round_scaled(total, lower)
 
 
 _INPUTS = {"float16": ("u2", 5, 10), "bfloat16": ("u2", 8, 7), "float64": ("u8", 11, 52)}
@@ -640,15 +664,30 @@ def encode(
         seed, stream: 64 bits each; used by stochastic rounding only.
         check: raise on the first NaN or infinity instead of making NaN blocks.
     """
-    name = _option(rounding, ROUNDINGS)
     for label, number in (("seed", seed), ("stream", stream)):
         if not 0 <= number < 1 << 64:
             raise ValueError(f"{label} must be in 0..2^64 - 1; found {number}")
+    shape = np.shape(x)
+    if math.prod(shape[:-1]) > 1 << 32:
+        raise ValueError(f"expected at most 2^32 rows; found shape {shape}")
+    return encode_with(
+        x, fmt, axis, rounding, lambda index: random_bits(*row_and_column(index, shape), seed, stream), check
+    )
+
+
+def encode_with(
+    x: ArrayLike,
+    fmt: BlockFormat,
+    axis: int,
+    rounding: object,
+    random: Callable[[Index], int],
+    check: bool = False,
+) -> Encoded:
+    """`encode` of a tensor whose random bits are not those of its own rows: `random` gives them for each index."""
+    name = _option(rounding, ROUNDINGS)
     patterns = _float32_patterns(x)
     shape = patterns.shape
     axis = _blocked_axis(fmt, axis, len(shape))
-    if math.prod(shape[:-1]) > 1 << 32:
-        raise ValueError(f"expected at most 2^32 rows; found shape {shape}")
     edges = _block_edges(fmt, shape, axis)
     blocks: dict[Index, list[tuple[Index, int]]] = {}
     for index, pattern in _items(patterns):
@@ -669,12 +708,12 @@ def encode(
         s = scale_exponent(float32_value(largest), fmt)
         exponents[place] = s + SCALE_OFFSET
         for index, pattern in elements:
-            r = random_bits(*_row_and_column(index, shape), seed, stream) if name == "stochastic" else 0
+            r = random(index) if name == "stochastic" else 0
             mantissas[index] = round_to_code(float32_value(pattern), s, fmt.bits, name, r)
     return Encoded(mantissas, exponents, fmt, axis)
 
 
-def _row_and_column(index: Index, shape: Index) -> tuple[int, int]:
+def row_and_column(index: Index, shape: Index) -> tuple[int, int]:
     """Place of an element in the tensor seen as rows of its last dimension."""
     row = 0
     for i, size in zip(index[:-1], shape[:-1], strict=True):
@@ -724,26 +763,67 @@ def product(
     if starts != _boundaries(b, -2):
         raise ValueError("the operands' blocks begin at different places along the reduction")
     shape = (*a.shape[:-1], b.shape[-1])
-    start = np.zeros(shape, np.uint32) if c is None else _patterns_of_shape(c, shape, "C")
-    offset = None if bias is None else _patterns_of_shape(bias, shape[-1:], "the bias")
+    if c is not None:
+        _check_shape(c, shape, "C")
+    if bias is not None:
+        _check_shape(bias, shape[-1:], "the bias")
+    return product_of_lines(_lines(a, starts), _lines(b.mT, starts), starts, c, bias)
 
-    stops = [*starts, a.shape[-1]][1:]
+
+class Lines(NamedTuple):
+    """One operand as a product reads it: a line for each row of A or column of B, along the reduction.
+
+    Attributes:
+        codes: integers [.., lines, K].
+        exponents: the bytes c of each line's blocks, [.., lines, blocks].
+    """
+
+    codes: NDArray[Any]
+    exponents: NDArray[np.uint8]
+
+
+def _lines(operand: Encoded, starts: list[int]) -> Lines:
+    """An operand whose reduction is its last dimension."""
+    exponents = np.zeros((*operand.shape[:-1], len(starts)), np.uint8)
+    for index in np.ndindex(exponents.shape):
+        exponents[index] = operand.exponents[operand.block_of((*index[:-1], starts[index[-1]]))]
+    return Lines(operand.mantissas, exponents)
+
+
+def product_of_lines(
+    a: Lines,
+    b: Lines,
+    starts: Sequence[int],
+    c: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+) -> NDArray[np.float32]:
+    """The sums of section 5: for each line of a [.., M, K] and of b [.., N, K] the terms of the blocks in order.
+
+    Args:
+        a, b: their leading dimensions are equal, or b has none.
+        starts: where the blocks begin along K.
+        c: float32 [.., M, N] at which the sums start; +0.0 if None.
+        bias: float32 [N], added last.
+    """
+    shape = (*a.codes.shape[:-1], b.codes.shape[-2])
+    stops = [*starts, a.codes.shape[-1]][1:]
+    start = None if c is None else _float32_patterns(c)
+    offset = None if bias is None else _float32_patterns(bias)
+
+    def cut(lines: Lines, line: Index) -> list[tuple[list[int], int | None]]:
+        codes, bytes_ = lines.codes[line].tolist(), lines.exponents[line].tolist()
+        scales = [None if byte == NAN_BLOCK else byte - SCALE_OFFSET for byte in bytes_]
+        return [(codes[i:j], s) for i, j, s in zip(starts, stops, scales, strict=True)]
+
+    columns = {line: cut(b, line) for line in np.ndindex(b.codes.shape[:-1])}
     result = np.zeros(shape, np.uint32)
-    columns: dict[Index, tuple[list[int], list[int | None]]] = {}
-    for index in np.ndindex(b.shape[:-2] + b.shape[-1:]):
-        batch, j = index[:-1], index[-1]
-        columns[index] = (
-            b.mantissas[(*batch, slice(None), j)].tolist(),
-            [b.scale((*batch, k, j)) for k in starts],
-        )
-    for row in np.ndindex(a.shape[:-1]):
-        codes_a = a.mantissas[row].tolist()
-        scales_a = [a.scale((*row, k)) for k in starts]
+    for row in np.ndindex(shape[:-1]):
+        blocks_a = cut(a, row)
         for j in range(shape[-1]):
-            codes_b, scales_b = columns[(*(row[:-1] if len(b.shape) > 2 else ()), j)]
-            total = int(start[(*row, j)])
-            for first, stop, s_a, s_b in zip(starts, stops, scales_a, scales_b, strict=True):
-                total = float32_add(total, _term(codes_a[first:stop], codes_b[first:stop], s_a, s_b))
+            blocks_b = columns[(*(row[:-1] if b.codes.ndim > 2 else ()), j)]
+            total = 0 if start is None else int(start[(*row, j)])
+            for (codes_a, s_a), (codes_b, s_b) in zip(blocks_a, blocks_b, strict=True):
+                total = float32_add(total, _term(codes_a, codes_b, s_a, s_b))
             if offset is not None:
                 total = float32_add(total, int(offset[j]))
             result[(*row, j)] = CANONICAL_NAN if _is_nan(total) else total
@@ -754,15 +834,13 @@ def _term(codes_a: list[int], codes_b: list[int], s_a: int | None, s_b: int | No
     """One block's share of a dot product, exact in integers and rounded once to float32."""
     if s_a is None or s_b is None:
         return CANONICAL_NAN
-    dot = sum(q_a * q_b for q_a, q_b in zip(codes_a, codes_b, strict=True))
-    return round_to_float32(dot * _power_of_two(s_a + s_b))
+    return _round_scaled(sum(map(mul, codes_a, codes_b)), s_a + s_b)
 
 
-def _patterns_of_shape(x: ArrayLike, shape: Index, name: str) -> NDArray[np.uint32]:
+def _check_shape(x: ArrayLike, shape: Index, name: str) -> None:
     array = np.asarray(x)
     if array.dtype != np.float32 or array.shape != shape:
         raise ValueError(f"expected {name} as float32 {shape}; found {array.dtype} {array.shape}")
-    return _float32_patterns(array)
 
 
 def matmul(
