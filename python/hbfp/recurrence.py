@@ -9,8 +9,10 @@ first, as in a `PackedSequence`. The products (docs/spec.md, recurrent layers):
     h W_hrᵀ      for LSTMs with projections, as h W_hhᵀ
 
 Everything between the products is float32 by torch, in place in tensors that hold all rows: a step makes no node of
-autograd and allocates next to nothing. Backward begins by writing the local derivatives of all gates, for all rows at
-once, where their gradients are to stand; going back through the steps then is a matter of multiplying in place.
+autograd and allocates next to nothing. (torch's sigmoid and tanh give other last bits where a vector of the CPU begins
+elsewhere, so the cells in `hbfp.nn` call them on tensors that lie alike.) Backward begins by writing the local
+derivatives of all gates, for all rows at once, where their gradients are to stand; going back through the steps then is
+a matter of multiplying in place.
 """
 
 from __future__ import annotations
@@ -403,18 +405,21 @@ class _GRUForward(_Forward):
         width = self.width = gates.shape[1] // 3
         self.gates = gates
         self.r_and_z = gates[:, : 2 * width].split(self.sizes)
-        self.r, self.z, self.n = (part.split(self.sizes) for part in gates.split(width, 1))
-        self.all_recurrent, self.recurrent = self._rows(gates, width)
+        self.r, self.z, self.third = (part.split(self.sizes) for part in gates.split(width, 1))
+        self.all_n, self.n = self._rows(gates, width)
         self.scratch = gates.new_empty(self.sizes[0], width)
 
     def step(self, t: int, h: Tensor, product: Tensor, out: Tensor) -> None:
         self.r_and_z[t].add_(product[:, : 2 * self.width]).sigmoid_()
-        recurrent = self.recurrent[t].copy_(product[:, 2 * self.width :])
-        n = self.n[t].add_(torch.mul(self.r[t], recurrent, out=self.scratch[: self.sizes[t]])).tanh_()
+        recurrent, third = product[:, 2 * self.width :], self.third[t]
+        n = torch.mul(self.r[t], recurrent, out=self.scratch[: self.sizes[t]]).add_(third)
+        n = torch.tanh(n, out=self.n[t])
         torch.sub(h, n, out=out).mul_(self.z[t]).add_(n)
+        if self.keep:
+            third.copy_(recurrent)  # the input's share has served
 
     def kept(self) -> list[Tensor]:
-        return [self.gates, self.all_recurrent]
+        return [self.gates, self.all_n]
 
 
 class _GRUBackward(_Backward):
@@ -424,10 +429,10 @@ class _GRUBackward(_Backward):
     def __init__(
         self, kept: list[Tensor], y: Tensor, entering: Tensor, c0: Tensor | None, dc_n: Tensor | None, run: Run
     ) -> None:
-        gates, recurrent = kept
-        width = recurrent.shape[1]
+        gates, n = kept
+        width = n.shape[1]
         sizes = list(run.sizes)
-        r, z, n = gates.split(width, 1)
+        r, z, recurrent = gates.split(width, 1)
         self.d = torch.empty_like(gates)
         dr, dz, dn = self.d.split(width, 1)
         _slope_of_sigmoid(gates[:, : 2 * width], self.d[:, : 2 * width])

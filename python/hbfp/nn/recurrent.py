@@ -228,9 +228,9 @@ class GRUCell(_Cell, nn.GRUCell):
             return super().forward(input, hx)
         hx = self._zeros(input) if hx is None else hx
         of_input, of_state = self._products(state, input, (hx,), index)
-        (xr, xz, xn), (hr, hz, hn) = of_input.chunk(3, -1), of_state.chunk(3, -1)
-        r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-        n = (xn + r * hn).tanh()
+        width = self.hidden_size
+        r, z = (of_input + of_state)[..., : 2 * width].sigmoid().chunk(2, -1)
+        n = (of_input[..., 2 * width :] + r * of_state[..., 2 * width :]).tanh()
         return (hx - n) * z + n
 
 
@@ -245,6 +245,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
             return super().forward(input, hx)
         h, c = (self._zeros(input), self._zeros(input)) if hx is None else hx
         of_input, of_state = self._products(state, input, (h, c), index)
-        i, f, g, o = (of_input + of_state).chunk(4, -1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c
+        gates, width = of_input + of_state, self.hidden_size
+        i, f = gates[..., : 2 * width].sigmoid().chunk(2, -1)
+        g, o = gates[..., 2 * width : 3 * width].tanh(), gates[..., 3 * width :].sigmoid()
+        c = f * c + i * g
+        return o * c.tanh(), c
