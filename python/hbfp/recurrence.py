@@ -160,7 +160,7 @@ class SequenceFunction(torch.autograd.Function):
         if need_b_ih:
             db_ih = ops.column_sums(dgates)
         if need_b_hh:
-            db_hh = ops.column_sums(dproducts)
+            db_hh = db_ih.clone() if db_ih is not None and dproducts is dgates else ops.column_sums(dproducts)
         dh0 = state if need_h0 else None
         return dx, dh0, cell.dc if need_c0 else None, dw_ih, dw_hh, db_ih, db_hh, dw_hr, None
 
