@@ -37,6 +37,10 @@ LOWERED = {
             2, 3, 4, 5
         ),
     ),
+    "abik,bakj->baij": (
+        [(2, 3, 4, 20), (3, 2, 20, 5)],
+        lambda mm, a, b: mm(a.transpose(0, 1).flatten(0, 1), b.flatten(0, 1)).view(3, 2, 4, 5),
+    ),
     "btk,kd->btd": ([(2, 5, 20), (20, 7)], lambda mm, a, b: mm(a.reshape(10, 20), b).view(2, 5, 7)),
     "abc,bcd->ad": ([(3, 4, 5), (4, 5, 6)], lambda mm, a, b: mm(a.reshape(3, 20), b.reshape(20, 6))),
     "i,i->": ([(20,), (20,)], lambda mm, a, b: mm(a[None], b[:, None])[0, 0]),

@@ -294,6 +294,13 @@ def test_a_layer_built_directly_advances_its_step():
     assert not torch.equal(layer(x, x, x)[0], layer(x, x, x)[0])
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused():
+    x = torch.nested.nested_tensor([values(3, WIDTH), values(5, WIDTH)])
+    with pytest.raises(hbfp.ShapeError, match="nested"):
+        converted(batch_first=True)(x, x, x)
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [

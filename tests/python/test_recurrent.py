@@ -234,7 +234,7 @@ def test_padded_sequences_equal_the_definition(kind, shape, steps):
 
 
 @pytest.mark.parametrize("kind", MODULES)
-@pytest.mark.parametrize("recipe", ["hbfp4", "hbfp6b16", "hbfp12b64", "hbfp4t4"])
+@pytest.mark.parametrize("recipe", ["hbfp4", "hbfp6b16", "hbfp12b64", "hbfp4t4", "hbfp8tensor"])
 def test_other_formats_equal_the_definition(kind, recipe):
     """Weights rounded to nearest are encoded once for all steps; tiles, 12 bits and tails take other roads."""
     torch.manual_seed(1)

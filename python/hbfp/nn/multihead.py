@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         ops.require_real(query, key, value)
+        if query.is_nested or key.is_nested or value.is_nested:
+            raise ShapeError("expected padded tensors; found a nested one: pad it, and mask by key_padding_mask")
         found = [tuple(x.shape) for x in (query, key, value)]
         fit = (
             query.dim() in (2, 3)
@@ -130,7 +132,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _project(self, state: LayerState, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         width = self.embed_dim
-        bias: Tensor | None = self._parameters["in_proj_bias"]
+        bias = cast(Tensor | None, self.in_proj_bias)
 
         def project(x: Tensor, weight: Tensor, first: int, end: int, site: int) -> Tensor:
             part = None if bias is None else bias if end - first == 3 else bias[first * width : end * width]
