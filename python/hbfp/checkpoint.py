@@ -20,7 +20,7 @@ from hbfp.array import BlockArray, encode
 from hbfp.errors import FileError
 from hbfp.files import load, save
 from hbfp.format import ExponentRule, Rounding
-from hbfp.policy import OperandPolicy, layer_states
+from hbfp.policy import OperandPolicy, layer_states, weights_of
 
 __all__ = ["load_model", "save_model"]
 
@@ -28,13 +28,15 @@ __all__ = ["load_model", "save_model"]
 def _packed(model: nn.Module) -> dict[int, OperandPolicy]:
     """How each weight that can be packed is encoded, by the identity of its tensor (tied weights are one)."""
     policies: dict[int, OperandPolicy | None] = {}
-    states = {id(module): state for _, module, state in layer_states(model)}
+    read: dict[tuple[int, str], OperandPolicy] = {}
+    for _, layer, state in layer_states(model):
+        right = state.recipe.forward.right
+        read.update({(id(owner), name): right for owner, name in weights_of(layer, right.format)})
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            state = states.get(id(module))
-            policy = state.recipe.forward.right if state is not None and name == "weight" else None
+            policy = read.get((id(module), name))
             if policies.setdefault(id(parameter), policy) != policy:
                 policies[id(parameter)] = None
     return {key: policy for key, policy in policies.items() if policy is not None and _idempotent(policy)}

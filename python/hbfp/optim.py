@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from hbfp import ops
 from hbfp.errors import ConversionError
 from hbfp.format import HBFP
-from hbfp.policy import layer_states
+from hbfp.policy import layer_states, weights_of
 
 __all__ = ["wide_weights"]
 
@@ -42,9 +42,10 @@ def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int =
     format = HBFP(bits)
     weights: dict[int, Tensor] = {}
     for _, module, _ in layer_states(model):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            weights[id(weight)] = weight
+        for owner, name in weights_of(module, format):
+            weight = owner._parameters.get(name)
+            if weight is not None:
+                weights[id(weight)] = weight
     if not weights:
         raise ConversionError("no converted layer has a weight: call hbfp.convert_(model) before hbfp.wide_weights")
 

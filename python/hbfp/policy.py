@@ -36,6 +36,7 @@ __all__ = [
     "parse_rules",
     "recipe",
     "stream",
+    "weights_of",
 ]
 
 
@@ -367,7 +368,7 @@ class LayerState:
     """In force now."""
     root: RootState
     site: int = 0
-    """The layer's number in the order of conversion."""
+    """The layer's number in the order of conversion; the first of them, where it has several."""
     position: Position = Position.INNER
     pinned: bool = False
     """A rule named the width: schedules leave it alone."""
@@ -376,18 +377,19 @@ class LayerState:
     undo: tuple[type[nn.Module], LayerState | None] | None = None
     """The class and the state before `convert_`."""
 
-    def stream(self, index: int = 0) -> int:
-        """The stream of the layer's products in this step, role 0."""
-        return self.root.step << 32 | self.site << 12 | (index & 0xFF) << 4
+    def stream(self, index: int = 0, part: int = 0) -> int:
+        """The stream of the layer's products in this step, role 0; `part` counts the sites of a layer with several."""
+        return self.root.step << 32 | self.site + part << 12 | (index & 0xFF) << 4
 
 
-def solo_state(value: str | HBFP | Recipe, seed: int, site: int) -> LayerState:
-    """The state of a layer that a user builds directly.
+def solo_state(value: str | HBFP | Recipe, seed: int, site: int, sites: int = 1) -> LayerState:
+    """The state of a layer that a user builds directly, with `sites` sites from `site` on.
 
     Raises:
-        HBFPError: `value` is no recipe, or `site` does not fit 20 bits.
+        HBFPError: `value` is no recipe, or the sites do not fit 20 bits.
     """
     stream(0, site)
+    stream(0, site + sites - 1)
     chosen = recipe(value)
     return LayerState(base=chosen, recipe=chosen, root=RootState(seed=seed), site=site, solo=True)
 
@@ -398,6 +400,12 @@ def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]
         state: Any = module.__dict__.get("hbfp_state")
         if state is not None:
             yield name, module, state
+
+
+def weights_of(module: nn.Module, format: HBFP) -> list[tuple[nn.Module, str]]:
+    """Owner and name of each weight that a converted layer's forward products read as it is, blocked in `format`."""
+    own: Any = getattr(module, "hbfp_weights", None)
+    return [(module, "weight")] if own is None else list(own(format))
 
 
 def root_states(model: nn.Module) -> list[RootState]:

@@ -127,13 +127,25 @@ class Bilinear(nn.Module):
 def test_products_without_a_formula_in_torchs_counter_are_seen(make, shape, forward, backward):
     """They would leave an audit that says 100 % of a network that is mostly LSTM."""
     model = make()
-    hbfp.convert_(model, "hbfp4")
-    found = hbfp.audit(model, torch.randn(*shape))
     layer = "rnn" if make is Recurrent else "pair"
+    hbfp.convert_(model, "hbfp4", rules={layer: None})
+    found = hbfp.audit(model, torch.randn(*shape))
     assert found.by_layer[layer] == (1 + backward) * forward
-    assert {row.reason for row in found.fp32} == {"not supported yet"}
+    assert {row.reason for row in found.fp32} == {f"rule {layer!r}"}
     with pytest.raises(hbfp.HBFPError, match=layer):
         found.require(1.0)
+
+
+def test_recurrent_layers_are_counted_by_hand():
+    model, x = Recurrent(), torch.randn(5, 2, 8)
+    hbfp.convert_(model, "hbfp4")
+    found = hbfp.audit(model, x)
+    of_input, step = 10 * 64 * 8, 2 * 64 * 16
+    # Neither the input nor the first state needs a gradient.
+    assert found.by_layer["rnn"] == 2 * of_input + (5 + 4 + 5) * step
+    x.requires_grad_()
+    assert hbfp.audit(model, x).by_layer["rnn"] == 3 * of_input + (5 + 4 + 5) * step
+    assert found.share(4) == 1.0
 
 
 def test_vectors_are_products_too():

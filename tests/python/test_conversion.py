@@ -73,6 +73,27 @@ def test_rules_first_match_none_and_no_match():
         hbfp.convert_(Late(), rules={"encoder.*": None})
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell, nn.Bilinear])
+def test_layers_that_compute_their_weights_are_refused(kind):
+    """The recurrent layers' weights have names of their own, under which weight_norm hides them."""
+    module = kind(4, 4, 4) if kind is nn.Bilinear else kind(4, 4)
+    name = next(iter(dict(module.named_parameters())))
+    nn.utils.parametrizations.weight_norm(module, name)
+    with pytest.raises(hbfp.ConversionError, match="parametrised"):
+        hbfp.convert_(nn.Sequential(module), "hbfp4")
+
+
+def test_recurrent_subclasses_with_a_forward_of_their_own_are_left_alone():
+    class Last(nn.GRU):
+        def forward(self, input, hx=None):
+            return super().forward(input, hx)[0][-1]
+
+    model = nn.Sequential(Last(4, 4), nn.Linear(4, 4))
+    report = hbfp.convert_(model, "hbfp4")
+    assert list(formats(model)) == ["1"]
+    assert "subclass of GRU with its own forward" in str(report)
+
+
 def test_twice_is_refused_and_the_model_is_as_it_was():
     model = Late()
     hbfp.convert_(model, "hbfp4")
@@ -83,7 +104,7 @@ def test_twice_is_refused_and_the_model_is_as_it_was():
 
 
 def test_what_is_not_supported_yet_is_reported_with_the_reason():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4), nn.LSTM(4, 4))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4), nn.Conv1d(4, 4, 1))
     report = str(hbfp.convert_(model, "hbfp4"))
     assert report.count("not supported yet") == 2
 
@@ -174,7 +195,7 @@ def test_a_width_for_what_cannot_have_one_is_refused():
     hbfp.convert_(model, "hbfp4", rules={"0": None})
 
 
-def test_attention_reaches_into_its_children_and_so_they_stay():
+def test_attention_is_converted_with_its_parts_and_an_encoder_layer_by_its_parts():
     class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -183,8 +204,8 @@ def test_attention_reaches_into_its_children_and_so_they_stay():
 
     model = Encoder()
     report = hbfp.convert_(model, "hbfp4")
-    assert list(formats(model)) == ["head"]
-    assert [(row.name, row.note) for row in report.left] == [("layer", "not supported yet")]
+    assert list(formats(model)) == ["layer.self_attn", "layer.linear1", "layer.linear2", "head"]
+    assert [row.name for row in report.converted] == list(formats(model))
 
 
 def test_a_lazy_layer_is_refused():

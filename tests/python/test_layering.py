@@ -25,7 +25,10 @@ CHAIN = (
     "files",
     "ops",
     "policy",
+    "stationary",
     "autograd",
+    "attention",
+    "recurrence",
     "nn",
     "optim",
     "schedule",
@@ -40,7 +43,7 @@ CHAIN = (
 )
 NUMPY_LEVEL = CHAIN[: CHAIN.index("ops")]
 # "hbfp" for its version; "benchmark" because the core is what it times.
-USERS_OF_THE_CORE = {"errors", "format", "array", "ops", "hbfp", "benchmark"}
+USERS_OF_THE_CORE = {"errors", "format", "array", "ops", "stationary", "hbfp", "benchmark"}
 
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
 

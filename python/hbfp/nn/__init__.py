@@ -7,8 +7,29 @@ from __future__ import annotations
 
 from hbfp.nn import functional
 from hbfp.nn.attention import DotProductAttention
+from hbfp.nn.bilinear import Bilinear
 from hbfp.nn.conversion import convert_, revert_
 from hbfp.nn.linear import Linear
+from hbfp.nn.multihead import MultiheadAttention
+from hbfp.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from hbfp.nn.report import ConversionReport
+from hbfp.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 
-__all__ = ["ConversionReport", "DotProductAttention", "Linear", "convert_", "functional", "revert_"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "Bilinear",
+    "ConversionReport",
+    "DotProductAttention",
+    "GRUCell",
+    "LSTMCell",
+    "Linear",
+    "MultiheadAttention",
+    "RNNCell",
+    "TransformerDecoderLayer",
+    "TransformerEncoderLayer",
+    "convert_",
+    "functional",
+    "revert_",
+]

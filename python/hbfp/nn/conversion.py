@@ -2,7 +2,11 @@
 
 A layer is converted by exchanging its class: parameters, buffers, hooks, optimizers and state_dict keys stay what they
 were. To add a layer: write a subclass of the torch class whose `forward` asks `self.hbfp_state` (see `linear.py`) and
-enter it in `LAYERS`; strike its torch class from `UNSUPPORTED`.
+enter it in `LAYERS`; strike its torch class from `UNSUPPORTED`. If it computes several products at a time, its class
+says how many numbers it takes (`hbfp_sites`), and which weights it reads (`hbfp_weights`; see `recurrent.py`).
+
+A container computes nothing itself, but torch has fused inference paths that reach into its parts' weights without
+calling them: `CONTAINERS` and `_FUSED` say how these are taken off.
 """
 
 from __future__ import annotations
@@ -19,9 +23,13 @@ from torch.nn.utils import parametrize
 
 from hbfp.errors import ConversionError, RuleError
 from hbfp.nn.attention import DotProductAttention
+from hbfp.nn.bilinear import Bilinear
 from hbfp.nn.functional import RecipeLike
 from hbfp.nn.linear import Linear
+from hbfp.nn.multihead import MultiheadAttention
+from hbfp.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from hbfp.nn.report import ConversionReport, ReportRow
+from hbfp.nn.transformer import TransformerDecoderLayer, TransformerEncoderLayer
 from hbfp.policy import (
     SITES,
     LayerState,
@@ -41,20 +49,41 @@ LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
     Linear: Linear,
     DotProductAttention: DotProductAttention,
+    nn.Bilinear: Bilinear,
+    Bilinear: Bilinear,
+    nn.MultiheadAttention: MultiheadAttention,
+    MultiheadAttention: MultiheadAttention,
+    nn.RNN: RNN,
+    RNN: RNN,
+    nn.GRU: GRU,
+    GRU: GRU,
+    nn.LSTM: LSTM,
+    LSTM: LSTM,
+    nn.RNNCell: RNNCell,
+    RNNCell: RNNCell,
+    nn.GRUCell: GRUCell,
+    GRUCell: GRUCell,
+    nn.LSTMCell: LSTMCell,
+    LSTMCell: LSTMCell,
 }
 """Class -> class that computes the same in fixed point."""
 
-UNSUPPORTED: tuple[type[nn.Module], ...] = (
-    nn.modules.conv._ConvNd,
-    nn.Bilinear,
-    nn.MultiheadAttention,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-    nn.RNNBase,
-    nn.RNNCellBase,
-)
-"""torch's other classes that compute products. They stay in FP32 with everything inside them: attention and the encoder
-layer reach into their children's weights without calling them, so that converting those would change nothing."""
+CONTAINERS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.TransformerEncoderLayer: TransformerEncoderLayer,
+    TransformerEncoderLayer: TransformerEncoderLayer,
+    nn.TransformerDecoderLayer: TransformerDecoderLayer,
+    TransformerDecoderLayer: TransformerDecoderLayer,
+}
+"""Class -> class that does the same by calling its parts, for layers whose parts are converted one by one."""
+
+_FUSED: dict[type[nn.Module], tuple[str, Any]] = {nn.TransformerEncoder: ("use_nested_tensor", False)}
+"""Class, subclasses included -> the attribute that takes a fused path off, and its value for that."""
+
+UNSUPPORTED: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd,)
+"""torch's other classes that compute products. They stay in FP32 with everything inside them."""
+
+_WHOLE: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
+"""Classes that reach into their parts' weights without calling them: the parts are not converted by themselves."""
 
 _HARMLESS = frozenset({"__init__", "reset_parameters", "extra_repr", "__annotate__", "__annotate_func__"})
 """What a subclass may define and still be computed by its base's forward, with nothing lost."""
@@ -79,6 +108,12 @@ class _Candidate:
     def name(self) -> str:
         return ", ".join(self.names)
 
+    @property
+    def sites(self) -> int:
+        """How many numbers the layer takes."""
+        count: Any = getattr(self.target, "hbfp_sites", None)
+        return 1 if count is None else int(count(self.module))
+
 
 def _candidates(model: nn.Module) -> list[_Candidate]:
     """Every module that may compute products, in the order of registration, shared ones once."""
@@ -91,13 +126,19 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
             found[id(module)].names.append(name)
             continue
         target, note = _target(module)
-        if isinstance(module, UNSUPPORTED):
+        if _is_whole(module, note):
             opaque.append(f"{name}." if name else "")
         if target is not None or note:
             found[id(module)] = _Candidate(module, [name], target, note=note)
         if opaque and opaque[-1] == "":
-            break  # the model itself is unsupported
+            break  # the model itself is
     return list(found.values())
+
+
+def _is_whole(module: nn.Module, note: str) -> bool:
+    """Whether the modules inside `module` share its fate: it may use their weights without calling them."""
+    left = bool(note) and isinstance(module, nn.TransformerEncoderLayer)
+    return left or isinstance(module, UNSUPPORTED + _WHOLE)
 
 
 def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
@@ -105,13 +146,16 @@ def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     kind = type(module)
     if isinstance(module, UNSUPPORTED):
         return None, "not supported yet"
-    if kind in LAYERS and "forward" in module.__dict__:
+    if (kind in LAYERS or isinstance(module, nn.TransformerEncoderLayer)) and "forward" in module.__dict__:
         return None, "its forward was replaced on the instance"
+    if isinstance(module, nn.TransformerEncoderLayer):
+        added = sorted(_added_methods(kind, _base(kind, CONTAINERS)))
+        return None, f"subclass of TransformerEncoderLayer with its own {', '.join(added)}" if added else ""
     if parametrize.is_parametrized(module):
         kind = kind.__mro__[1]  # the class that parametrisation derived from; `_refuse` has the last word
     if kind in LAYERS:
         return LAYERS[kind], ""
-    base = next((base for base in kind.__mro__ if base in LAYERS), None)
+    base = _base(kind, LAYERS)
     if base is not None:
         added = sorted(_added_methods(kind, base))
         if not added or isinstance(module, LazyModuleMixin):  # the latter is for `_refuse`
@@ -121,6 +165,11 @@ def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     if own and not kind.__module__.startswith("torch.nn."):
         return None, f"multiplies by {', '.join(own)} itself, if at all: use hbfp.nn.functional (hbfp.audit counts)"
     return None, ""
+
+
+def _base(kind: type, table: Mapping[type[nn.Module], type[nn.Module]]) -> Any:
+    """The nearest class of `kind`'s line that the table has."""
+    return next((base for base in kind.__mro__ if base in table), None)
 
 
 def _added_methods(kind: type, base: type) -> set[str]:
@@ -140,15 +189,27 @@ def _refuse(candidate: _Candidate) -> None:
     if state is not None and state.undo is not None:
         raise ConversionError(f"{name!r} is converted already: call hbfp.revert_(model) first, or keep it as it is by "
                               f"rules={{{candidate.names[0]!r}: None}}")  # fmt: skip
-    if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
+    if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
         raise ConversionError(f"{name!r} has no shape yet: run one batch through the model before converting it")
-    missing = isinstance(module, nn.Linear) and "weight" not in module._parameters
-    if parametrize.is_parametrized(module) or missing:
+    if any(parametrize.is_parametrized(part) or _computes_weights(part) for part in module.modules()):
         raise ConversionError(
             f"{name!r} is parametrised (weight_norm, spectral_norm, ...): its weight is computed anew at each use, "
             f"which is not supported yet: remove the parametrisation, or keep it in FP32 by "
             f"rules={{{candidate.names[0]!r}: None}}"
         )
+
+
+def _computes_weights(module: nn.Module) -> bool:
+    """Whether a weight that the class declares is no parameter any more: a forward pre-hook makes it."""
+    if isinstance(module, nn.RNNBase):
+        declared = module._flat_weights_names
+    elif isinstance(module, nn.RNNCellBase):
+        declared = ["weight_ih", "weight_hh"]
+    elif isinstance(module, nn.MultiheadAttention):
+        declared = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    else:
+        declared = ["weight"] if isinstance(module, nn.Linear | nn.Bilinear) else []
+    return any(name not in module._parameters for name in declared)
 
 
 def _decide(candidates: Sequence[_Candidate], rules: Sequence[Rule], base: Recipe) -> None:
@@ -174,7 +235,21 @@ def _decide(candidates: Sequence[_Candidate], rules: Sequence[Rule], base: Recip
 
 
 def _check_rules(model: nn.Module, candidates: Sequence[_Candidate], rules: Sequence[Rule]) -> None:
-    """Raises for a rule without effect: it matches nothing, or names a width for what cannot have one."""
+    """Raises for a rule without effect: it matches nothing, names a width for what cannot have one, or speaks of a part
+    of a layer that is converted as a whole.
+    """
+    for candidate in candidates:
+        if candidate.target is None or not isinstance(candidate.module, _WHOLE):
+            continue
+        for whole in candidate.names:
+            deciding = next((rule for rule in rules if rule.covers(whole)), None)
+            for inside, _ in candidate.module.named_modules(prefix=whole):
+                rule = next((rule for rule in rules if rule.covers(inside)), None)
+                if rule is not deciding and rule is not None:
+                    raise RuleError(
+                        f"rule {rule.pattern!r} speaks of {inside!r}, which is computed by {whole!r} and converted "
+                        f"with it: name {whole!r}"
+                    )
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     convertible = {name for candidate in candidates if candidate.target is not None for name in candidate.names}
     for rule in rules:
@@ -312,8 +387,8 @@ def convert_(
     if not chosen:
         left = "; ".join(f"{candidate.name or type(model).__name__}: {candidate.note}" for candidate in candidates[:8])
         raise ConversionError(f"{type(model).__name__} has nothing to convert: {left or 'no module computes products'}")
-    if len(chosen) > SITES:
-        raise ConversionError(f"{len(chosen)} layers are more than the {SITES} that random streams tell apart")
+    if (sites := sum(candidate.sites for candidate in chosen)) > SITES:
+        raise ConversionError(f"{sites} products are more than the {SITES} that random streams tell apart")
     first_layer, last_layer, notes = _ends(model, chosen, example_inputs, (first, last))
 
     root = RootState(seed=seed)
@@ -334,10 +409,11 @@ def convert_(
             )
             _install(candidate.module, candidate.target, state)
             formats = state.recipe.formats
-            site += 1
+            site += candidate.sites
         else:
             root.left.update(dict.fromkeys(candidate.names, candidate.note))
         rows.append(ReportRow(candidate.name, kind, formats, position, candidate.note))
+    _take_off_fused_paths(model, {id(candidate.module) for candidate in chosen})
     model.__dict__["hbfp_root"] = root
     model.register_forward_pre_hook(_advance_step)
     return ConversionReport(tuple(rows), tuple(notes))
@@ -359,6 +435,31 @@ def _install(module: nn.Module, kind: type[nn.Module], state: LayerState | None)
         module.__dict__["hbfp_state"] = state
 
 
+def _take_off_fused_paths(model: nn.Module, converted: set[int]) -> None:
+    """Containers around converted layers call them from now on; what they were is kept in `hbfp_undo`."""
+    for module in model.modules():
+        inside = any(id(part) in converted for part in module.modules())
+        if not inside or "hbfp_undo" in module.__dict__:
+            continue
+        kind = type(module)
+        base = _base(kind, CONTAINERS)
+        if base is not None and not _added_methods(kind, base):
+            module.__dict__["hbfp_undo"] = kind, {}
+            module.__class__ = CONTAINERS[base]
+        for fused, (name, value) in _FUSED.items():
+            if isinstance(module, fused):
+                module.__dict__["hbfp_undo"] = kind, {name: module.__dict__[name]}
+                module.__dict__[name] = value
+
+
+def _put_back_fused_paths(model: nn.Module) -> None:
+    for module in model.modules():
+        undo = module.__dict__.pop("hbfp_undo", None)
+        if undo is not None:
+            module.__class__, attributes = undo
+            module.__dict__.update(attributes)
+
+
 def revert_(model: nn.Module) -> None:
     """Takes back `convert_`: every converted layer under `model` is again what it was, with the weights it has now.
 
@@ -372,6 +473,7 @@ def revert_(model: nn.Module) -> None:
         assert state.undo is not None
         state.root.active = False
         _install(module, *state.undo)
+    _put_back_fused_paths(model)
     for module in model.modules():
         if module.__dict__.pop("hbfp_root", None) is not None:
             _remove_hook(module, _advance_step)

@@ -9,15 +9,18 @@ that do not fit raise `ShapeError`. Gradients are fixed-point products too; they
 
 from __future__ import annotations
 
+from math import prod
+
+import torch
 from torch import Tensor
 
-from hbfp import autograd
+from hbfp import autograd, ops
 from hbfp.errors import HBFPError, ShapeError
 from hbfp.format import HBFP
-from hbfp.policy import ROLES, Recipe
+from hbfp.policy import INDICES, ROLES, Recipe
 from hbfp.policy import recipe as _recipe
 
-__all__ = ["bmm", "linear", "matmul", "scaled_dot_product_attention"]
+__all__ = ["baddbmm", "bilinear", "bmm", "einsum", "linear", "matmul", "scaled_dot_product_attention"]
 
 RecipeLike = str | HBFP | Recipe
 
@@ -74,6 +77,125 @@ def bmm(input: Tensor, mat2: Tensor, *, recipe: RecipeLike, seed: int = 0, strea
     return autograd.matmul(input, mat2, _recipe(recipe), seed, stream)
 
 
+def baddbmm(
+    input: Tensor,
+    batch1: Tensor,
+    batch2: Tensor,
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    recipe: RecipeLike,
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor:
+    """beta · input + alpha · batch1 · batch2: the product in fixed point, the rest in float32.
+
+    Shapes: input broadcasts to [B, M, N], batch1 [B, M, K], batch2 [B, K, N]; result [B, M, N]. With beta 0 `input` is
+    not read.
+    """
+    product = bmm(batch1, batch2, recipe=recipe, seed=seed, stream=stream)
+    if alpha != 1.0:
+        product = product * alpha
+    if beta == 0.0:
+        return product
+    ops.require_real(input)
+    added = input.to(torch.float32)
+    if torch.broadcast_shapes(added.shape, product.shape) != product.shape:
+        raise ShapeError(f"input must broadcast to {tuple(product.shape)}; found {tuple(input.shape)}")
+    return product + (added if beta == 1.0 else added * beta)
+
+
+def bilinear(
+    input1: Tensor,
+    input2: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    recipe: RecipeLike,
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor:
+    """y_o = input1 · A_o · input2 + bias_o, as two products.
+
+    First T = input2 · Aᵀ, a linear layer whose weight is `weight` seen as [out · in1, in2]; then, for each row,
+    y = T · input1, a batched product with in1 as its reduction. Their gradients are those of a linear layer and of a
+    batched product. The bias is added in float32.
+
+    Shapes: input1 [..., in1], input2 [..., in2], weight [out, in1, in2], bias [out]; result [..., out].
+    """
+    _words(seed, stream)
+    return bilinear_products(input1, input2, weight, bias, _recipe(recipe), seed, stream)
+
+
+SECOND = 8
+"""What the roles of a bilinear layer's second product have more than those of its first."""
+
+
+def bilinear_products(
+    input1: Tensor,
+    input2: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    recipe: Recipe,
+    seed: int,
+    stream: int,
+    source: object = None,
+) -> Tensor:
+    """`bilinear` for a layer, which names itself as the source of the products."""
+    if (
+        weight.dim() != 3
+        or input1.dim() == 0
+        or input1.shape[:-1] != input2.shape[:-1]
+        or (input1.shape[-1], input2.shape[-1]) != tuple(weight.shape[1:])
+    ):
+        raise ShapeError(
+            "bilinear takes input1 [..., in1], input2 [..., in2] and weight [out, in1, in2]; found "
+            f"{tuple(input1.shape)}, {tuple(input2.shape)} and {tuple(weight.shape)}"
+        )
+    ops.require_real(input1, input2, weight, bias)
+    outputs, in1, _ = weight.shape
+    batch = input1.shape[:-1]
+    rows = prod(batch)
+    x1, x2 = input1.reshape(rows, 1, in1), input2.reshape(rows, input2.shape[-1])
+    per_row = autograd.linear(x2, weight.flatten(0, 1), None, recipe, seed, stream, source)
+    tables = per_row.view(rows, outputs, in1).transpose(1, 2)
+    out = autograd.matmul(x1, tables, recipe, seed, stream | SECOND, source).view(*batch, outputs)
+    return out if bias is None else out + bias
+
+
+def einsum(equation: str, *operands: Tensor, recipe: RecipeLike, seed: int = 0, stream: int = 0) -> Tensor:
+    """`torch.einsum` with its products in fixed point.
+
+    Two operands are brought into the form [batch, M, K] · [batch, K, N] and multiplied as by `matmul`: the batch are
+    the indices of both operands that the result keeps, in its order; K those of both that it does not keep, in the
+    left operand's order; M and N those of one operand, in its own order. An index twice in one operand takes the
+    diagonal, and one that only a single operand has and the result does not is summed in float32 first. If no index
+    would be summed, neither here nor in a gradient (every index in both operands and in the result), it is an
+    elementwise product in float32.
+
+    More than two operands are multiplied from left to right, the stream's index one higher for each further product.
+
+    Args:
+        equation: as in torch, with "..." and with or without "->"; upper and lower case letters.
+        operands: one or more. One alone is no product, and is computed by torch.
+
+    Raises:
+        ShapeError: equation and operands do not fit.
+    """
+    _words(seed, stream)
+    chosen = _recipe(recipe)
+    ops.require_real(*operands)
+    inputs, output = _parse(equation, operands)
+    left, labels = operands[0].to(torch.float32), inputs[0]
+    if len(operands) == 1:
+        return _arrange(*_reduce(left, labels, output), output)
+    for place, right in enumerate(operands[1:], 1):
+        wanted = "".join(dict.fromkeys(output + "".join(inputs[place + 1 :])))
+        right, found = right.to(torch.float32), inputs[place]
+        left, labels = _pair(left, labels, right, found, wanted, chosen, seed, _indexed(stream, place - 1))
+    return _arrange(left, labels, output)
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -103,3 +225,110 @@ def scaled_dot_product_attention(
     """
     _words(seed, stream)
     return autograd.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, _recipe(recipe), seed, stream)
+
+
+# --- einsum ----------------------------------------------------------------------------------------------------------
+
+_BROADCAST = [chr(code) for code in range(0x3B1, 0x3C9)]
+"""Labels for the dimensions of "...", which the user cannot type as indices."""
+
+
+def _parse(equation: str, operands: tuple[Tensor, ...]) -> tuple[list[str], str]:
+    """One letter for each dimension of each operand, and those of the result."""
+    text = equation.replace(" ", "")
+    left, arrow, right = text.partition("->")
+    terms = left.split(",")
+    shapes = ", ".join(str(tuple(x.shape)) for x in operands)
+    if not operands or len(terms) != len(operands):
+        raise ShapeError(f"einsum {equation!r} has {len(terms)} operands; found {len(operands)}: {shapes}")
+    inputs = []
+    for term, operand in zip(terms, operands, strict=True):
+        named = term.replace("...", "", 1)
+        hidden = operand.dim() - len(named)
+        if not all(c.isascii() and c.isalpha() for c in named) or hidden < 0 or (hidden and "..." not in term):
+            raise ShapeError(
+                f"einsum {equation!r}: {term!r} does not describe an operand of shape {tuple(operand.shape)}"
+            )
+        # The dots of operands with fewer dimensions are aligned to the right.
+        inputs.append(term.replace("...", "".join(_BROADCAST[-hidden:] if hidden else "")))
+    known = "".join(inputs)
+    dots = "".join(label for label in _BROADCAST if label in known)
+    if arrow:
+        output = right.replace("...", dots, 1)
+    else:
+        output = dots + "".join(sorted(c for c in set(known) - set(dots) if known.count(c) == 1))
+    if len(set(output)) != len(output) or not set(output) <= set(known):
+        raise ShapeError(f"einsum {equation!r}: the result repeats an index or names one that no operand has")
+    sizes: dict[str, int] = {}
+    for labels, operand in zip(inputs, operands, strict=True):
+        for label, size in zip(labels, operand.shape, strict=True):
+            if size != 1 and sizes.setdefault(label, size) != size:
+                raise ShapeError(f"einsum {equation!r}: one index has the sizes {sizes[label]} and {size} in {shapes}")
+    return inputs, output
+
+
+def _indexed(stream: int, further: int) -> int:
+    """The stream with its index `further` higher, modulo 256."""
+    index = (stream >> 4) + further & INDICES - 1
+    return stream & ~((INDICES - 1) << 4) | index << 4
+
+
+def _reduce(x: Tensor, labels: str, wanted: str) -> tuple[Tensor, str]:
+    """Diagonals taken of indices that come twice, and those summed that nobody wants."""
+    for label in dict.fromkeys(labels):
+        while labels.count(label) > 1:
+            first = labels.index(label)
+            second = labels.index(label, first + 1)
+            if x.shape[first] != x.shape[second]:
+                raise ShapeError(
+                    f"einsum: an index repeated in one operand has sizes {x.shape[first]}, {x.shape[second]}"
+                )
+            x = x.diagonal(0, first, second)
+            labels = labels[:first] + labels[first + 1 : second] + labels[second + 1 :] + label
+    summed = [place for place, label in enumerate(labels) if label not in wanted]
+    if summed:
+        x = x.sum(summed)
+        labels = "".join(label for label in labels if label in wanted)
+    return x, labels
+
+
+def _pair(
+    a: Tensor, a_labels: str, b: Tensor, b_labels: str, wanted: str, recipe: Recipe, seed: int, stream: int
+) -> tuple[Tensor, str]:
+    """The product of two operands with the indices `wanted` later, and the indices of its dimensions."""
+    a, a_labels = _reduce(a, a_labels, wanted + b_labels)
+    b, b_labels = _reduce(b, b_labels, wanted + a_labels)
+    # A size of 1 opposite a larger one is broadcast: an index to contract is then the other operand's alone.
+    sizes_a, sizes_b = dict(zip(a_labels, a.shape, strict=True)), dict(zip(b_labels, b.shape, strict=True))
+    stretched = [label for label in a_labels if label in sizes_b and sizes_a[label] != sizes_b[label]]
+    for label in stretched:
+        if sizes_a[label] == 1:
+            a = a.squeeze(a_labels.index(label))
+            a_labels = a_labels.replace(label, "")
+        else:
+            b = b.squeeze(b_labels.index(label))
+            b_labels = b_labels.replace(label, "")
+    if stretched:
+        a, a_labels = _reduce(a, a_labels, wanted + b_labels)
+        b, b_labels = _reduce(b, b_labels, wanted + a_labels)
+
+    both = [label for label in a_labels if label in b_labels]
+    batch = [label for label in wanted if label in both]
+    contracted = [label for label in both if label not in wanted]
+    left = [label for label in a_labels if label not in both]
+    right = [label for label in b_labels if label not in both]
+    if not contracted and not left and not right:
+        return _arrange(a, a_labels, "".join(batch)) * _arrange(b, b_labels, "".join(batch)), "".join(batch)
+    size = {**dict(zip(a_labels, a.shape, strict=True)), **dict(zip(b_labels, b.shape, strict=True))}
+    many, m, k, n = (prod(size[label] for label in group) for group in (batch, left, contracted, right))
+    stacked = [many] if batch else []
+    a = _arrange(a, a_labels, "".join(batch + left + contracted)).reshape(*stacked, m, k)
+    b = _arrange(b, b_labels, "".join(batch + contracted + right)).reshape(*stacked, k, n)
+    labels = "".join(batch + left + right)
+    out = autograd.matmul(a, b, recipe, seed, stream)
+    return out.reshape([size[label] for label in labels]), labels
+
+
+def _arrange(x: Tensor, labels: str, wanted: str) -> Tensor:
+    """The dimensions in the order wanted."""
+    return x.permute([labels.index(label) for label in wanted])

@@ -1,0 +1,117 @@
+"""Attention in two halves, for callers that want the softmax between them too.
+
+The bits are those of `hbfp.autograd.attention` with the same numbers: the same products with the same roles. What
+reaches the softmax from elsewhere, a loss on the weights, is added to what reaches it through the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hbfp import ops
+from hbfp.autograd import Role
+from hbfp.policy import Backend, Recipe
+
+__all__ = ["ContextFunction", "WeightsFunction"]
+
+
+class WeightsFunction(torch.autograd.Function):
+    """P = softmax(scale Q Kᵀ + mask). Q [..., L, E], K [..., S, E], mask [..., L, S] float32 or None; P [..., L, S]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        recipe: Recipe,
+        seed: int,
+        stream: int,
+        source: object,
+    ) -> Tensor:
+        policy = recipe.forward
+        scores = _multiply(recipe)(
+            q, -1, k, -1, policy.formats, policy.roundings, seed,
+            (stream | Role.Q_FORWARD, stream | Role.K_FORWARD), name="scores", source=source,
+        )  # fmt: skip
+        p = ops.softmax(scores, scale, False, None if mask is None else mask.expand(scores.shape), reuse=True)
+        need_q, need_k, need_mask = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(
+            q if need_k else None, k if need_q else None, p if any((need_q, need_k, need_mask)) else None
+        )
+        ctx.mask_shape, ctx.scale = None if mask is None else mask.shape, scale
+        ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
+        return p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, p = ctx.saved_tensors
+        need_q, need_k, need_mask = ctx.needs_input_grad[:3]
+        recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
+        multiply = _multiply(recipe)
+        dq = dk = dmask = None
+        if need_mask:
+            dmask = ops.softmax_backward(p, dp, 1.0).sum_to_size(ctx.mask_shape)
+        if need_q or need_k:
+            ds = ops.softmax_backward(p, dp, ctx.scale)
+        if need_q:
+            policy = recipe.input_gradient
+            dq = multiply(
+                ds, -1, k, -2, policy.formats, policy.roundings, seed,
+                (stream | Role.DS_FOR_DQ, stream | Role.QKV_BACKWARD), name="gradient of Q", source=source,
+            )  # fmt: skip
+        if need_k:
+            policy = recipe.weight_gradient
+            dk = multiply(
+                ds, -2, q, -2, policy.formats, policy.roundings, seed,
+                (stream | Role.DS_FOR_DK, stream | Role.QKV_BACKWARD), name="gradient of K", source=source,
+            )  # fmt: skip
+        return dq, dk, dmask, None, None, None, None, None
+
+
+class ContextFunction(torch.autograd.Function):
+    """O = P V. P [..., L, S], V [..., S, Ev]; O [..., L, Ev]."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, v: Tensor, recipe: Recipe, seed: int, stream: int, source: object) -> Tensor:
+        policy = recipe.forward
+        need_p, need_v = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(p if need_v else None, v if need_p else None)
+        ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
+        return _multiply(recipe)(
+            p, -1, v, -2, policy.formats, policy.roundings, seed,
+            (stream | Role.P_FORWARD, stream | Role.V_FORWARD), name="context", source=source,
+        )  # fmt: skip
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        p, v = ctx.saved_tensors
+        need_p, need_v = ctx.needs_input_grad[:2]
+        recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
+        multiply = _multiply(recipe)
+        dp = dv = None
+        if need_p:
+            policy = recipe.input_gradient
+            dp = multiply(
+                do, -1, v, -1, policy.formats, policy.roundings, seed,
+                (stream | Role.DO_FOR_DP, stream | Role.QKV_BACKWARD), name="gradient of P", source=source,
+            )  # fmt: skip
+        if need_v:
+            policy = recipe.weight_gradient
+            dv = multiply(
+                p, -2, do, -2, policy.formats[::-1], policy.roundings[::-1], seed,
+                (stream | Role.P_FOR_DV, stream | Role.DO_FOR_DV), name="gradient of V", source=source,
+            )  # fmt: skip
+        return dp, dv, None, None, None, None
+
+
+def _multiply(recipe: Recipe) -> Callable[..., Tensor]:
+    return ops.product if recipe.backend is Backend.INTEGER else ops.reference_product

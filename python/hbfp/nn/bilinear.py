@@ -1,0 +1,56 @@
+"""A bilinear layer whose products run in fixed point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from hbfp.format import HBFP
+from hbfp.nn.functional import RecipeLike, bilinear_products
+from hbfp.policy import LayerState, solo_state
+
+__all__ = ["Bilinear"]
+
+
+class Bilinear(nn.Bilinear):
+    """`torch.nn.Bilinear` in fixed point: same parameters, same state_dict, same initialisation.
+
+    The products are those of `hbfp.nn.functional.bilinear`.
+
+    Args:
+        args, keywords: as in `torch.nn.Bilinear`.
+        recipe: a name, a format or a `hbfp.Recipe`.
+        seed: of stochastic rounding.
+        site: tells the random bits of this layer from those of other layers with the same seed, 0 … 2^20 − 1.
+
+    Shapes: inputs [..., in1_features] and [..., in2_features] of any real floating dtype; output [..., out_features],
+    float32.
+    """
+
+    hbfp_state: LayerState | None = None
+    """None: the layer computes in FP32, as torch's does."""
+
+    def __init__(self, *args: Any, recipe: RecipeLike = "hbfp4", seed: int = 0, site: int = 0, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.hbfp_state = solo_state(recipe, seed, site)
+
+    def hbfp_weights(self, format: HBFP) -> list[tuple[nn.Module, str]]:
+        """Owner and name of the weight, if packing it as it is gives what the forward product reads.
+
+        That one sees a matrix, in which tiles reach from one output's slice into the next.
+        """
+        return [(self, "weight")] if format.tile is None else []
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        state = self.hbfp_state
+        if state is None:
+            return super().forward(input1, input2)
+        if state.solo and self.training:
+            state.root.advance()
+        return bilinear_products(
+            input1, input2, self.weight, self.bias, state.recipe, state.root.seed, state.stream(), state
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {'FP32' if self.hbfp_state is None else self.hbfp_state.recipe.formats}"

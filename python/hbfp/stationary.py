@@ -1,0 +1,89 @@
+"""Products that share their right operand: a weight that stays while step after step of a sequence meets it.
+
+Where the codes of the weight do not depend on the step, that is, unless it is rounded stochastically, it is encoded and
+laid out once. The bits are those of `ops.product` either way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import Parameter
+
+from hbfp import _core, ops
+from hbfp.format import Rounding
+from hbfp.policy import Backend, MatmulPolicy
+
+__all__ = ["StationaryWeight"]
+
+
+class StationaryWeight:
+    """The right operand of one product at each of many steps.
+
+    Args:
+        weight: [N, K], reduced along -1, or [K, N], reduced along -2.
+        axis: which.
+        policy: formats and roundings of the product.
+        backend: who computes it.
+        seed: of stochastic rounding.
+        streams: of the left and of the right operand at index 0.
+        name, source: told to the recorders, as by `ops.product`.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        axis: int,
+        policy: MatmulPolicy,
+        backend: Backend,
+        seed: int,
+        streams: tuple[int, int],
+        *,
+        name: str,
+        source: object,
+    ) -> None:
+        self.weight, self.axis, self.policy, self.backend = weight, axis, policy, backend
+        self.seed, self.streams, self.name, self.source = seed, streams, name, source
+        self.threads = torch.get_num_threads()
+        self.packed = self._lay_out()
+
+    def _lay_out(self) -> _core.Packed | None:
+        """None: every step goes through `ops.product`, which knows about all that is not as usual."""
+        weight, right = self.weight, self.policy.right
+        usual = type(weight) in (Tensor, Parameter) and weight.is_cpu and weight.dtype is torch.float32
+        if (
+            not usual
+            or weight.numel() == 0
+            or weight.is_meta
+            or right.rounding is Rounding.STOCHASTIC
+            or self.backend is not Backend.INTEGER
+            or is_compiling()
+            or torch._C._len_torch_dispatch_stack()
+        ):
+            return None
+        operand = _core.Floats(weight.resolve_neg(), self.axis, right.format.core, right.rounding.code)
+        return _core.prepack(operand, self.threads)
+
+    def multiply(self, x: Tensor, index: int, out: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [M, K] times the weight, plus bias [N], into `out`, contiguous, [M, N], at step `index`.
+
+        `x` and `bias` are float32, and plain tensors if the weight is one.
+        """
+        step = (index & 0xFF) << 4
+        left, right = self.streams
+        formats, roundings = self.policy.formats, self.policy.roundings
+        if self.packed is None:
+            multiply = ops.product if self.backend is Backend.INTEGER else ops.reference_product
+            result = multiply(
+                x, -1, self.weight, self.axis, formats, roundings, self.seed, (left | step, right | step), bias,
+                name=self.name, source=self.source,
+            )  # fmt: skip
+            return out.copy_(result)
+        operand = _core.Floats(x, -1, formats[0].core, roundings[0], self.seed, left | step)
+        _core.product(operand, self.packed, out, bias, False, self.threads)
+        if ops.recorders:
+            report = ops.Product(self.name, self.source, out.numel() * x.shape[-1], *formats)
+            for recorder in tuple(ops.recorders):
+                recorder(report)
+        return out
