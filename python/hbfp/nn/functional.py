@@ -82,12 +82,17 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
     *,
     recipe: RecipeLike,
     seed: int = 0,
     stream: int = 0,
 ) -> Tensor:
     """softmax(scale · query · keyᵀ + mask) · value: both products in fixed point, the softmax in float32.
+
+    The scores [..., L, S] are never in memory as a whole, forward or backward, and backward keeps nothing but the inputs;
+    except with dropout, where the mask requires a gradient, and for formats of tiles, of whole tensors or of more than 8
+    bits. The result is the same in either way.
 
     Args:
         query, key, value: [..., L, E], [..., S, E], [..., S, Ev]; batch dimensions broadcast.
@@ -97,9 +102,14 @@ def scaled_dot_product_attention(
             whenever it is not 0: pass 0.0 in evaluation.
         is_causal: row i sees columns 0 … i. Not together with a mask.
         scale: 1/√E if None.
+        enable_gqa: key and value [..., G, S, …] have fewer heads than query [..., H, L, E], H a multiple of G, each shared
+            by H / G query heads in a row. They are not copied. The bits are those of key and value repeated
+            (`repeat_interleave` along dimension -3); their gradients are sums over the heads that share them.
 
     Returns:
         [..., L, Ev]. A row whose every column is masked gives 0.
     """
     _words(seed, stream)
-    return autograd.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, _recipe(recipe), seed, stream)
+    return autograd.attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, _recipe(recipe), seed, stream, enable_gqa=enable_gqa
+    )

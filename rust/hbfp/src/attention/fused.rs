@@ -174,7 +174,8 @@ impl Attention<'_> {
         Ok(Sizes { matrices: batch.iter().product(), rows, columns, depth, width })
     }
 
-    /// Columns that a strip reads: `needed`, or, in whole blocks, those that its last row sees.
+    /// Columns that a strip reads: all, or, where it may skip some, those that its last row sees. In whole blocks of the
+    /// reduction along S, which are faster to encode than parts.
     fn columns(&self, sizes: &Sizes, rows: &Range<usize>, block: usize, skips: bool) -> usize {
         if self.causal && skips { rows.end.next_multiple_of(block).min(sizes.columns) } else { sizes.columns }
     }
@@ -413,8 +414,8 @@ impl Backward<'_> {
             skips &= !keys.is_general();
         }
         if self.dk.is_some() {
+            // A NaN of Q is one of P too.
             pairs.keys.lay_out_right(self.q[1].rows(matrix, rows.clone()), queries, scratch);
-            skips &= !queries.is_general();
         }
         let mut seen = attention.columns(sizes, &rows, pairs.queries.block, skips);
         attention.weights(&pairs.scores, self.mask.as_ref(), (matrix, &rows), seen, buffers);
@@ -436,9 +437,8 @@ impl Backward<'_> {
         pairs.weights.multiply(&outputs[0], values, seen, ds, true);
         let padded = seen.next_multiple_of(PARTIALS);
         for i in 0..rows.len() {
+            // Behind the columns seen P is +0.0; dP is there that of other keys or of none, and NaN only where all of the row is.
             let (p, ds) = (&p.row(i)[..padded], &mut ds.row(i)[..padded]);
-            // Behind the last column P is +0.0, and dP is whatever the panel's unused columns gave.
-            ds[seen..].fill(0.0);
             let backward = pairs.scores.kernels.softmax_backward_row;
             // SAFETY: both have `padded` elements, a multiple of PARTIALS.
             unsafe { backward(p.as_ptr(), ds.as_mut_ptr(), padded, attention.scale) };
