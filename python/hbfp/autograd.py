@@ -345,9 +345,7 @@ class FusedAttentionFunction(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None, None, None, None
 
 
-def _expanded(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The operands with all batch dimensions, and the mask as float32 that is added to the scores; no copies of any."""
     batch = _batch_of(q, k, v)
     if mask is not None:
@@ -360,7 +358,7 @@ def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
     return (
         recipe.backend is _INTEGER
         and dropout == 0.0
-        and not (mask is not None and mask.requires_grad)
+        and not (mask is not None and mask.requires_grad and is_grad_enabled())
         and all(
             format.block is not None and format.bits <= 8
             for policy in (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
@@ -509,7 +507,7 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Heads as groups of query heads that share a head of keys and values: views that broadcast."""
     if min(q.dim(), k.dim(), v.dim()) < 3 or k.shape[-3] != v.shape[-3] or q.shape[-3] % max(k.shape[-3], 1):
         raise ShapeError(
-            "grouped queries take q [..., H, L, E], k [..., G, S, E] and v [..., G, S, Ev] with H a multiple of G; found "
+            "grouped queries take q [..., H, L, E], k [..., G, S, E] and v [..., G, S, Ev], H a multiple of G; found "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     groups = k.shape[-3]

@@ -363,12 +363,10 @@ Roundings = tuple[int, int]
 
 
 def _codings(formats: Formats, roundings: Roundings, streams: Sequence[int]) -> list[tuple[_core.Format, int, int]]:
-    return [(format.core, *rest) for format, *rest in zip(formats, roundings, streams, strict=True)]
+    return [(formats[i].core, roundings[i], streams[i]) for i in (0, 1)]
 
 
-def _record_attention(
-    q: Tensor, k: Tensor, depth: int, formats: Formats, name: str, source: object
-) -> None:
+def _record_attention(q: Tensor, k: Tensor, depth: int, formats: Formats, name: str, source: object) -> None:
     """Tells of one product of attention, whose multiply-accumulates are those of all rows with all columns."""
     macs = prod(q.shape[:-1]) * k.shape[-2] * depth
     for recorder in tuple(recorders):
@@ -392,8 +390,8 @@ def attention(
     """softmax(scale Q Kᵀ + mask) V without the L x S matrix in memory: the bits of two `product`s and `softmax`.
 
     Shapes:
-        q: [..., L, E]; k: [..., S, E]; v: [..., S, Ev]; mask: float32 [..., L, S], added to the scaled scores. All with the
-        same batch dimensions, and strides of 0 where something is shared. No dimension may be 0.
+        q: [..., L, E]; k: [..., S, E]; v: [..., S, Ev]; mask: float32 [..., L, S], added to the scaled scores. All with
+            the same batch dimensions, and strides of 0 where something is shared; L, S, E and Ev are not 0.
         result: [..., L, Ev], float32, contiguous.
 
     Args:
