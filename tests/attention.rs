@@ -341,6 +341,24 @@ fn threads_and_what_a_workspace_held_before_do_not_matter() {
     }
 }
 
+/// A read past an operand ends the tests with SIGSEGV.
+#[cfg(unix)]
+#[test]
+fn reads_nothing_beside_its_operands() {
+    let levels = contexts();
+    for storage in [Storage::FencedAfter, Storage::FencedBefore] {
+        for turned in [false, true] {
+            let mut case = Case::new([1, 2, 37, 45, 19, 21], line(4, 16), 7);
+            case.mask = Some(dense([1, 2, 37, 45], Fill::Plain, 8));
+            let Case { q, k, v, output, mask, .. } = &mut case;
+            for x in [q, k, v, output, mask.as_mut().unwrap()] {
+                *x = Tensor::new(&x.values(), x.shape(), Placement { turned, ..Placement::DENSE }, storage);
+            }
+            case.check(&levels, ALL, &|| format!("{storage:?}, turned {turned}"));
+        }
+    }
+}
+
 #[test]
 fn a_workspace_holds_strips_and_no_matrix() {
     // L x S would be 16 MiB.
