@@ -1,5 +1,5 @@
-//! Fused attention against its definition, the products and the softmax one after the other with all matrices in memory,
-//! bit for bit: at every level, on one thread and on several.
+//! Fused attention against its definition, the products and the softmax one after the other with all matrices in
+//! memory, bit for bit: at every level, on one thread and on several.
 //!
 //! The bugs these hunt: random bits of a strip instead of those of the whole matrix; blocks along the queries cut by
 //! strips; keys left out behind a causal mask although something there is NaN; padding of a strip that takes part;

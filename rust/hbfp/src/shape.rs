@@ -149,8 +149,8 @@ impl<'a> FloatLines<'a> {
         Self { ptr, offsets, lines, k, line_stride, k_stride, by_line, row_step: 1, first_row, lifetime }
     }
 
-    /// Rows of one matrix: some of its lines, or, where lines lie across the rows, a part of each. Random bits stay with
-    /// the elements.
+    /// Rows of one matrix: some of its lines, or, where lines lie across the rows, a part of each. Random bits stay
+    /// with the elements.
     pub(crate) fn rows(&self, m: usize, rows: Range<usize>) -> FloatLines<'a> {
         debug_assert!(self.by_line || self.row_step == 1, "rows of the last two dimensions");
         let (line, k) = if self.by_line { (rows.start, 0) } else { (0, rows.start) };

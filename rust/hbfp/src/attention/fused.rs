@@ -6,14 +6,14 @@
 //! backward, per matrix   K (twice), V → panels;  dK = dV = 0
 //!   per block of rows    S, P again;  dV += Pᵀ dO;  dP = dO Vᵀ;  dS = P (dP − σ) scale;  dQ = dS K;  dK += dSᵀ Q
 //! ```
-//! Sums over the queries run strip by strip in the order of their blocks, so a strip of backward is whole blocks. Random
-//! bits are those of the logical tensors, [matrices, L, S] for P and dS.
+//! Sums over the queries run strip by strip in the order of their blocks, so a strip of backward is whole blocks.
+//! Random bits are those of the logical tensors, [matrices, L, S] for P and dS.
 //!
 //! # What a causal mask saves
-//! To the right of a strip's last row P is +0.0 and dS ±0.0. Blocks of zeros may be left out of sums that start at +0.0,
-//! unless they meet a NaN block, and dS is zero there only if dP and σ are finite. So keys are left out where the panels
-//! that would meet the zeros are all in the fast range of exponents, where sums of dP can't overflow in it, and where no
-//! row of P is NaN; else the strip reads all keys.
+//! To the right of a strip's last row P is +0.0 and dS ±0.0. Blocks of zeros may be left out of sums that start at
+//! +0.0, unless they meet a NaN block, and dS is zero there only if dP and σ are finite. So keys are left out where
+//! the panels that would meet the zeros are all in the fast range of exponents, where sums of dP can't overflow in
+//! it, and where no row of P is NaN; else the strip reads all keys.
 #![allow(unsafe_code, reason = "rows of padded buffers, and tasks that write disjoint rows")]
 
 use super::softmax::softmax_row;
@@ -74,8 +74,8 @@ pub struct Gradients<'a> {
     pub keys: [Coding; 2],
 }
 
-/// Buffers of attention, reused from call to call: per thread one strip of each L × S matrix, the panels of one matrix of
-/// K and V, and backward their gradients.
+/// Buffers of attention, reused from call to call: per thread one strip of each L × S matrix, the panels of one
+/// matrix of K and V, and backward their gradients.
 #[derive(Debug, Default)]
 pub struct Workspace {
     workers: Vec<Mutex<Buffers>>,
@@ -174,8 +174,8 @@ impl Attention<'_> {
         Ok(Sizes { matrices: batch.iter().product(), rows, columns, depth, width })
     }
 
-    /// Columns that a strip reads: all, or, where it may skip some, those that its last row sees. In whole blocks of the
-    /// reduction along S, which are faster to encode than parts.
+    /// Columns that a strip reads: all, or, where it may skip some, those that its last row sees. In whole blocks of
+    /// the reduction along S, which are faster to encode than parts.
     fn columns(&self, sizes: &Sizes, rows: &Range<usize>, block: usize, skips: bool) -> usize {
         if self.causal && skips { rows.end.next_multiple_of(block).min(sizes.columns) } else { sizes.columns }
     }
@@ -213,8 +213,8 @@ impl Attention<'_> {
     /// `out` ← the output, [.., L, Ev] row-major. `context` are the encodings of P and V, along S.
     ///
     /// # Errors
-    /// [`Error::Shape`] when sizes do not fit or are zero, [`Error::Format`] for formats that are not lines of at most 8
-    /// bits.
+    /// [`Error::Shape`] when sizes do not fit or are zero, [`Error::Format`] for formats that are not lines of at
+    /// most 8 bits.
     pub fn forward(
         &self,
         ctx: &Context<'_>,
@@ -265,8 +265,8 @@ impl Attention<'_> {
         Ok(())
     }
 
-    /// Gradients of q, k and v, as far as they are asked for: row-major, [.., L, E], [.., S, E] and [.., S, Ev], one for each
-    /// matrix of the batch, whatever is shared.
+    /// Gradients of q, k and v, as far as they are asked for: row-major, [.., L, E], [.., S, E] and [.., S, Ev], one
+    /// for each matrix of the batch, whatever is shared.
     ///
     /// # Errors
     /// As for [`Self::forward`].
@@ -437,7 +437,8 @@ impl Backward<'_> {
         pairs.weights.multiply(&outputs[0], values, seen, ds, true);
         let padded = seen.next_multiple_of(PARTIALS);
         for i in 0..rows.len() {
-            // Behind the columns seen P is +0.0; dP is there that of other keys or of none, and NaN only where all of the row is.
+            // Behind the columns seen P is +0.0; dP is there that of other keys or of none, and NaN only where all of
+            // the row is.
             let (p, ds) = (&p.row(i)[..padded], &mut ds.row(i)[..padded]);
             let backward = pairs.scores.kernels.softmax_backward_row;
             // SAFETY: both have `padded` elements, a multiple of PARTIALS.

@@ -1,4 +1,5 @@
-//! Attention: integer products around an FP32 softmax, as a whole without the matrices between them, and the softmax alone.
+//! Attention: integer products around an FP32 softmax, as a whole without the matrices between them, and the softmax
+//! alone.
 
 mod fused;
 mod softmax;

@@ -65,8 +65,8 @@ impl Softmax<'_> {
     }
 }
 
-/// The first `visible` elements of `out` ← softmax of as many scores, scaled and masked. Behind them, up to a whole group
-/// of partial sums, `out` is overwritten.
+/// The first `visible` elements of `out` ← softmax of as many scores, scaled and masked. Behind them, up to a whole
+/// group of partial sums, `out` is overwritten.
 ///
 /// # Safety
 /// `scores` and `mask`, unless null, are valid for reading `visible` elements; `scores` is `out` or apart from it.

@@ -1,5 +1,5 @@
-//! Products on the calling thread, strip by strip, for matrices that are never held whole: operands in panels whose memory
-//! serves the next strip again, C in rows padded to whole panels, so that every tile is written in place.
+//! Products on the calling thread, strip by strip, for matrices that are never held whole: operands in panels whose
+//! memory serves the next strip again, C in rows padded to whole panels, so that every tile is written in place.
 #![allow(unsafe_code, reason = "calls of kernels on padded buffers")]
 
 use super::cache::Caches;
@@ -171,8 +171,8 @@ impl Pair {
         to.layout = Some(layout);
     }
 
-    /// `c` [lines of `a`, `columns`] ← `start` + `a` · `b`ᵀ over all blocks of `a`, of which `b` has as many or more; `start` is
-    /// +0.0 (`fresh`) or what `c` holds. NaNs need not be canonical.
+    /// `c` [lines of `a`, `columns`] ← `start` + `a` · `b`ᵀ over all blocks of `a`, of which `b` has as many or more;
+    /// `start` is +0.0 (`fresh`) or what `c` holds. NaNs need not be canonical.
     pub(crate) fn multiply(&self, a: &StripOperand, b: &StripOperand, columns: usize, c: &mut PaddedRows, fresh: bool) {
         let (al, bl) = (a.layout.expect("laid out"), b.layout.expect("laid out"));
         let panels = columns.div_ceil(bl.width);
