@@ -12,6 +12,7 @@ use crate::rng::Seed;
 pub(crate) type TileFn = unsafe fn(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile);
 type QuantizeRow = unsafe fn(*const f32, usize, Scaling, f32, *const u16, *mut f32);
 type RoundRow = unsafe fn(*const f32, usize, Scaling, *const u16, *mut i16);
+type StageStrips = unsafe fn(*const f32, isize, usize, usize, *mut f32, usize, *mut i32);
 type EncodeRows = unsafe fn(&[*const f32; 4], usize, &[*const u16; 4], &PanelCoding, &BlockPlace) -> bool;
 type EncodeStrip = unsafe fn(*const f32, *const u16, *const i32, &PanelCoding, &[BlockPlace; STRIP / 8]) -> u32;
 
@@ -40,7 +41,7 @@ pub struct Kernels {
     /// Indexed by rounding.
     pub(crate) round_row_i16: [RoundRow; 4],
     pub(crate) quantize_row: [QuantizeRow; 4],
-    pub(crate) stage_strip: unsafe fn(*const f32, isize, usize, *mut f32, *mut i32),
+    pub(crate) stage_strips: StageStrips,
     pub(crate) encode_rows: [EncodeRows; 4],
     pub(crate) encode_strip: [EncodeStrip; 4],
     pub(crate) fill_random: unsafe fn(Seed, Counters, *mut u16),
@@ -141,7 +142,7 @@ macro_rules! kernels {
                 amax_row,
                 round_row_i16: [round_row_i16::<NEAREST_EVEN>, round_row_i16::<NEAREST_AWAY>, round_row_i16::<TOWARD_ZERO>, round_row_i16::<STOCHASTIC>],
                 quantize_row: [quantize_row::<NEAREST_EVEN>, quantize_row::<NEAREST_AWAY>, quantize_row::<TOWARD_ZERO>, quantize_row::<STOCHASTIC>],
-                stage_strip,
+                stage_strips,
                 encode_rows: [encode_rows::<NEAREST_EVEN>, encode_rows::<NEAREST_AWAY>, encode_rows::<TOWARD_ZERO>, encode_rows::<STOCHASTIC>],
                 encode_strip: [encode_strip::<NEAREST_EVEN>, encode_strip::<NEAREST_AWAY>, encode_strip::<TOWARD_ZERO>, encode_strip::<STOCHASTIC>],
                 fill_random,
@@ -171,8 +172,10 @@ macro_rules! kernels {
                 unsafe { encode::quantize_row::<_, R>($make, x, n, q, scale, r, out) }
             }
             #$attribute
-            unsafe fn stage_strip(x: *const f32, stride: isize, n: usize, staging: *mut f32, amax: *mut i32) {
-                unsafe { encode::stage_strip($make, x, stride, n, staging, amax) }
+            unsafe fn stage_strips(
+                x: *const f32, stride: isize, n: usize, strips: usize, staging: *mut f32, between: usize, amax: *mut i32,
+            ) {
+                unsafe { encode::stage_strips($make, x, stride, n, strips, staging, between, amax) }
             }
             #$attribute
             unsafe fn encode_rows<const R: u8>(

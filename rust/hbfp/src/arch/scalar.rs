@@ -24,6 +24,13 @@ fn zip<const N: usize>(a: Lanes<N>, b: Lanes<N>, f: impl Fn(u32, u32) -> u32) ->
 fn zip_f32<const N: usize>(a: Lanes<N>, b: Lanes<N>, f: impl Fn(f32, f32) -> f32) -> Lanes<N> {
     from_fn(|i| f(f32::from_bits(a[i]), f32::from_bits(b[i])).to_bits())
 }
+#[inline(always)]
+fn zip_bytes<const N: usize>(a: Lanes<N>, b: Lanes<N>, f: impl Fn(i8, i8) -> i8) -> Lanes<N> {
+    zip(a, b, |a, b| {
+        let (a, b) = (a.to_le_bytes(), b.to_le_bytes());
+        u32::from_le_bytes(from_fn(|i| f(a[i] as i8, b[i] as i8) as u8))
+    })
+}
 /// To nearest even without a library call: adding 2^23 leaves no fraction bits, and the addition rounds.
 #[inline(always)]
 fn round_ties_even(x: f32) -> f32 {
@@ -40,7 +47,7 @@ fn pair(b: u32, a: u32, byte: u32) -> i32 {
 /// The low bytes of four codes, the first one lowest.
 #[inline(always)]
 fn word(codes: [u32; 4]) -> u32 {
-    u32::from_le_bytes(codes.map(|x| x as u8))
+    u32::from_le_bytes(codes.map(|x| (x as i32).clamp(-128, 127) as u8))
 }
 
 impl<const N: usize> Simd for Scalar<N> {
@@ -192,6 +199,14 @@ impl<const N: usize> Simd for Scalar<N> {
     #[inline(always)]
     fn add_i16(self, a: Self::V, b: Self::V) -> Self::V {
         zip(a, b, |a, b| (a.wrapping_add(b) & 0xFFFF) | ((a >> 16).wrapping_add(b >> 16) << 16))
+    }
+    #[inline(always)]
+    fn min_i8(self, a: Self::V, b: Self::V) -> Self::V {
+        zip_bytes(a, b, i8::min)
+    }
+    #[inline(always)]
+    fn max_i8(self, a: Self::V, b: Self::V) -> Self::V {
+        zip_bytes(a, b, i8::max)
     }
     #[inline(always)]
     fn mul_i16(self, a: Self::V, b: Self::V) -> Self::V {

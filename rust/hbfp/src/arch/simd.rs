@@ -73,9 +73,9 @@ pub(crate) trait Simd: Copy {
     fn max_f32(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a >= b ? v : +0.0`; no NaNs.
     fn keep_if_ge_f32(self, a: Self::V, b: Self::V, v: Self::V) -> Self::V;
-    /// f32 to i32, to nearest even. |lane| < 2^31.
+    /// f32 to i32, to nearest even; any i32 where it does not fit.
     fn round_to_i32(self, a: Self::V) -> Self::V;
-    /// f32 to i32, towards zero. |lane| < 2^31.
+    /// f32 to i32, towards zero; any i32 where it does not fit.
     fn truncate_to_i32(self, a: Self::V) -> Self::V;
     /// i32 to f32, to nearest even.
     fn to_f32(self, a: Self::V) -> Self::V;
@@ -88,6 +88,10 @@ pub(crate) trait Simd: Copy {
     fn add_i16(self, a: Self::V, b: Self::V) -> Self::V;
     /// Per 16-bit half: the low half of the product.
     fn mul_i16(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Per byte, signed.
+    fn min_i8(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Per byte, signed.
+    fn max_i8(self, a: Self::V, b: Self::V) -> Self::V;
     /// Per lane: the sum of its two signed halves.
     fn sum_halves(self, a: Self::V) -> Self::V;
 
@@ -106,12 +110,12 @@ pub(crate) trait Simd: Copy {
     fn sum_chunks_i16(self, v: Self::V) -> Self::V;
     /// Lane `I` of every chunk in all lanes of the chunk, 0 ≤ I < 4.
     fn splat_in_chunks<const I: i32>(self, v: Self::V) -> Self::V;
-    /// The low bytes of 4 · LANES consecutive codes −128…127, in words of four consecutive ones: with C chunks in a
+    /// 4 · LANES consecutive i16 in lanes, saturated to bytes, in words of four consecutive ones: with C chunks in a
     /// register, chunk c holds words c, C + c, 2 C + c and 3 C + c.
     fn pack_words(self, v: [Self::V; 4]) -> Self::V;
     /// Per chunk: word j of register i becomes word i of register j.
     fn transpose_words(self, v: [Self::V; 4]) -> [Self::V; 4];
-    /// Per lane: the low bytes of the same lane of four registers, all in −128…127.
+    /// Per lane: the same lane of four registers, i16 saturated to bytes.
     fn interleave_bytes(self, v: [Self::V; 4]) -> Self::V;
     /// Signed bytes widened to 16 bits: per lane its bytes 0 and 2 in one lane, 1 and 3 in the next; the first two lanes
     /// of each chunk in the first register, the others in the second.

@@ -1,7 +1,7 @@
 //! Brings blocks of a strip of lines into reach of the row kernels: every line contiguous, its random bits beside it.
 #![allow(unsafe_code, reason = "strided reads of the caller's memory, and calls of kernels")]
 
-use crate::arch::generic::encode::{ROW_PADDING, STRIP, Scaling};
+use crate::arch::generic::encode::{ROW_PADDING, STRIP, STRIPS_STAGED, Scaling};
 use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
 use crate::arch::kernels::Kernels;
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT, Rounding, power_of_two};
@@ -35,6 +35,9 @@ impl Scaling {
     }
 }
 
+/// Elements of four lines that are encoded in one go.
+pub(crate) const RUN: usize = 1024;
+
 /// Part of a strip: `width` ≤ 32 lines from `line` on, `n` elements of each from `k` on.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Part {
@@ -64,9 +67,9 @@ impl Scratch {
     pub(crate) fn reserve(&mut self, block: usize) {
         let padded = block.next_multiple_of(4) + ROW_PADDING;
         let grow = |v: &mut Vec<f32>, n: usize| v.resize(v.len().max(n), 0.0);
-        grow(&mut self.staging, padded * STRIP);
+        grow(&mut self.staging, padded * STRIP * STRIPS_STAGED);
         // Blocks need not start at a multiple of eight columns: up to two more groups.
-        let random = (padded + 16) * STRIP + RANDOM_PADDING;
+        let random = ((padded + 16) * STRIP).max((RUN + 16) * 4) + RANDOM_PADDING;
         self.random.resize(self.random.len().max(random), 0);
         self.transposed.resize(self.transposed.len().max(padded * STRIP + ROW_PADDING), 0);
         self.codes.resize(self.codes.len().max(padded * STRIP), 0);

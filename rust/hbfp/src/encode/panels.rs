@@ -2,10 +2,10 @@
 //! f32, or laid out from planes or codes. `crate::arch::generic::product` draws the bytes.
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint panels")]
 
-use super::blocks::{Part, RoundingMode, Scratch, load_lines, random_rows, random_strip};
+use super::blocks::{Part, RUN, RoundingMode, Scratch, load_lines, random_rows, random_strip};
 use super::codes::{Codes, unpack_block};
 use super::{Context, per_worker};
-use crate::arch::generic::encode::{BlockPlace, FAST_SCALES, PanelCoding, ROW_PADDING, STRIP};
+use crate::arch::generic::encode::{BlockPlace, FAST_SCALES, PanelCoding, ROW_PADDING, STRIP, STRIPS_STAGED};
 use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER, a_block_bytes, b_block_bytes, nibble_block_bytes};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT};
@@ -267,7 +267,15 @@ pub(crate) unsafe fn fill_strips(
         // Block after block, so that neighbouring strips are read one after the other.
         Source::Floats(x, mode) if takes_strips(x, *mode) => {
             for b in 0..layout.blocks {
-                strips.clone().for_each(|strip| writer(strip).strip_of_floats(x, *mode, b, scratch));
+                let mut strip = strips.start;
+                while strip < strips.end {
+                    let together = STRIPS_STAGED.min(strips.end - strip);
+                    let (staged, amax) = writer(strip).stage(x, b, together, scratch);
+                    for (i, amax) in amax[..staged].iter().enumerate() {
+                        writer(strip + i).strip_of_floats(x, *mode, b, i, amax, scratch);
+                    }
+                    strip += staged;
+                }
             }
         }
         Source::Floats(x, mode) => strips.for_each(|strip| writer(strip).rows_of_floats(x, *mode, scratch)),
@@ -343,22 +351,29 @@ impl StripWriter<'_> {
         Part { matrix: self.matrix, line: self.line + line, width, k: b * block, n: block.min(k - b * block) }
     }
 
-    /// Block `b` of lines that lie side by side.
-    fn strip_of_floats(&mut self, x: &FloatLines<'_>, mode: RoundingMode, b: usize, scratch: &mut Scratch) {
-        let PanelLayout { steps, width, .. } = *self.layout;
-        let coding = PanelCoding::new(self.format, self.layout.offset(), self.layout.correction());
-        let kernels = self.ctx.kernels;
-        let encode = kernels.encode_strip[mode.rounding as usize];
-        let lanes = kernels.columns / 2;
-        let base = self.bytes.as_mut_ptr();
-        assert!(scratch.staging.len() >= 4 * steps * STRIP && scratch.random.len() >= 4 * steps * STRIP);
+    /// Block `b` of lines that lie side by side, of this strip and of those beside it, to scratch: `strips` of them, or
+    /// this one alone. Returns how
+    /// many, and the largest |x| of every line, as bits.
+    fn stage(
+        &self,
+        x: &FloatLines<'_>,
+        b: usize,
+        strips: usize,
+        scratch: &mut Scratch,
+    ) -> (usize, [[i32; STRIP]; STRIPS_STAGED]) {
+        let steps = self.layout.steps;
         let part = self.part(0, self.lines, b);
-        let mut amax = [0i32; STRIP];
-        if self.lines == STRIP {
-            // SAFETY: n rows of a full strip inside the view; staging has room for 4 * steps rows.
+        let between = 4 * steps * STRIP;
+        assert!(scratch.staging.len() >= STRIPS_STAGED * between);
+        let mut amax = [[0i32; STRIP]; STRIPS_STAGED];
+        let full = (part.line + strips * STRIP <= x.lines).then_some(strips);
+        let full = full.or((self.lines == STRIP).then_some(1));
+        if let Some(strips) = full {
+            // SAFETY: n rows of full strips inside the view; staging has room for 4 * steps rows of each.
             unsafe {
                 let from = x.at(part.matrix, part.line, part.k);
-                (kernels.stage_strip)(from, x.k_stride, part.n, scratch.staging.as_mut_ptr(), amax.as_mut_ptr());
+                let (to, amax) = (scratch.staging.as_mut_ptr(), amax.as_mut_ptr().cast());
+                (self.ctx.kernels.stage_strips)(from, x.k_stride, part.n, strips, to, between, amax);
             }
         } else {
             for (j, row) in scratch.staging.chunks_exact_mut(STRIP).take(part.n).enumerate() {
@@ -366,20 +381,44 @@ impl StripWriter<'_> {
                 let from = unsafe { std::slice::from_raw_parts(x.at(part.matrix, part.line, part.k + j), self.lines) };
                 row[..self.lines].copy_from_slice(from);
                 row[self.lines..].fill(0.0);
-                for (amax, x) in amax.iter_mut().zip(from) {
+                for (amax, x) in amax[0].iter_mut().zip(from) {
                     *amax = (*amax).max((x.to_bits() & 0x7FFF_FFFF) as i32);
                 }
             }
         }
-        scratch.staging[part.n * STRIP..4 * steps * STRIP].fill(0.0);
+        let strips = full.unwrap_or(1);
+        for staged in scratch.staging.chunks_exact_mut(between).take(strips) {
+            staged[part.n * STRIP..].fill(0.0);
+        }
+        (strips, amax)
+    }
+
+    /// Block `b` of lines that lie side by side, staged as number `staged` of several strips.
+    fn strip_of_floats(
+        &mut self,
+        x: &FloatLines<'_>,
+        mode: RoundingMode,
+        b: usize,
+        staged: usize,
+        amax: &[i32; STRIP],
+        scratch: &mut Scratch,
+    ) {
+        let PanelLayout { steps, width, .. } = *self.layout;
+        let coding = PanelCoding::new(self.format, self.layout.offset(), self.layout.correction());
+        let kernels = self.ctx.kernels;
+        let encode = kernels.encode_strip[mode.rounding as usize];
+        let lanes = kernels.columns / 2;
+        let base = self.bytes.as_mut_ptr();
+        let staging = &scratch.staging[staged * 4 * steps * STRIP..][..4 * steps * STRIP];
+        assert!(scratch.random.len() >= staging.len());
         if mode.is_stochastic() {
-            random_strip(kernels, x, part, mode.seed, &mut scratch.random);
+            random_strip(kernels, x, self.part(0, self.lines, b), mode.seed, &mut scratch.random);
         }
         let places: [BlockPlace; STRIP / 8] =
             std::array::from_fn(|v| self.layout.place(base, (v * lanes).min(STRIP - lanes), b));
         // SAFETY: the assertion covers all that is read; the places lie inside the strip's panels.
         let general =
-            unsafe { encode(scratch.staging.as_ptr(), scratch.random.as_ptr(), amax.as_ptr(), &coding, &places) };
+            unsafe { encode(staging.as_ptr(), scratch.random.as_ptr(), amax.as_ptr(), &coding, &places) };
         if general != 0 {
             for v in (0..STRIP / lanes).filter(|v| general >> v & 1 == 1) {
                 for line in (v * lanes..(v + 1) * lanes).step_by(width.min(lanes)) {
@@ -397,25 +436,29 @@ impl StripWriter<'_> {
         if x.k_stride == 1 && (x.by_line || !mode.is_stochastic()) {
             // Four lines at a time, for as long as what is written of a panel stays in the first-level cache: more lines at
             // a distance of a power of two would push each other out.
-            let run = (1024 / block).max(1);
+            let run = (RUN / block).max(1);
             for panel in (0..self.lines).step_by(width) {
                 for from in (0..blocks).step_by(run) {
                     // A right panel is written whole: its last columns meet every row.
+                    let to = (from + run).min(blocks);
                     for line in (panel..panel + width).step_by(4) {
                         let present = self.lines.saturating_sub(line).min(4);
-                        for b in from..(from + run).min(blocks) {
+                        let mut random = [scratch.random.as_ptr(); 4];
+                        let k = from * block;
+                        if mode.is_stochastic() && present > 0 {
+                            let part = Part { n: (to * block).min(x.k) - k, ..self.part(line, present, from) };
+                            let groups = random_rows(self.ctx.kernels, x, part, mode.seed, &mut scratch.random);
+                            for (i, random) in random.iter_mut().enumerate().take(present) {
+                                *random = scratch.random[i * 8 * groups + k % 8..].as_ptr();
+                            }
+                        }
+                        for b in from..to {
                             let part = self.part(line, present, b);
                             let mut lines = [scratch.zeros.as_ptr(); 4];
                             for (i, at) in lines.iter_mut().enumerate().take(present) {
                                 *at = x.at(part.matrix, part.line + i, part.k);
                             }
-                            let mut random = [scratch.random.as_ptr(); 4];
-                            if mode.is_stochastic() && present > 0 {
-                                let groups = random_rows(self.ctx.kernels, x, part, mode.seed, &mut scratch.random);
-                                for (i, random) in random.iter_mut().enumerate().take(present) {
-                                    *random = scratch.random[i * 8 * groups + part.k % 8..].as_ptr();
-                                }
-                            }
+                            let random = random.map(|random| random.wrapping_add(part.k - k));
                             self.encode_rows(&coding, mode, &lines, &random, line, b);
                         }
                     }

@@ -6,6 +6,7 @@ mod driver;
 mod general;
 pub(crate) mod strips;
 
+use crate::arch::generic::encode::encodes_to_panels;
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::arch::kernels::TileKernel;
 use crate::encode::blocks::Scratch;
@@ -71,7 +72,7 @@ impl Operand<'_> {
         match self {
             Self::Floats { x, axis, format, mode } => {
                 let lines = x.lines(*axis)?;
-                if panels && lines_format && format.bits() <= 8 {
+                if panels && lines_format && encodes_to_panels(*format) {
                     return Ok(Resolved::Floats(lines, *mode));
                 }
                 // Tiles and whole tensors are encoded as they are held, whatever the reduction: the same planes serve both.

@@ -18,6 +18,8 @@ pub(crate) const FAST_SCALES: std::ops::RangeInclusive<i32> = -63..=52;
 
 /// Lines of a strip.
 pub(crate) const STRIP: usize = 32;
+/// Strips that are staged together: longer runs of memory, still within the first-level cache.
+pub(crate) const STRIPS_STAGED: usize = 2;
 /// Elements that the row kernels may read past a line of random bits and write past a line of codes.
 pub(crate) const ROW_PADDING: usize = 64;
 
@@ -39,9 +41,9 @@ pub(crate) struct Scaling {
     pub(crate) limit: f32,
 }
 
+/// y rounded.
 #[inline(always)]
-fn round<S: Simd, const R: u8>(s: S, x: S::V, inverse: S::V, limit: S::V, minus_limit: S::V, random: S::V) -> S::V {
-    let y = s.max_f32(s.min_f32(s.mul_f32(x, inverse), limit), minus_limit);
+fn round<S: Simd, const R: u8>(s: S, y: S::V, random: S::V) -> S::V {
     match R {
         NEAREST_EVEN => s.round_to_i32(y),
         NEAREST_AWAY => {
@@ -52,6 +54,18 @@ fn round<S: Simd, const R: u8>(s: S, x: S::V, inverse: S::V, limit: S::V, minus_
         TOWARD_ZERO => s.truncate_to_i32(y),
         _ => s.sar::<16>(s.add(s.round_to_i32(s.mul_f32(y, s.splat_f32(65536.0))), random)),
     }
+}
+
+/// x scaled, clamped and rounded.
+#[inline(always)]
+fn code<S: Simd, const R: u8>(s: S, x: S::V, inverse: S::V, limit: S::V, minus_limit: S::V, random: S::V) -> S::V {
+    round::<S, R>(s, s.max_f32(s.min_f32(s.mul_f32(x, inverse), limit), minus_limit), random)
+}
+
+/// Whether the kernels that write panels can encode the format. They clamp codes and not values, four times as many at a
+/// time; every rounding gives the same then. It takes |y| < 2^15, so no block may want a larger scale than it gets.
+pub(crate) fn encodes_to_panels(format: BlockFormat) -> bool {
+    format.bits() <= 8 && format.scale_range()[1] == 127
 }
 
 /// Largest |x| of `n` contiguous elements, as bits.
@@ -103,7 +117,7 @@ pub(crate) struct PanelCoding {
     carry: i32,
     shift: i32,
     clamp: [i32; 2],
-    limit: f32,
+    limit: i32,
     /// What the right operand's codes are raised by.
     offset: i32,
     /// What a left operand carries; None for a right one.
@@ -114,7 +128,8 @@ impl PanelCoding {
     pub(crate) fn new(format: BlockFormat, offset: i32, correction: Option<Correction>) -> Self {
         let (carry, up) = format.exponent_carry();
         let shift = up - 127 - (i32::from(format.bits()) - 1);
-        let limit = format.max_code() as f32;
+        let limit = format.max_code();
+        debug_assert!(encodes_to_panels(format));
         Self { format, carry, shift, clamp: format.scale_range(), limit, offset, correction }
     }
 }
@@ -357,7 +372,7 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REG
             s.splat_in_chunks::<2>(inverse),
             s.splat_in_chunks::<3>(inverse),
         ];
-        let (limit, minus) = (s.splat_f32(coding.limit), s.splat_f32(-coding.limit));
+        let (limit, minus) = (s.splat(coding.limit * 0x0101_0101), s.splat(((256 - coding.limit) as u32 * 0x0101_0101) as i32));
         let minus_offset = minus_offset(s, coding);
         let mut sums = CodeSums { halves: s.splat(0), total: s.splat(0) };
         let mut step = 0;
@@ -372,10 +387,10 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REG
                         let r = if R == STOCHASTIC { s.load_u16(random[l].add(at)) } else { s.splat(0) };
                         let v = if FULL { s.load(x[l].add(at).cast()) } else { load_up_to(s, x[l].add(at), n - at) };
                         // Codes past the end are zero: RNE(0) + r < 2^16.
-                        *q = round::<S, R>(s, v, inverse[l], limit, minus, r);
+                        *q = round::<S, R>(s, s.mul_f32(v, inverse[l]), r);
                     }
                 }
-                lines[l] = s.pack_words(q);
+                lines[l] = s.max_i8(s.min_i8(s.pack_words(q), limit), minus);
             }
             let mut words = s.transpose_words(lines);
             if let Some(keep) = keep {
@@ -446,7 +461,7 @@ pub(crate) unsafe fn round_row_i16<S: Simd, const R: u8>(
             let mut q = [s.splat(0); 2];
             for (j, q) in q.iter_mut().enumerate() {
                 let r = if R == STOCHASTIC { s.load_u16(random.add(i + j * S::LANES)) } else { s.splat(0) };
-                *q = round::<S, R>(s, s.load(p.add(j * S::LANES).cast()), inverse, limit, minus, r);
+                *q = code::<S, R>(s, s.load(p.add(j * S::LANES).cast()), inverse, limit, minus, r);
             }
             s.store_i16x2(out.add(i), q);
             i += chunk;
@@ -477,51 +492,60 @@ pub(crate) unsafe fn quantize_row<S: Simd, const R: u8>(
         let mut i = 0;
         while i + S::LANES <= n {
             let r = if R == STOCHASTIC { s.load_u16(random.add(i)) } else { s.splat(0) };
-            let q = round::<S, R>(s, s.load(x.add(i).cast()), inverse, limit, minus, r);
+            let q = code::<S, R>(s, s.load(x.add(i).cast()), inverse, limit, minus, r);
             s.store(out.add(i).cast(), s.mul_f32(s.to_f32(q), scale));
             i += S::LANES;
         }
         if i < n {
             let mut tail = padded_tail(x.add(i), n - i);
             let r = if R == STOCHASTIC { s.load_u16(random.add(i)) } else { s.splat(0) };
-            let q = round::<S, R>(s, s.load(tail.as_ptr().cast()), inverse, limit, minus, r);
+            let q = code::<S, R>(s, s.load(tail.as_ptr().cast()), inverse, limit, minus, r);
             s.store(tail.as_mut_ptr().cast(), s.mul_f32(s.to_f32(q), scale));
             std::ptr::copy_nonoverlapping(tail.as_ptr(), out.add(i), n - i);
         }
     }
 }
 
-/// Copies `n` rows of a full strip side by side into `staging` and takes the largest |x| of every line, as bits.
+/// Copies `n` rows of `strips` full strips that lie side by side into `staging`, one strip after the other, and takes the
+/// largest |x| of every line, as bits.
 ///
 /// # Safety
-/// - row k of the strip, `x + k * stride`, is valid for reading `STRIP` elements, k < `n`;
-/// - `staging` is valid for writing `n * STRIP` elements, `amax` for `STRIP`.
+/// - row k, `x + k * stride`, is valid for reading `strips * STRIP` elements, k < `n`; `strips` ≤ [`STRIPS_STAGED`];
+/// - `staging` is valid for writing `strips * between` elements, n · STRIP ≤ `between`, and `amax` for `strips * STRIP`.
 #[inline(always)]
-pub(crate) unsafe fn stage_strip<S: Simd>(
+pub(crate) unsafe fn stage_strips<S: Simd>(
     s: S,
     x: *const f32,
     stride: isize,
     n: usize,
+    strips: usize,
     staging: *mut f32,
+    between: usize,
     amax: *mut i32,
 ) {
+    debug_assert!(strips <= STRIPS_STAGED && n * STRIP <= between);
     // SAFETY: STRIP is a multiple of LANES; all accesses are inside the rows the caller vouches for.
     unsafe {
         let magnitude = s.splat(MAGNITUDE);
-        let mut m = [s.splat(0); STRIP / 8];
+        let mut m = [[s.splat(0); STRIP / 8]; STRIPS_STAGED];
         for k in 0..n {
             let row = x.offset(k as isize * stride);
-            // The strip beside this one comes next.
-            s.prefetch(row.wrapping_add(STRIP));
-            s.prefetch(row.wrapping_add(STRIP + 16));
-            for (v, m) in m.iter_mut().enumerate().take(STRIP / S::LANES) {
-                let x = s.load(row.add(v * S::LANES).cast());
-                s.store(staging.add(k * STRIP + v * S::LANES).cast(), x);
-                *m = s.max_i32(*m, s.and(x, magnitude));
+            for (strip, m) in m.iter_mut().enumerate().take(strips) {
+                let row = row.add(strip * STRIP);
+                // Those beside these come next.
+                s.prefetch(row.wrapping_add(strips * STRIP));
+                s.prefetch(row.wrapping_add(strips * STRIP + 16));
+                for (v, m) in m.iter_mut().enumerate().take(STRIP / S::LANES) {
+                    let x = s.load(row.add(v * S::LANES).cast());
+                    s.store(staging.add(strip * between + k * STRIP + v * S::LANES).cast(), x);
+                    *m = s.max_i32(*m, s.and(x, magnitude));
+                }
             }
         }
-        for (v, m) in m.iter().enumerate().take(STRIP / S::LANES) {
-            s.store(amax.add(v * S::LANES), *m);
+        for (strip, m) in m.iter().enumerate().take(strips) {
+            for (v, m) in m.iter().enumerate().take(STRIP / S::LANES) {
+                s.store(amax.add(strip * STRIP + v * S::LANES), *m);
+            }
         }
     }
 }
@@ -569,7 +593,7 @@ unsafe fn strip<S: Simd, const R: u8, const SIDE: u8>(
     let mut general = 0;
     // SAFETY: v < STRIP and 4 t + 3 < 4 steps keep every access inside what the caller vouches for.
     unsafe {
-        let (limit, minus) = (s.splat_f32(coding.limit), s.splat_f32(-coding.limit));
+        let (limit, minus) = (s.splat(coding.limit * 0x0101_0101), s.splat(((256 - coding.limit) as u32 * 0x0101_0101) as i32));
         let minus_offset = minus_offset(s, coding);
         for (group, place) in places.iter().enumerate().take(STRIP / S::LANES) {
             let v = group * S::LANES;
@@ -582,9 +606,9 @@ unsafe fn strip<S: Simd, const R: u8, const SIDE: u8>(
                 for (j, q) in q.iter_mut().enumerate() {
                     let at = (4 * t + j) * STRIP + v;
                     let r = if R == STOCHASTIC { s.load_u16(random.add(at)) } else { s.splat(0) };
-                    *q = round::<S, R>(s, s.load(staging.add(at).cast()), inverse, limit, minus, r);
+                    *q = round::<S, R>(s, s.mul_f32(s.load(staging.add(at).cast()), inverse), r);
                 }
-                let mut word = s.interleave_bytes(q);
+                let mut word = s.max_i8(s.min_i8(s.interleave_bytes(q), limit), minus);
                 if let Some(keep) = scales.keep {
                     word = s.and(word, keep);
                 }

@@ -1,8 +1,9 @@
-//! Philox4x32-10 on `LANES / 2` counters a register, as many registers interleaved as fit without spilling: two of 16,
-//! four of 32. A round of a register is 2 multiplications, 2 shifts and 4 exclusive ors.
+//! Philox4x32-10 on `LANES / 2` counters a register, one register a row and four rows at a time. A round of a register is
+//! 2 multiplications, 2 shifts and 4 exclusive ors, one after the other: the four hide each other's latencies.
 
 use crate::arch::simd::Simd;
 use crate::rng::{MULTIPLIERS, ROUNDS, Seed, WEYL};
+use std::hint::black_box;
 
 /// Counters are produced in batches; this many u16 may be written past the last one asked for.
 pub(crate) const RANDOM_PADDING: usize = 8 * 32;
@@ -17,9 +18,18 @@ pub(crate) struct Counters {
     pub(crate) groups: usize,
 }
 
+/// Round keys, each in a register's width.
+#[repr(align(64))]
+struct Keys([[[i32; 16]; 2]; ROUNDS]);
+
+/// Rows at a time.
+const ROWS: usize = 4;
 const IOTA: [u32; 16] = [0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0];
 
 /// Writes the random bits of the rectangle, row after row, `8 * groups` a row.
+///
+/// Two and a half of the ten rounds are done once for many counters: with the stream the same for all, one half of the
+/// first two rounds sees only the row, the other half, and half of the third, only the group.
 ///
 /// # Safety
 /// `out` is valid for writing `8 * rows * groups + RANDOM_PADDING` elements.
@@ -27,60 +37,78 @@ const IOTA: [u32; 16] = [0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0];
 pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, out: *mut u16) {
     let lanes = S::LANES / 2;
     let Counters { row, row_step, rows, group, groups } = counters;
-    let total = rows * groups;
-    let batch = if S::LANES == 16 { 4 } else { 2 };
-    // SAFETY: the arrays hold a register each; a batch of at most 4 * lanes ≤ 32 counters that starts before `total` ends
-    // less than 32 counters behind it, which the padding covers.
+    if rows == 0 || groups == 0 {
+        return;
+    }
+    // SAFETY: the arrays hold a register each; the last register of a row ends less than `lanes` counters behind the row,
+    // which the padding covers after the last row. Registers go from the last to the first and rows from the first to the
+    // last, so that what is written past a row's end is written again by its owner.
     unsafe {
         let iota = s.load(IOTA.as_ptr().cast());
-        let (m0, m1) = (s.splat(MULTIPLIERS[0] as i32), s.splat(MULTIPLIERS[1] as i32));
-        let mut keys = [[s.splat(0); 2]; ROUNDS];
+        let [m0, m1] = MULTIPLIERS.map(|m| s.splat(m as i32));
+        let mut keys = [[0u32; 2]; ROUNDS];
         let (mut k0, mut k1) = (seed.seed as u32, (seed.seed >> 32) as u32);
         for key in &mut keys {
-            *key = [s.splat(k0 as i32), s.splat(k1 as i32)];
+            *key = [k0, k1];
             (k0, k1) = (k0.wrapping_add(WEYL[0]), k1.wrapping_add(WEYL[1]));
         }
-        let stream = [s.splat(seed.stream as u32 as i32), s.splat((seed.stream >> 32) as u32 as i32)];
-        let (mut r, mut g) = (row, 0);
-        let mut done = 0;
-        while done < total {
-            let mut c = [[s.splat(0); 4]; 4];
-            for c in c.iter_mut().take(batch) {
-                if groups % lanes == 0 {
-                    // A register never crosses a row.
-                    c[0] = s.add(s.splat(group.wrapping_add(g as u32) as i32), iota);
-                    c[1] = s.splat(r as i32);
-                    g += lanes;
-                    if g == groups {
-                        (r, g) = (r.wrapping_add(row_step), 0);
-                    }
-                } else {
-                    let (mut c0, mut c1) = ([0u32; 16], [0u32; 16]);
-                    for l in 0..lanes {
-                        c0[2 * l] = group.wrapping_add(g as u32);
-                        c1[2 * l] = r;
-                        g += 1;
-                        if g == groups {
-                            (r, g) = (r.wrapping_add(row_step), 0);
+        let mut wide_keys = Keys([[[0; 16]; 2]; ROUNDS]);
+        for (wide, key) in wide_keys.0.iter_mut().zip(&keys) {
+            for (wide, &k) in wide.iter_mut().zip(key) {
+                s.store(wide.as_mut_ptr(), s.splat(k as i32));
+            }
+        }
+        // Out of the compiler's sight, or it would keep some in registers that the counters need.
+        let wide_keys: *const Keys = black_box(&wide_keys);
+        let key = |round: usize, word: usize| s.load((*wide_keys).0[round][word].as_ptr());
+        let first = u64::from(MULTIPLIERS[1]) * u64::from(seed.stream as u32);
+        for g in (0..groups.div_ceil(lanes)).rev().map(|register| register * lanes) {
+            // Rounds 1 to 3, as far as they see the group alone. Only the low half of each 64-bit lane counts; products
+            // leave their high halves behind.
+            let p = s.mul_low_u32(s.add(s.splat(group.wrapping_add(g as u32) as i32), iota), m0);
+            let c2 = s.xor(s.high_u32(p), s.splat(((seed.stream >> 32) as u32 ^ keys[0][1]) as i32));
+            let q = s.mul_low_u32(c2, m1);
+            let c0 = s.xor(s.high_u32(q), s.splat((first as u32 ^ keys[1][0]) as i32));
+            let third = s.mul_low_u32(c0, m0);
+            let of_group = [
+                s.xor(p, key(1, 1)),
+                s.xor(q, key(2, 0)),
+                s.xor(s.high_u32(third), key(2, 1)),
+            ];
+            let mut r = 0;
+            while r < rows {
+                let mut c = [[s.splat(0); 4]; ROWS];
+                for (i, c) in c.iter_mut().enumerate() {
+                    let row = row.wrapping_add(row_step.wrapping_mul((r + i) as u32));
+                    let of_row = u64::from(MULTIPLIERS[0]) * u64::from((first >> 32) as u32 ^ row ^ keys[0][0]);
+                    let p1 = s.mul_low_u32(s.xor(s.splat((of_row >> 32) as i32), of_group[0]), m1);
+                    *c = [
+                        s.xor(s.high_u32(p1), of_group[1]),
+                        p1,
+                        s.xor(of_group[2], s.splat(of_row as i32)),
+                        third,
+                    ];
+                }
+                // Written out: a loop would be left rolled, with copies of its state.
+                macro_rules! rounds {
+                    ($($round:literal)*) => {$(
+                        for c in &mut c {
+                            let (p0, p1) = (s.mul_low_u32(c[0], m0), s.mul_low_u32(c[2], m1));
+                            let (k0, k1) = (s.xor(c[1], key($round, 0)), s.xor(c[3], key($round, 1)));
+                            let (c0, c2) = (s.xor(s.high_u32(p1), k0), s.xor(s.high_u32(p0), k1));
+                            // Row by row within a round: left to itself, the compiler takes a row's rounds in one go.
+                            *c = [s.in_order(c0), p1, s.in_order(c2), p0];
                         }
+                    )*};
+                }
+                rounds!(3 4 5 6 7 8 9);
+                for (i, c) in c.into_iter().enumerate() {
+                    if r + i < rows {
+                        s.store_counters(out.add(8 * ((r + i) * groups + g)), c);
                     }
-                    c[0] = s.load(c0.as_ptr().cast());
-                    c[1] = s.load(c1.as_ptr().cast());
                 }
-                (c[2], c[3]) = (stream[0], stream[1]);
+                r += ROWS;
             }
-            for key in &keys {
-                for c in c.iter_mut().take(batch) {
-                    let (p0, p1) = (s.mul_low_u32(c[0], m0), s.mul_low_u32(c[2], m1));
-                    // Only the low half of each 64-bit lane counts; products leave their high halves behind.
-                    let (k0, k1) = (s.xor(c[1], key[0]), s.xor(c[3], key[1]));
-                    *c = [s.xor(s.high_u32(p1), k0), p1, s.xor(s.high_u32(p0), k1), p0];
-                }
-            }
-            for (j, c) in c.into_iter().enumerate().take(batch) {
-                s.store_counters(out.add(8 * (done + j * lanes)), c);
-            }
-            done += batch * lanes;
         }
     }
 }

@@ -202,6 +202,14 @@ impl Simd for Avx2 {
         level!(_mm256_add_epi16(a, b))
     }
     #[inline(always)]
+    fn min_i8(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_min_epi8(a, b))
+    }
+    #[inline(always)]
+    fn max_i8(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm256_max_epi8(a, b))
+    }
+    #[inline(always)]
     fn mul_i16(self, a: Self::V, b: Self::V) -> Self::V {
         level!(_mm256_mullo_epi16(a, b))
     }
@@ -307,8 +315,11 @@ impl Simd for Avx2 {
             let second = _mm256_blend_epi32::<0b1010_1010>(w2, _mm256_slli_epi64::<32>(w3));
             let even = _mm256_unpacklo_epi64(first, second);
             let odd = _mm256_unpackhi_epi64(first, second);
-            _mm256_storeu_si256(p.cast(), _mm256_permute2x128_si256::<0x20>(even, odd));
-            _mm256_storeu_si256(p.add(16).cast(), _mm256_permute2x128_si256::<0x31>(even, odd));
+            // By halves: moving them across would cost more than two more stores.
+            _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(even));
+            _mm_storeu_si128(p.add(8).cast(), _mm256_castsi256_si128(odd));
+            _mm_storeu_si128(p.add(16).cast(), _mm256_extracti128_si256::<1>(even));
+            _mm_storeu_si128(p.add(24).cast(), _mm256_extracti128_si256::<1>(odd));
         }
     }
 }

@@ -182,6 +182,14 @@ impl Simd for Avx512Vnni {
         level!(_mm512_add_epi16(a, b))
     }
     #[inline(always)]
+    fn min_i8(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_min_epi8(a, b))
+    }
+    #[inline(always)]
+    fn max_i8(self, a: Self::V, b: Self::V) -> Self::V {
+        level!(_mm512_max_epi8(a, b))
+    }
+    #[inline(always)]
     fn mul_i16(self, a: Self::V, b: Self::V) -> Self::V {
         level!(_mm512_mullo_epi16(a, b))
     }
