@@ -25,6 +25,8 @@ __all__ = [
     "Planes",
     "ShapeError",
     "__version__",
+    "attention",
+    "attention_backward",
     "column_sums",
     "decode",
     "encode",
@@ -200,10 +202,52 @@ def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: i
     """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` kept of an [K, N] tensor in
     `kept_format`: the same bits as the product with that tensor."""
 
+_Codings = list[tuple[Format, int, int]]
+"""Format, rounding and stream of the left and of the right operand of a product."""
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any | None,
+    out: Any,
+    causal: bool,
+    scale: float,
+    scores: _Codings,
+    context: _Codings,
+    seed: int,
+    threads: int,
+) -> None:
+    """out[.., L, Ev] = softmax(scale * q k^T + mask) v without the L x S matrix; the bits of product and softmax.
+
+    q [.., L, E], k [.., S, E], v [.., S, Ev], mask [.., L, S] with equal batch dimensions and any strides; formats are
+    lines of at most 8 bits, `scores` those of q and k, `context` those of the softmax and v."""
+
+def attention_backward(
+    output: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any | None,
+    dq: Any | None,
+    dk: Any | None,
+    dv: Any | None,
+    causal: bool,
+    scale: float,
+    scores: _Codings,
+    weights: _Codings,
+    queries: _Codings,
+    keys: _Codings,
+    values: _Codings,
+    seed: int,
+    threads: int,
+) -> None:
+    """The gradients that are not None, from `output`, that of the output. Codings: `scores` of q and k; `weights` of dO
+    and v; `queries` of dS and k; `keys` of dS and q; `values` of P and dO."""
+
 def softmax(scores: Any, out: Any, scale: float, causal: bool, mask: Any | None, threads: int) -> None:
     """Row softmax of scale * scores (+ mask, f32 of scores' shape) over the last dimension; causal: column j of row i
-    of the last two dimensions is masked when j > i + (columns - rows). `out` may be `scores`. A fully masked row gives
-    0."""
+    of the last two dimensions is masked when j > i. `out` may be `scores`. A fully masked row gives 0."""
 
 def softmax_backward(p: Any, dp: Any, out: Any, scale: float, threads: int) -> None:
     """out = scale * p * (dp - rowsum(p * dp)); `out` may be `dp`."""

@@ -26,7 +26,16 @@ from hbfp import ops
 from hbfp.errors import HBFPError, ShapeError
 from hbfp.policy import Backend, Recipe
 
-__all__ = ["AttentionFunction", "LinearFunction", "MatmulFunction", "Role", "attention", "linear", "matmul"]
+__all__ = [
+    "AttentionFunction",
+    "FusedAttentionFunction",
+    "LinearFunction",
+    "MatmulFunction",
+    "Role",
+    "attention",
+    "linear",
+    "matmul",
+]
 
 
 class Role(IntEnum):
@@ -213,7 +222,8 @@ class AttentionFunction(torch.autograd.Function):
     """O = dropout(softmax(scale Q Kᵀ + mask)) V: two integer products around a float32 softmax.
 
     Shapes: Q [..., L, E], K [..., S, E], V [..., S, Ev] with batch dimensions that broadcast; mask, float32, broadcasts
-    to [..., L, S]; O [..., L, Ev] float32. This is the definition, with the L x S matrix in memory.
+    to [..., L, S], as a boolean one does; O [..., L, Ev] float32. This is the definition, with the L x S matrix in
+    memory.
     """
 
     @staticmethod
@@ -239,7 +249,7 @@ class AttentionFunction(torch.autograd.Function):
             (stream | _Q, stream | _K),
             name="scores", source=source,
         )  # fmt: skip
-        wide_mask = None if mask is None else mask.expand(scores.shape)
+        wide_mask = None if mask is None else _additive(mask).expand(scores.shape)
         p = ops.softmax(scores, scale, causal, wide_mask, reuse=True)
         keep = _kept(p, dropout)
         out = multiply(
@@ -302,6 +312,78 @@ class AttentionFunction(torch.autograd.Function):
                 )  # fmt: skip
                 dk = _sum_to(dk, k_shape)
         return dq, dk, dv, dmask, None, None, None, None, None, None, None
+
+
+class FusedAttentionFunction(torch.autograd.Function):
+    """The same bits without the L x S matrix: what is saved is Q, K, V and the mask, and backward computes P again.
+
+    For the integer backend and formats of at most 8 bits in lines; no dropout and no gradient of the mask (see
+    `_fuses`).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        recipe: Recipe,
+        seed: int,
+        stream: int,
+        source: object,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.causal, ctx.scale = causal, scale
+        ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
+        policy = recipe.forward
+        return ops.attention(
+            *_expanded(q, k, v, mask), causal, scale, policy.formats, policy.roundings, seed,
+            (stream | _Q, stream | _K, stream | _P, stream | _V), source=source,
+        )  # fmt: skip
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, mask = ctx.saved_tensors
+        recipe, stream = ctx.recipe, ctx.stream
+        policies = recipe.forward, recipe.input_gradient, recipe.weight_gradient
+        (f0, f1, f2), (r0, r1, r2) = [p.formats for p in policies], [p.roundings for p in policies]
+        roles = _Q, _K, _DO_P, _QKV, _DS_Q, _QKV, _DS_K, _QKV, _P_V, _DO_V
+        gradients = ops.attention_backward(
+            do, *_expanded(q, k, v, mask), ctx.causal, ctx.scale, (f0, f1, f2), (r0, r1, r2), ctx.seed,
+            [stream | role for role in roles], ctx.needs_input_grad[:3], source=ctx.source,
+        )  # fmt: skip
+        dq, dk, dv = (
+            None if gradient is None else _sum_to(gradient, x.shape)
+            for gradient, x in zip(gradients, (q, k, v), strict=True)
+        )
+        return dq, dk, dv, None, None, None, None, None, None, None
+
+
+def _expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The operands with all batch dimensions, and the mask as float32 that is added to the scores; no copies of any."""
+    batch = _batch_of(q, k, v)
+    if mask is not None:
+        mask = _additive(mask).expand(*batch, q.shape[-2], k.shape[-2])
+    return _expand(q, batch), _expand(k, batch), _expand(v, batch), mask
+
+
+def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, recipe: Recipe) -> bool:
+    """Whether the core computes this attention without its matrices."""
+    return (
+        recipe.backend is _INTEGER
+        and dropout == 0.0
+        and not (mask is not None and mask.requires_grad and is_grad_enabled())
+        and all(
+            format.block is not None and format.bits <= 8
+            for policy in (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
+            for format in policy.formats
+        )
+        and min(*q.shape[-2:], *k.shape[-2:], v.shape[-1]) > 0
+    )
 
 
 def _kept(p: Tensor, dropout: float) -> Tensor | None:
@@ -402,6 +484,8 @@ def attention(
     seed: int,
     stream: int,
     source: object = None,
+    *,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """See `hbfp.nn.functional.scaled_dot_product_attention`."""
     if not 0.0 <= dropout <= 1.0:
@@ -414,20 +498,38 @@ def attention(
             "attention takes q [..., L, E], k [..., S, E] and v [..., S, Ev]; found "
             f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    rows, columns = q.shape[-2], k.shape[-2]
-    if causal and rows != columns:
-        # The core aligns a causal mask with the last column, torch with the first: they agree on squares only.
-        mask, causal = torch.ones(rows, columns, dtype=torch.bool, device="cpu").tril(), False
+    if enable_gqa:
+        q, k, v = _grouped(q, k, v)
     if mask is not None:
-        mask = _additive(mask)
-        scores = (*_batch_of(q, k, v), rows, columns)
-        if not _broadcasts(mask.shape, scores):
-            raise ShapeError(f"the mask must broadcast to the scores, {scores}; found {tuple(mask.shape)}")
+        if mask.dtype is not torch.bool:
+            ops.require_real(mask)
+        scores = [*_batch_of(q, k, v), q.shape[-2], k.shape[-2]]
+        # Two dimensions of the batch stand for the heads where they are grouped.
+        ungrouped = [*scores[:-4], scores[-4] * scores[-3], *scores[-2:]] if enable_gqa else scores
+        if not _broadcasts(mask.shape, ungrouped):
+            raise ShapeError(f"the mask must broadcast to the scores, {tuple(ungrouped)}; found {tuple(mask.shape)}")
+        if enable_gqa and mask.dim() > 2:
+            mask = mask.unflatten(-3, (1, 1) if mask.shape[-3] == 1 else scores[-4:-2])
     if scale is None:
         scale = 1.0 / sqrt(max(q.shape[-1], 1))
     q, k, v = _distinct(q, k, v)
-    out: Tensor = AttentionFunction.apply(q, k, v, mask, causal, scale, dropout, recipe, seed, stream, source)
-    return out
+    out: Tensor
+    if _fuses(q, k, v, mask, dropout, recipe):
+        out = FusedAttentionFunction.apply(q, k, v, mask, causal, scale, recipe, seed, stream, source)
+    else:
+        out = AttentionFunction.apply(q, k, v, mask, causal, scale, dropout, recipe, seed, stream, source)
+    return out.flatten(-4, -3) if enable_gqa else out
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Heads as groups of query heads that share a head of keys and values: views that broadcast."""
+    if min(q.dim(), k.dim(), v.dim()) < 3 or k.shape[-3] != v.shape[-3] or q.shape[-3] % max(k.shape[-3], 1):
+        raise ShapeError(
+            "grouped queries take q [..., H, L, E], k [..., G, S, E] and v [..., G, S, Ev], H a multiple of G; found "
+            f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    groups = k.shape[-3]
+    return q.unflatten(-3, (groups, q.shape[-3] // max(groups, 1))), k.unsqueeze(-3), v.unsqueeze(-3)
 
 
 def _additive(mask: Tensor) -> Tensor:

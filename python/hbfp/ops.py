@@ -14,7 +14,7 @@ and streams are arguments. There are no derivatives at this level: `hbfp.autogra
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -33,6 +33,8 @@ from hbfp.format import HBFP, Rounding
 __all__ = [
     "Product",
     "Recorder",
+    "attention",
+    "attention_backward",
     "column_sums",
     "kept_product",
     "product",
@@ -386,7 +388,7 @@ def softmax(
 
     Args:
         scores: [..., rows, columns].
-        causal: element (i, j) is masked where j > i + columns - rows.
+        causal: element (i, j) is masked where j > i, whatever the numbers of rows and columns.
         mask: float32 of the shape of `scores` (strides of 0 are fine), added after scaling; a row that is masked
             everywhere gives 0.
         reuse: the caller has no more use of `scores`, whose memory may then hold the result.
@@ -425,6 +427,166 @@ def _run_softmax_backward(p: Tensor, dp: Tensor, scale: float, reuse: bool) -> T
     return out
 
 
+Formats = tuple[HBFP, HBFP]
+"""Of the left and the right operand of a product."""
+Roundings = tuple[int, int]
+
+
+def _codings(formats: Formats, roundings: Roundings, streams: Sequence[int]) -> list[tuple[_core.Format, int, int]]:
+    return [(formats[i].core, roundings[i], streams[i]) for i in (0, 1)]
+
+
+def _record_attention(q: Tensor, k: Tensor, depth: int, formats: Formats, name: str, source: object) -> None:
+    """Tells of one product of attention, whose multiply-accumulates are those of all rows with all columns."""
+    macs = prod(q.shape[:-1]) * k.shape[-2] * depth
+    for recorder in tuple(recorders):
+        recorder(Product(name, source, macs, formats[0], formats[1]))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: Sequence[int],
+    *,
+    source: object = None,
+) -> Tensor:
+    """softmax(scale Q Kᵀ + mask) V without the L x S matrix in memory: the bits of two `product`s and `softmax`.
+
+    Shapes:
+        q: [..., L, E]; k: [..., S, E]; v: [..., S, Ev]; mask: float32 [..., L, S], added to the scaled scores. All with
+            the same batch dimensions, and strides of 0 where something is shared; L, S, E and Ev are not 0.
+        result: [..., L, Ev], float32, contiguous.
+
+    Args:
+        causal: row i sees columns 0 … i.
+        formats, roundings: of Q and P on the left, of K and V on the right; lines of at most 8 bits.
+        seed, streams: of Q, K, P and V.
+        source: told to the recorders, no part of the result.
+
+    Raises:
+        ShapeError: the shapes do not fit; FormatError: the formats are others;
+        DTypeError: a tensor is not real, dense and on the CPU.
+    """
+    if _direct(q, k, v) and (mask is None or _direct(mask)):
+        out = _run_attention(q, k, v, mask, causal, scale, formats, roundings, seed, streams)
+    else:
+        out = torch.ops.hbfp.attention(
+            q, k, v, mask, causal, scale, [str(format) for format in formats], list(roundings),
+            [_signed(stream) for stream in streams], _signed(seed),
+        )  # fmt: skip
+    if recorders and not is_compiling():
+        _record_attention(q, k, q.shape[-1], formats, "scores", source)
+        _record_attention(q, k, v.shape[-1], formats, "context", source)
+    return out
+
+
+def _run_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: Sequence[int],
+) -> Tensor:
+    q, k, v = _float32(q), _float32(k), _float32(v)
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32, device="cpu")
+    scores, context = (_codings(formats, roundings, streams[i : i + 2]) for i in (0, 2))
+    _core.attention(
+        q, k, v, None if mask is None else _float32(mask), out, causal, scale, scores, context, seed, _threads()
+    )
+    return out
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: tuple[Formats, Formats, Formats],
+    roundings: tuple[Roundings, Roundings, Roundings],
+    seed: int,
+    streams: Sequence[int],
+    needs: tuple[bool, bool, bool],
+    *,
+    source: object = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k and v, as far as `needs` says so, from that of the output; nothing but the inputs is kept.
+
+    Shapes: as for `attention`; do: [..., L, Ev]; results: the shapes of q, k and v, one matrix for each of the batch.
+
+    Args:
+        formats, roundings: of the forward products; of dP = dO Vᵀ and dQ = dS K; of dK = dSᵀ Q and of dV = (dOᵀ P)ᵀ.
+        seed, streams: of Q, K (scores); dO, V (dP); dS, K (dQ); dS, Q (dK); P, dO (dV).
+
+    Raises: as `attention`.
+    """
+    if _direct(do, q, k, v) and (mask is None or _direct(mask)):
+        out = _run_attention_backward(do, q, k, v, mask, causal, scale, formats, roundings, seed, streams, needs)
+    else:
+        found = torch.ops.hbfp.attention_backward(
+            do, q, k, v, mask, causal, scale, [str(format) for pair in formats for format in pair],
+            [rounding for pair in roundings for rounding in pair], [_signed(stream) for stream in streams],
+            _signed(seed), list(needs),
+        )  # fmt: skip
+        dq, dk, dv = (x if needed else None for x, needed in zip(found, needs, strict=True))
+        out = dq, dk, dv
+    if recorders and not is_compiling():
+        _, towards_input, towards_right = formats
+        if needs[2]:
+            _record_attention(q, k, v.shape[-1], towards_right[::-1], "gradient of V", source)
+        if needs[0] or needs[1]:
+            _record_attention(q, k, v.shape[-1], towards_input, "gradient of P", source)
+        if needs[0]:
+            _record_attention(q, k, q.shape[-1], towards_input, "gradient of Q", source)
+        if needs[1]:
+            _record_attention(q, k, q.shape[-1], towards_right, "gradient of K", source)
+    return out
+
+
+def _run_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: tuple[Formats, Formats, Formats],
+    roundings: tuple[Roundings, Roundings, Roundings],
+    seed: int,
+    streams: Sequence[int],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    do, q, k, v = _float32(do), _float32(q), _float32(k), _float32(v)
+    dq, dk, dv = (
+        torch.empty(x.shape, dtype=torch.float32, device="cpu") if needed else None
+        for x, needed in zip((q, k, v), needs, strict=True)
+    )
+    chosen = [(formats[i], roundings[i]) for i in (0, 1, 1, 2)] + [(formats[2][::-1], roundings[2][::-1])]
+    scores, weights, queries, keys, values = (
+        _codings(*pair, streams[2 * i : 2 * i + 2]) for i, pair in enumerate(chosen)
+    )
+    _core.attention_backward(
+        do, q, k, v, None if mask is None else _float32(mask), dq, dk, dv, causal, scale,
+        scores, weights, queries, keys, values, seed, _threads(),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 def column_sums(x: Tensor) -> Tensor:
     """Sums over the rows of x [rows, n] in blocks of 64, the same for any number of threads: [n]."""
     if x.dim() != 2:
@@ -449,10 +611,10 @@ def _run_column_sums(x: Tensor) -> Tensor:
 _LIBRARY = torch.library.Library("hbfp", "DEF")
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Defines `hbfp::<schema>` and registers the decorated function as its CPU kernel."""
 
-    def register(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def register(kernel: Callable[..., Any]) -> Callable[..., Any]:
         _LIBRARY.define(schema)
         _LIBRARY.impl(schema.split("(", 1)[0], kernel, "CPU")
         return kernel
@@ -498,6 +660,59 @@ def _softmax_backward_kernel(p: Tensor, dp: Tensor, scale: float) -> Tensor:
     return _run_softmax_backward(p, dp, scale, False)
 
 
+@_operator(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, str[] formats, int[] roundings, "
+    "SymInt[] streams, SymInt seed) -> Tensor"
+)
+def _attention_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: list[str],
+    roundings: list[int],
+    streams: list[int],
+    seed: int,
+) -> Tensor:
+    return _run_attention(
+        q, k, v, mask, causal, scale, _pairs(map(_format, formats))[0], _pairs(roundings)[0], seed & _WORD,
+        [stream & _WORD for stream in streams],
+    )  # fmt: skip
+
+
+@_operator(
+    "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
+    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+def _attention_backward_kernel(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: list[str],
+    roundings: list[int],
+    streams: list[int],
+    seed: int,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    gradients = _run_attention_backward(
+        do, q, k, v, mask, causal, scale, _pairs(map(_format, formats)), _pairs(roundings), seed & _WORD,
+        [stream & _WORD for stream in streams], (needs[0], needs[1], needs[2]),
+    )  # fmt: skip
+    # A schema has no optional results.
+    return tuple(torch.empty(0) if x is None else x for x in gradients)
+
+
+def _pairs(items: Iterable[Any]) -> Any:
+    items = iter(items)
+    return tuple(zip(items, items, strict=True))
+
+
 @_operator("column_sums(Tensor x) -> Tensor")
 def _column_sums_kernel(x: Tensor) -> Tensor:
     return _run_column_sums(x)
@@ -534,6 +749,19 @@ def _softmax_fake(scores: Tensor, scale: float, causal: bool, mask: Tensor | Non
 @torch.library.register_fake("hbfp::softmax_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _softmax_backward_fake(p: Tensor, dp: Tensor, scale: float) -> Tensor:
     return dp.new_empty(dp.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::attention", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::attention_backward", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _attention_backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    return tuple(
+        x.new_empty(x.shape if needed else 0, dtype=torch.float32) for x, needed in zip((q, k, v), needs, strict=True)
+    )
 
 
 @torch.library.register_fake("hbfp::column_sums", lib=_LIBRARY)  # type: ignore[untyped-decorator]

@@ -148,14 +148,33 @@ impl Tensor {
         unsafe { FloatTensor::from_raw(self.memory.as_ptr().wrapping_add(self.first), shape, self.strides.clone()) }
     }
 
-    /// The elements, row-major.
-    pub fn values(&self) -> Vec<f32> {
+    /// The view of `shape`: dimensions of length 1 are repeated as often as it says.
+    pub fn expand(&self, shape: &[usize]) -> FloatTensor<'_> {
+        let strides = self.expanded_strides(shape);
+        // SAFETY: repeated indices share the elements that `new` wrote.
+        unsafe { FloatTensor::from_raw(self.memory.as_ptr().wrapping_add(self.first), shape.to_vec(), strides) }
+    }
+
+    fn expanded_strides(&self, shape: &[usize]) -> Vec<isize> {
+        assert!(
+            shape.len() == self.shape.len() && shape.iter().zip(&self.shape).all(|(&n, &own)| own == n || own == 1)
+        );
+        shape.iter().zip(&self.shape).zip(&self.strides).map(|((&n, &own), &s)| if own == n { s } else { 0 }).collect()
+    }
+
+    /// The elements of that view, row-major.
+    pub fn expanded_values(&self, shape: &[usize]) -> Vec<f32> {
         let at = |place: isize| (self.first as isize + place) as usize;
-        places(&self.shape, &self.strides)
+        places(shape, &self.expanded_strides(shape))
             .into_iter()
             // SAFETY: `new` wrote every element.
             .map(|place| unsafe { *self.memory.as_ptr().add(at(place)) })
             .collect()
+    }
+
+    /// The elements, row-major.
+    pub fn values(&self) -> Vec<f32> {
+        self.expanded_values(&self.shape)
     }
 }
 

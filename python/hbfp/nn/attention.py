@@ -41,16 +41,20 @@ class DotProductAttention(nn.Module):
         attn_mask: Tensor | None = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
         """As `torch.nn.functional.scaled_dot_product_attention`; in fixed point the result is float32."""
         state = self.hbfp_state
         if state is None:
-            return torch_attention(query, key, value, attn_mask, dropout_p, is_causal)
+            return torch_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if state.solo and self.training:
             state.root.advance()
         return autograd.attention(
-            query, key, value, attn_mask, dropout_p, is_causal, None,
-            state.recipe, state.root.seed, state.stream(), state,
+            query, key, value, attn_mask, dropout_p, is_causal, scale,
+            state.recipe, state.root.seed, state.stream(), state, enable_gqa=enable_gqa,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -204,12 +204,17 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
     *,
     recipe: RecipeLike,
     seed: int = 0,
     stream: int = 0,
 ) -> Tensor:
     """softmax(scale · query · keyᵀ + mask) · value: both products in fixed point, the softmax in float32.
+
+    The scores [..., L, S] are never in memory as a whole, forward or backward, and nothing but the inputs is kept for
+    backward; except with dropout, where the mask requires a gradient, and for formats of tiles, of whole tensors or of
+    more than 8 bits. The bits are the same either way.
 
     Args:
         query, key, value: [..., L, E], [..., S, E], [..., S, Ev]; batch dimensions broadcast.
@@ -219,12 +224,17 @@ def scaled_dot_product_attention(
             whenever it is not 0: pass 0.0 in evaluation.
         is_causal: row i sees columns 0 … i. Not together with a mask.
         scale: 1/√E if None.
+        enable_gqa: key and value [..., G, S, …] have fewer heads than query [..., H, L, E]; each serves H / G heads of
+            query in a row, H a multiple of G. Nothing is copied. The bits are those of key and value repeated
+            (`repeat_interleave` along dimension -3); their gradients are sums over the heads that they serve.
 
     Returns:
         [..., L, Ev]. A row whose every column is masked gives 0.
     """
     _words(seed, stream)
-    return autograd.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, _recipe(recipe), seed, stream)
+    return autograd.attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, _recipe(recipe), seed, stream, enable_gqa=enable_gqa
+    )
 
 
 # --- einsum ----------------------------------------------------------------------------------------------------------

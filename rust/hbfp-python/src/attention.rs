@@ -1,8 +1,135 @@
-//! Softmax and bias gradients: the FP32 parts whose bits are fixed too.
+//! Attention; softmax and bias gradients, the FP32 parts whose bits are fixed too.
+#![allow(clippy::too_many_arguments, reason = "Python signatures")]
 
-use crate::run::run;
+use crate::encode::mode;
+use crate::format::Format;
+use crate::run::{run, run_attention};
 use crate::view::FloatView;
+use hbfp::attention::{Attention, Gradients};
+use hbfp::gemm::Coding;
 use pyo3::prelude::*;
+
+/// Format, rounding and stream of the left and the right operand of a product.
+type Codings<'py> = [(PyRef<'py, Format>, u8, u64); 2];
+
+fn codings([left, right]: &Codings<'_>, seed: u64) -> PyResult<[Coding; 2]> {
+    let coding = |(format, rounding, stream): &(PyRef<'_, Format>, u8, u64)| {
+        PyResult::Ok(Coding { format: format.inner, mode: mode(*rounding, seed, *stream)? })
+    };
+    Ok([coding(left)?, coding(right)?])
+}
+
+/// Views of q, k, v and the mask.
+struct Inputs<'py> {
+    q: FloatView<'py>,
+    k: FloatView<'py>,
+    v: FloatView<'py>,
+    mask: Option<FloatView<'py>>,
+}
+
+impl<'py> Inputs<'py> {
+    fn new([q, k, v]: [&Bound<'py, PyAny>; 3], mask: Option<&Bound<'py, PyAny>>) -> PyResult<Self> {
+        let (q, k, v) = (FloatView::read(q, "q")?, FloatView::read(k, "k")?, FloatView::read(v, "v")?);
+        Ok(Self { q, k, v, mask: mask.map(|mask| FloatView::read(mask, "mask")).transpose()? })
+    }
+
+    fn attention(&self, causal: bool, scale: f32, scores: [Coding; 2]) -> Attention<'_> {
+        let Self { q, k, v, mask } = self;
+        let mask = mask.as_ref().map(FloatView::tensor);
+        Attention { q: q.tensor(), k: k.tensor(), v: v.tensor(), mask, causal, scale, scores }
+    }
+
+    fn expect_apart(&self, out: &FloatView<'_>, what: &str) -> PyResult<()> {
+        let Self { q, k, v, mask } = self;
+        [q, k, v].into_iter().chain(mask).try_for_each(|input| out.expect_apart(input.extent(), what))
+    }
+}
+
+/// A view of `shape` to write to, apart from the inputs.
+fn result<'py>(
+    inputs: &Inputs<'_>,
+    out: &Bound<'py, PyAny>,
+    shape: &[usize],
+    last: usize,
+    what: &str,
+) -> PyResult<FloatView<'py>> {
+    let view = FloatView::write(out, what)?;
+    let leading = shape.len().saturating_sub(1);
+    view.expect_shape(&[&shape[..leading], &[last]].concat(), what)?;
+    inputs.expect_apart(&view, what)?;
+    Ok(view)
+}
+
+/// out = softmax(scale * q k^T + mask) v.
+#[pyfunction]
+pub(crate) fn attention(
+    py: Python<'_>,
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
+    mask: Option<&Bound<'_, PyAny>>,
+    out: &Bound<'_, PyAny>,
+    causal: bool,
+    scale: f32,
+    scores: Codings<'_>,
+    context: Codings<'_>,
+    seed: u64,
+    threads: usize,
+) -> PyResult<()> {
+    let inputs = Inputs::new([q, k, v], mask)?;
+    let (scores, context) = (codings(&scores, seed)?, codings(&context, seed)?);
+    let width = inputs.v.shape().last().copied().unwrap_or(0);
+    let mut out = result(&inputs, out, inputs.q.shape(), width, "out")?;
+    let attention = inputs.attention(causal, scale, scores);
+    let out = out.as_mut_slice();
+    run_attention(py, threads, |ctx, workspace| attention.forward(ctx, context, out, workspace))
+}
+
+/// Gradients of q, k and v.
+#[pyfunction]
+pub(crate) fn attention_backward(
+    py: Python<'_>,
+    output: &Bound<'_, PyAny>,
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
+    mask: Option<&Bound<'_, PyAny>>,
+    dq: Option<&Bound<'_, PyAny>>,
+    dk: Option<&Bound<'_, PyAny>>,
+    dv: Option<&Bound<'_, PyAny>>,
+    causal: bool,
+    scale: f32,
+    scores: Codings<'_>,
+    weights: Codings<'_>,
+    queries: Codings<'_>,
+    keys: Codings<'_>,
+    values: Codings<'_>,
+    seed: u64,
+    threads: usize,
+) -> PyResult<()> {
+    let inputs = Inputs::new([q, k, v], mask)?;
+    let output = FloatView::read(output, "output gradient")?;
+    let mut results = Vec::with_capacity(3);
+    for (out, input, what) in [(dq, &inputs.q, "dq"), (dk, &inputs.k, "dk"), (dv, &inputs.v, "dv")] {
+        let last = input.shape().last().copied().unwrap_or(0);
+        let view = out.map(|out| result(&inputs, out, input.shape(), last, what)).transpose()?;
+        if let Some(view) = &view {
+            view.expect_apart(output.extent(), what)?;
+        }
+        results.push(view);
+    }
+    let attention = inputs.attention(causal, scale, codings(&scores, seed)?);
+    let gradients = Gradients {
+        output: output.tensor(),
+        values: codings(&values, seed)?,
+        weights: codings(&weights, seed)?,
+        queries: codings(&queries, seed)?,
+        keys: codings(&keys, seed)?,
+    };
+    let [dq, dk, dv] = &mut results[..] else { unreachable!("three were pushed") };
+    let [dq, dk, dv] = [dq, dk, dv].map(|view| view.as_mut().map(FloatView::as_mut_slice));
+    run_attention(py, threads, |ctx, workspace| attention.backward(ctx, &gradients, dq, dk, dv, workspace))
+}
 
 /// Copies `from` to `out` unless they are the same object; `out` alone is worked on then.
 fn in_place<'py>(from: &Bound<'py, PyAny>, out: &Bound<'py, PyAny>, what: &str) -> PyResult<FloatView<'py>> {

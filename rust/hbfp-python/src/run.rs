@@ -1,9 +1,9 @@
 //! The one door from Python to the core: chooses kernels and threads, releases the GIL, maps errors and panics.
 
 use crate::error::{HBFPError, LevelError, to_python};
-use hbfp::gemm::Workspace;
 use hbfp::parallel::{Pool, Serial, Team};
 use hbfp::{Context, Error, Kernels, Level};
+use hbfp::{attention, gemm};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -15,7 +15,8 @@ const MAX_THREADS: usize = 256;
 const KEPT_WORKSPACES: usize = 4;
 
 static KERNELS: OnceLock<Result<&'static Kernels, Error>> = OnceLock::new();
-static WORKSPACES: Mutex<Vec<Workspace>> = Mutex::new(Vec::new());
+static PRODUCT_WORKSPACES: Kept<gemm::Workspace> = Kept::new();
+static ATTENTION_WORKSPACES: Kept<attention::Workspace> = Kept::new();
 static POOL: Mutex<Option<(u32, Arc<Pool>)>> = Mutex::new(None);
 /// Process that loaded this module: an OpenMP runtime that has threads does not survive a fork.
 static HOME: OnceLock<u32> = OnceLock::new();
@@ -153,28 +154,55 @@ fn guarded<T>(ctx: &Context<'_>, work: impl FnOnce(&Context<'_>) -> Result<T, Er
     }
 }
 
-/// `work` with a workspace of buffers.
-pub(crate) fn with_workspace<T>(
-    ctx: &Context<'_>,
-    work: impl FnOnce(&Context<'_>, &mut Workspace) -> Result<T, Error>,
-) -> Result<T, Error> {
-    let mut workspace = WORKSPACES.try_lock().ok().and_then(|mut kept| kept.pop()).unwrap_or_default();
-    let result = work(ctx, &mut workspace);
-    if let Ok(mut kept) = WORKSPACES.try_lock()
-        && kept.len() < KEPT_WORKSPACES
-    {
-        kept.push(workspace);
+/// Workspaces of a kind that are not in use.
+struct Kept<W>(Mutex<Vec<W>>);
+
+impl<W: Default> Kept<W> {
+    const fn new() -> Self {
+        Self(Mutex::new(Vec::new()))
     }
-    result
+
+    /// `work` with one of them, or a new one. A lock that is held elsewhere is not waited for.
+    fn lend<T>(&self, work: impl FnOnce(&mut W) -> T) -> T {
+        let mut workspace = self.0.try_lock().ok().and_then(|mut kept| kept.pop()).unwrap_or_default();
+        let result = work(&mut workspace);
+        if let Ok(mut kept) = self.0.try_lock()
+            && kept.len() < KEPT_WORKSPACES
+        {
+            kept.push(workspace);
+        }
+        result
+    }
+
+    fn bytes(&self, bytes: impl Fn(&W) -> usize) -> usize {
+        self.0.try_lock().map_or(0, |kept| kept.iter().map(bytes).sum())
+    }
 }
 
-/// The same as [`run`] with a workspace of buffers.
+/// `work` with buffers for a product.
+pub(crate) fn with_workspace<T>(
+    ctx: &Context<'_>,
+    work: impl FnOnce(&Context<'_>, &mut gemm::Workspace) -> Result<T, Error>,
+) -> Result<T, Error> {
+    PRODUCT_WORKSPACES.lend(|workspace| work(ctx, workspace))
+}
+
+/// The same as [`run`] with buffers for a product.
 pub(crate) fn run_with_workspace<T: Send>(
     py: Python<'_>,
     threads: usize,
-    work: impl FnOnce(&Context<'_>, &mut Workspace) -> Result<T, Error> + Send,
+    work: impl FnOnce(&Context<'_>, &mut gemm::Workspace) -> Result<T, Error> + Send,
 ) -> PyResult<T> {
     run(py, threads, |ctx| with_workspace(ctx, work))
+}
+
+/// The same as [`run`] with buffers for attention.
+pub(crate) fn run_attention<T: Send>(
+    py: Python<'_>,
+    threads: usize,
+    work: impl FnOnce(&Context<'_>, &mut attention::Workspace) -> Result<T, Error> + Send,
+) -> PyResult<T> {
+    run(py, threads, |ctx| ATTENTION_WORKSPACES.lend(|workspace| work(ctx, workspace)))
 }
 
 /// Level, levels, CPU features, threading and build.
@@ -193,7 +221,8 @@ pub(crate) fn info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     out.set_item("target", format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS))?;
     let build = if cfg!(debug_assertions) { "debug" } else { "release" };
     out.set_item("build", build)?;
-    let bytes = WORKSPACES.try_lock().map_or(0, |kept| kept.iter().map(Workspace::bytes).sum::<usize>());
+    let bytes =
+        PRODUCT_WORKSPACES.bytes(gemm::Workspace::bytes) + ATTENTION_WORKSPACES.bytes(attention::Workspace::bytes);
     out.set_item("workspace_bytes", bytes)?;
     Ok(out)
 }

@@ -2,8 +2,8 @@
 //! mantissas, so that matrix products are fixed-point arithmetic with an exact, machine-independent result.
 //!
 //! The layers, each using only those above it:
-//! [`mod@format`] → [`rng`] → [`pack`] → [`shape`] → [`encode`] → [`gemm`], on kernels chosen per CPU [`Level`] and on
-//! the threads of a [`parallel::Team`]. [`mod@reference`] tells the same contract again, slowly and obviously.
+//! [`mod@format`] → [`rng`] → [`pack`] → [`shape`] → [`encode`] → [`gemm`] → [`attention`], on kernels chosen per CPU
+//! [`Level`] and on the threads of a [`parallel::Team`]. [`mod@reference`] tells the same contract again, slowly and obviously.
 //!
 //! The crate keeps no state: kernels, threads, buffers and random streams are arguments.
 

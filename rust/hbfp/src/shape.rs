@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape};
 use crate::pack::packed_bytes;
 use std::marker::PhantomData;
+use std::ops::Range;
 
 /// A strided view of an f32 tensor of any rank. Strides count elements and may be zero or negative.
 #[derive(Clone, Debug)]
@@ -102,6 +103,7 @@ impl<'a> FloatTensor<'a> {
             k_stride: strides[axis],
             by_line,
             row_step,
+            first_row: 0,
             lifetime: PhantomData,
         })
     }
@@ -119,6 +121,8 @@ pub(crate) struct FloatLines<'a> {
     pub(crate) k_stride: isize,
     pub(crate) by_line: bool,
     pub(crate) row_step: usize,
+    /// Row of the random bits of the first element: not 0 where these are part of a larger tensor.
+    first_row: usize,
     lifetime: PhantomData<&'a [f32]>,
 }
 
@@ -127,7 +131,39 @@ unsafe impl Send for FloatLines<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for FloatLines<'_> {}
 
-impl FloatLines<'_> {
+impl<'a> FloatLines<'a> {
+    /// One matrix in memory of its own, which holds the rows from `first_row` on of a tensor that is nowhere whole.
+    ///
+    /// # Safety
+    /// `rows` rows of `columns` elements, `stride` elements apart, are valid for reading from `ptr` on for `'a`.
+    pub(crate) unsafe fn of_rows(
+        ptr: *const f32,
+        [rows, columns]: [usize; 2],
+        stride: usize,
+        by_line: bool,
+        first_row: usize,
+    ) -> Self {
+        let (lines, k) = if by_line { (rows, columns) } else { (columns, rows) };
+        let (line_stride, k_stride) = if by_line { (stride as isize, 1) } else { (1, stride as isize) };
+        let (offsets, lifetime) = (vec![0], PhantomData);
+        Self { ptr, offsets, lines, k, line_stride, k_stride, by_line, row_step: 1, first_row, lifetime }
+    }
+
+    /// Rows of one matrix: some of its lines, or, where lines lie across the rows, a part of each. Random bits stay
+    /// with the elements.
+    pub(crate) fn rows(&self, m: usize, rows: Range<usize>) -> FloatLines<'a> {
+        debug_assert!(self.by_line || self.row_step == 1, "rows of the last two dimensions");
+        let (line, k) = if self.by_line { (rows.start, 0) } else { (0, rows.start) };
+        let (lines, depth) = if self.by_line { (rows.len(), self.k) } else { (self.lines, rows.len()) };
+        FloatLines {
+            offsets: vec![self.offsets[m] + line as isize * self.line_stride + k as isize * self.k_stride],
+            lines,
+            k: depth,
+            first_row: self.row(m, line, k),
+            ..*self
+        }
+    }
+
     /// Matrices whose lines follow one another at a constant distance become one.
     pub(crate) fn merge(&mut self) {
         let step = self.line_stride * self.lines as isize;
@@ -148,12 +184,16 @@ impl FloatLines<'_> {
 
     /// Row of the random bits of element `k` of `line` of matrix `m`.
     pub(crate) fn random_row(&self, m: usize, line: usize, k: usize) -> u32 {
-        let row = if self.by_line {
-            m * self.lines + line
-        } else {
-            m / self.row_step * self.k * self.row_step + m % self.row_step + k * self.row_step
-        };
-        row as u32
+        self.row(m, line, k) as u32
+    }
+
+    fn row(&self, m: usize, line: usize, k: usize) -> usize {
+        self.first_row
+            + if self.by_line {
+                m * self.lines + line
+            } else {
+                m / self.row_step * self.k * self.row_step + m % self.row_step + k * self.row_step
+            }
     }
 }
 

@@ -45,6 +45,7 @@ pub struct Kernels {
     pub(crate) encode_rows: [EncodeRows; 4],
     pub(crate) encode_strip: [EncodeStrip; 4],
     pub(crate) fill_random: unsafe fn(Seed, Counters, *mut u16),
+    pub(crate) scale_row: unsafe fn(*const f32, *mut f32, usize, f32, *const f32),
     pub(crate) softmax_row: unsafe fn(*mut f32, usize),
     pub(crate) softmax_backward_row: unsafe fn(*const f32, *mut f32, usize, f32),
     pub(crate) peak_pairs: unsafe fn(usize, i32) -> i32,
@@ -145,6 +146,7 @@ macro_rules! kernels {
                 encode_rows: [encode_rows::<NEAREST_EVEN>, encode_rows::<NEAREST_AWAY>, encode_rows::<TOWARD_ZERO>, encode_rows::<STOCHASTIC>],
                 encode_strip: [encode_strip::<NEAREST_EVEN>, encode_strip::<NEAREST_AWAY>, encode_strip::<TOWARD_ZERO>, encode_strip::<STOCHASTIC>],
                 fill_random,
+                scale_row,
                 softmax_row,
                 softmax_backward_row,
                 peak_pairs,
@@ -190,6 +192,10 @@ macro_rules! kernels {
             #$attribute
             unsafe fn fill_random(seed: Seed, counters: Counters, out: *mut u16) {
                 unsafe { philox::fill_random($make, seed, counters, out) }
+            }
+            #$attribute
+            unsafe fn scale_row(x: *const f32, out: *mut f32, n: usize, scale: f32, mask: *const f32) {
+                unsafe { softmax::scale_row($make, x, out, n, scale, mask) }
             }
             #$attribute
             unsafe fn softmax_row(row: *mut f32, n: usize) {

@@ -255,7 +255,7 @@ pub(crate) struct Filling<'a> {
 }
 
 impl<'a> Filling<'a> {
-    fn new(ctx: &Context<'_>, job: Job<'a>) -> Self {
+    pub(crate) fn new(ctx: &Context<'_>, job: Job<'a>) -> Self {
         let layout = &job.layout;
         let blocks_together = job.blocks_together();
         let runs = layout.blocks.div_ceil(blocks_together);
@@ -263,6 +263,12 @@ impl<'a> Filling<'a> {
         let strips_together = (layout.matrices * layout.strips() * runs / wanted).clamp(1, STRIPS_TOGETHER);
         let tasks = layout.matrices * runs * layout.strips().div_ceil(strips_together);
         Self { job, strips_together, blocks_together, tasks }
+    }
+
+    /// Does all tasks, one after the other.
+    pub(crate) fn run_all(&self, ctx: &Context<'_>, scratch: &mut Scratch) -> Result<()> {
+        // SAFETY: each once.
+        (0..self.tasks).try_for_each(|task| unsafe { self.run(ctx, task, scratch) })
     }
 
     /// Does task number `task`.

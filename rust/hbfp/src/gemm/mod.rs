@@ -4,6 +4,7 @@
 mod cache;
 mod driver;
 mod general;
+pub(crate) mod strips;
 
 use crate::arch::generic::encode::encodes_to_panels;
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
@@ -16,6 +17,8 @@ use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
 use crate::shape::{FloatLines, FloatTensor, PlaneLayout};
 use std::sync::Mutex;
+
+pub use strips::Coding;
 
 /// An operand of a product. The last two dimensions are a matrix, leading ones are batch; the reduction runs along
 /// `axis`, one of the last two.

@@ -43,6 +43,30 @@ fn tree_sum(mut partial: [f32; PARTIALS]) -> f32 {
     partial[0]
 }
 
+/// `out[..n]` ← `x[..n]` · `scale`, plus `mask[..n]` unless that is null. `out` may be `x`.
+///
+/// # Safety
+/// `x` and `mask`, unless null, are valid for reading and `out` for writing `n` elements; `out` is `x` or apart from it.
+#[inline(always)]
+pub(crate) unsafe fn scale_row<S: Simd>(s: S, x: *const f32, out: *mut f32, n: usize, scale: f32, mask: *const f32) {
+    // SAFETY: all accesses are below n.
+    unsafe {
+        let factor = s.splat_f32(scale);
+        let whole = n - n % S::LANES;
+        for j in (0..whole).step_by(S::LANES) {
+            let mut y = s.mul_f32(s.load(x.add(j).cast()), factor);
+            if !mask.is_null() {
+                y = s.add_f32(y, s.load(mask.add(j).cast()));
+            }
+            s.store(out.add(j).cast(), y);
+        }
+        for j in whole..n {
+            let y = x.add(j).read() * scale;
+            out.add(j).write(if mask.is_null() { y } else { y + mask.add(j).read() });
+        }
+    }
+}
+
 /// `row[..n]` ← softmax, in place; `row` is padded to whole groups of [`PARTIALS`] with −∞. A row whose largest value
 /// is −∞ becomes zeros; a row that holds +∞ or a NaN becomes canonical NaNs.
 ///

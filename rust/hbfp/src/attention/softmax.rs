@@ -1,9 +1,10 @@
-//! The FP32 half of attention: softmax and its derivative, with the library's own exponential.
+//! Softmax of rows and its derivative, with the library's own exponential.
 //!
 //! `crate::arch::generic::softmax` fixes the order of operations, so that all levels and threads give the same bits.
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint rows")]
 
 use crate::arch::generic::softmax::PARTIALS;
+use crate::arch::kernels::Kernels;
 use crate::encode::{Context, check_size, per_worker};
 use crate::error::Result;
 use crate::format::CANONICAL_NAN;
@@ -22,7 +23,7 @@ pub struct Softmax<'a> {
     pub columns: usize,
     /// Factor of the scores, applied before the mask.
     pub scale: f32,
-    /// Whether column j of row i counts only if j ≤ i + columns − rows.
+    /// Whether column j of row i counts only if j ≤ i.
     pub causal: bool,
     /// Added to the scaled scores, as many elements as there are scores.
     pub mask: Option<&'a [f32]>,
@@ -52,26 +53,41 @@ impl Softmax<'_> {
             for row in task * ROWS..((task + 1) * ROWS).min(count) {
                 // SAFETY: every row belongs to one task.
                 let scores = unsafe { shared.part(row * columns, columns) };
-                let visible =
-                    if causal { (row % rows + 1 + columns).saturating_sub(rows).min(columns) } else { columns };
-                match mask {
-                    Some(mask) => {
-                        let mask = &mask[row * columns..][..visible];
-                        for ((out, &x), &m) in buffer.iter_mut().zip(&*scores).zip(mask) {
-                            *out = x * scale + m;
-                        }
-                    }
-                    None => buffer.iter_mut().zip(&scores[..visible]).for_each(|(out, &x)| *out = x * scale),
-                }
-                let used = visible.next_multiple_of(PARTIALS);
-                buffer[visible..used].fill(f32::NEG_INFINITY);
-                // SAFETY: `used` elements, a multiple of PARTIALS, lie inside the buffer.
-                unsafe { (ctx.kernels.softmax_row)(buffer.as_mut_ptr(), used) };
+                let visible = if causal { (row % rows + 1).min(columns) } else { columns };
+                let mask = mask.map_or(std::ptr::null(), |mask| mask[row * columns..][..visible].as_ptr());
+                // SAFETY: the buffer holds whole groups; scores and mask have `visible` elements.
+                unsafe { softmax_row(ctx.kernels, scores.as_ptr(), &mut buffer, visible, scale, mask) };
                 scores[..visible].copy_from_slice(&buffer[..visible]);
                 scores[visible..].fill(0.0);
             }
         });
         Ok(())
+    }
+}
+
+/// The first `visible` elements of `out` ← softmax of as many scores, scaled and masked. Behind them, up to a whole
+/// group of partial sums, `out` is overwritten.
+///
+/// # Safety
+/// `scores` and `mask`, unless null, are valid for reading `visible` elements; `scores` is `out` or apart from it.
+///
+/// # Panics
+/// If `out` is shorter than the groups.
+pub(super) unsafe fn softmax_row(
+    kernels: &Kernels,
+    scores: *const f32,
+    out: &mut [f32],
+    visible: usize,
+    scale: f32,
+    mask: *const f32,
+) {
+    let used = visible.next_multiple_of(PARTIALS);
+    assert!(used <= out.len());
+    // SAFETY: the caller vouches for the inputs; `used` elements, a multiple of PARTIALS, lie inside `out`.
+    unsafe {
+        (kernels.scale_row)(scores, out.as_mut_ptr(), visible, scale, mask);
+        out[visible..used].fill(f32::NEG_INFINITY);
+        (kernels.softmax_row)(out.as_mut_ptr(), used);
     }
 }
 
