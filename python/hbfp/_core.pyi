@@ -245,6 +245,45 @@ def attention_backward(
     """The gradients that are not None, from `output`, that of the output. Codings: `scores` of q and k; `weights` of dO
     and v; `queries` of dS and k; `keys` of dS and q; `values` of P and dO."""
 
+_Triple = tuple[int, int, int]
+_Sizes = tuple[int, list[_Triple]]
+"""Groups; then the pixels of X and of Y, the taps, stride, padding before, dilation, of three spatial dimensions each."""
+
+def convolution_forward(
+    x: Any,
+    w: Any,
+    out: Any,
+    sizes: _Sizes,
+    operands: _Codings,
+    flatten: bool,
+    bias: Any | None,
+    seed: int,
+    threads: int,
+    keep: tuple[Format, int, int] | None,
+) -> Any | None:
+    """out [N, .., C_out] from x [N, .., C], both C-contiguous with three pixel dimensions, and w [C_out, C/g, k0, k1,
+    k2] of any strides. With keep = (format, rounding, stream): X's codes along the batch, a uint8 tensor, or None for a
+    format that cannot be kept."""
+
+def convolution_input_gradient(
+    dy: Any, w: Any, out: Any, sizes: _Sizes, operands: _Codings, bias: Any | None, seed: int, threads: int
+) -> None:
+    """out [N, .., C] from dy [N, .., C_out] and w; codings of dy and w. Also a transposed convolution's forward."""
+
+def convolution_weight_gradient(
+    dy: Any,
+    x: Any,
+    kept: bool,
+    channels: int,
+    out: Any,
+    sizes: _Sizes,
+    operands: _Codings,
+    seed: int,
+    threads: int,
+) -> None:
+    """out [g, taps, C/g, C_out/g] from dy [N, .., C_out] and x [N, .., C], or what was kept of it; codings of dy and
+    x."""
+
 def softmax(scores: Any, out: Any, scale: float, causal: bool, mask: Any | None, threads: int) -> None:
     """Row softmax of scale * scores (+ mask, f32 of scores' shape) over the last dimension; causal: column j of row i
     of the last two dimensions is masked when j > i. `out` may be `scores`. A fully masked row gives 0."""

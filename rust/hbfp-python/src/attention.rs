@@ -10,9 +10,9 @@ use hbfp::gemm::Coding;
 use pyo3::prelude::*;
 
 /// Format, rounding and stream of the left and the right operand of a product.
-type Codings<'py> = [(PyRef<'py, Format>, u8, u64); 2];
+pub(crate) type Codings<'py> = [(PyRef<'py, Format>, u8, u64); 2];
 
-fn codings([left, right]: &Codings<'_>, seed: u64) -> PyResult<[Coding; 2]> {
+pub(crate) fn codings([left, right]: &Codings<'_>, seed: u64) -> PyResult<[Coding; 2]> {
     let coding = |(format, rounding, stream): &(PyRef<'_, Format>, u8, u64)| {
         PyResult::Ok(Coding { format: format.inner, mode: mode(*rounding, seed, *stream)? })
     };

@@ -3,6 +3,7 @@
 
 mod attention;
 mod ceilings;
+mod convolution;
 mod encode;
 mod error;
 mod format;
@@ -25,6 +26,8 @@ mod _core {
     use crate::attention::{attention, attention_backward, column_sums, softmax, softmax_backward};
     #[pymodule_export]
     use crate::ceilings::{multiply_adds, read_memory};
+    #[pymodule_export]
+    use crate::convolution::{convolution_forward, convolution_input_gradient, convolution_weight_gradient};
     #[pymodule_export]
     use crate::encode::{decode, encode, pack, philox4x32, quantize, unpack};
     #[pymodule_export]

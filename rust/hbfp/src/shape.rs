@@ -51,6 +51,12 @@ impl<'a> FloatTensor<'a> {
         &self.shape
     }
 
+    /// The element at an index; valid for reading when that is inside the shape.
+    pub(crate) fn at(&self, index: &[usize]) -> *const f32 {
+        let offset = index.iter().zip(&self.strides).map(|(&i, &s)| i as isize * s).sum();
+        self.ptr.wrapping_offset(offset)
+    }
+
     /// The lines along `axis` of the tensor, grouped in matrices; see [`FloatLines`].
     ///
     /// # Errors
@@ -104,6 +110,7 @@ impl<'a> FloatTensor<'a> {
             by_line,
             row_step,
             first_row: 0,
+            plane: std::ptr::null(),
             lifetime: PhantomData,
         })
     }
@@ -123,6 +130,8 @@ pub(crate) struct FloatLines<'a> {
     pub(crate) row_step: usize,
     /// Row of the random bits of the first element: not 0 where these are part of a larger tensor.
     first_row: usize,
+    /// Random bits laid out as the elements are, in place of rows and columns; null: none.
+    plane: *const u16,
     lifetime: PhantomData<&'a [f32]>,
 }
 
@@ -146,7 +155,8 @@ impl<'a> FloatLines<'a> {
         let (lines, k) = if by_line { (rows, columns) } else { (columns, rows) };
         let (line_stride, k_stride) = if by_line { (stride as isize, 1) } else { (1, stride as isize) };
         let (offsets, lifetime) = (vec![0], PhantomData);
-        Self { ptr, offsets, lines, k, line_stride, k_stride, by_line, row_step: 1, first_row, lifetime }
+        let plane = std::ptr::null();
+        Self { ptr, offsets, lines, k, line_stride, k_stride, by_line, row_step: 1, first_row, plane, lifetime }
     }
 
     /// Rows of one matrix: some of its lines, or, where lines lie across the rows, a part of each. Random bits stay
@@ -162,6 +172,33 @@ impl<'a> FloatLines<'a> {
             first_row: self.row(m, line, k),
             ..*self
         }
+    }
+
+    /// Matrices that begin `offsets` elements from `ptr` on, whose random bits lie in a plane as they themselves do.
+    ///
+    /// # Safety
+    /// Every element is valid for reading for `'a`, and so are as many u16 of the plane, at the same offsets, unless it
+    /// is null; along k it can be read [`crate::arch::generic::encode::ROW_PADDING`] elements further.
+    pub(crate) unsafe fn with_plane(
+        ptr: *const f32,
+        plane: *const u16,
+        offsets: Vec<isize>,
+        [lines, k]: [usize; 2],
+        [line_stride, k_stride]: [isize; 2],
+    ) -> Self {
+        let lifetime = PhantomData;
+        let (by_line, row_step, first_row) = (true, 1, 0);
+        Self { ptr, offsets, lines, k, line_stride, k_stride, by_line, row_step, first_row, plane, lifetime }
+    }
+
+    pub(crate) fn has_plane(&self) -> bool {
+        !self.plane.is_null()
+    }
+
+    /// Random bits of element `k` of `line` of matrix `m`, where they lie in a plane.
+    pub(crate) fn plane_at(&self, m: usize, line: usize, k: usize) -> Option<*const u16> {
+        let offset = self.offsets[m] + line as isize * self.line_stride + k as isize * self.k_stride;
+        self.has_plane().then(|| self.plane.wrapping_offset(offset))
     }
 
     /// Matrices whose lines follow one another at a constant distance become one.

@@ -4,6 +4,7 @@
 use crate::arch::generic::encode::{ROW_PADDING, STRIP, STRIPS_STAGED, Scaling};
 use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
 use crate::arch::kernels::Kernels;
+use crate::encode::panels::Panels;
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT, Rounding, power_of_two};
 use crate::mem::AlignedBytes;
 use crate::rng::Seed;
@@ -60,6 +61,12 @@ pub(crate) struct Scratch {
     pub(crate) panel: AlignedBytes,
     /// Strips whose panels take another form in the end.
     pub(crate) strips: AlignedBytes,
+    /// A convolution's left panels, gathered for a task; which of them need the general product.
+    pub(crate) gathered: AlignedBytes,
+    pub(crate) general: Vec<bool>,
+    /// Patches of an image, and their panels.
+    pub(crate) patches: Vec<f32>,
+    pub(crate) patch_panels: Panels,
     /// As many zeros as a block has elements.
     pub(crate) zeros: Vec<f32>,
 }
@@ -85,6 +92,9 @@ impl Scratch {
             + self.codes.len()
             + self.panel.capacity()
             + self.strips.capacity()
+            + self.gathered.capacity()
+            + 4 * self.patches.len()
+            + self.patch_panels.bytes.capacity()
     }
 }
 
@@ -118,7 +128,17 @@ pub(crate) fn load_lines(
         (0..width).for_each(|l| blocks.x[l] = scratch.staging[l * stride..].as_ptr());
     }
     if mode.is_stochastic() {
-        if lines.by_line {
+        if lines.has_plane() {
+            for j in 0..n {
+                for l in 0..width {
+                    if let Some(bits) = lines.plane_at(matrix, line + l, k + j) {
+                        // SAFETY: inside the plane, which has an element for each of the view's.
+                        scratch.transposed[l * stride + j] = unsafe { *bits };
+                    }
+                }
+            }
+            (0..width).for_each(|l| blocks.random[l] = scratch.transposed[l * stride..].as_ptr());
+        } else if lines.by_line {
             let groups = random_rows(kernels, lines, part, mode.seed, &mut scratch.random);
             (0..width).for_each(|l| blocks.random[l] = scratch.random[l * 8 * groups + k % 8..].as_ptr());
         } else {
@@ -160,4 +180,15 @@ pub(crate) fn random_strip(kernels: &Kernels, lines: &FloatLines<'_>, part: Part
     assert!(part.n * STRIP + RANDOM_PADDING <= out.len());
     // SAFETY: room for the rectangle and its padding.
     unsafe { (kernels.fill_random)(seed, counters, out.as_mut_ptr()) };
+}
+
+/// Random bits of a part whose lines lie side by side, from the plane: `out` as that of [`random_strip`].
+pub(crate) fn plane_strip(lines: &FloatLines<'_>, part: Part, out: &mut [u16]) {
+    debug_assert!(lines.line_stride == 1);
+    for (j, out) in out.chunks_exact_mut(STRIP).enumerate().take(part.n) {
+        if let Some(bits) = lines.plane_at(part.matrix, part.line, part.k + j) {
+            // SAFETY: `width` neighbours inside the plane, which has an element for each of the view's.
+            out[..part.width].copy_from_slice(unsafe { std::slice::from_raw_parts(bits, part.width) });
+        }
+    }
 }

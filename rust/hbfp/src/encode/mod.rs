@@ -3,6 +3,7 @@
 
 pub(crate) mod blocks;
 pub(crate) mod codes;
+pub(crate) mod forms;
 pub(crate) mod panels;
 
 pub use blocks::RoundingMode;

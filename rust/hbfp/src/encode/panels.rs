@@ -2,9 +2,9 @@
 //! f32, or laid out from planes or codes. `crate::arch::generic::product` draws the bytes.
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint panels")]
 
-use super::blocks::{Part, RUN, RoundingMode, Scratch, load_lines, random_rows, random_strip};
+use super::blocks::{Part, RUN, RoundingMode, Scratch, load_lines, plane_strip, random_rows, random_strip};
 use super::codes::{Codes, unpack_block};
-use super::{Context, per_worker};
+use super::{Context, forms, per_worker};
 use crate::arch::generic::encode::{BlockPlace, FAST_SCALES, PanelCoding, ROW_PADDING, STRIP, STRIPS_STAGED};
 use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER, a_block_bytes, b_block_bytes, nibble_block_bytes};
 use crate::error::{Error, Result};
@@ -81,6 +81,13 @@ pub(crate) enum Form {
     Bytes,
     /// Right operands of 4 bits or fewer that are kept: two codes a byte.
     Nibbles,
+    /// Left operands line by line, so that any four lines can be made a panel: codes, correction and rider of each block.
+    Lines,
+    /// Left operands that are kept: codes, two a byte at up to 4 bits, and exponent bytes.
+    Compact {
+        /// Whether two codes share a byte.
+        nibbles: bool,
+    },
 }
 
 /// Sizes of the panels of one operand.
@@ -102,6 +109,8 @@ pub(crate) struct PanelLayout {
     pub(crate) form: Form,
     /// One matrix stands for all.
     pub(crate) shared: bool,
+    /// The matrices are consecutive pieces of the reduction of one matrix.
+    pub(crate) pieces: bool,
 }
 
 impl PanelLayout {
@@ -110,23 +119,58 @@ impl PanelLayout {
         let steps = block.div_ceil(4);
         let (blocks, panels) = (k.div_ceil(block), lines.div_ceil(width));
         let block_bytes = plain_block_bytes(side, steps, width);
-        let (form, shared) = (Form::Bytes, false);
-        Self { matrices, lines, k, block, width, steps, blocks, panels, block_bytes, side, form, shared }
+        let (form, shared, pieces) = (Form::Bytes, false, false);
+        Self { matrices, lines, k, block, width, steps, blocks, panels, block_bytes, side, form, shared, pieces }
+    }
+    /// The same, each matrix a piece of the reduction of one.
+    pub(crate) fn in_pieces(self) -> Self {
+        Self { pieces: true, ..self }
+    }
+    /// Pieces as what they are pieces of.
+    pub(crate) fn joined(self) -> Self {
+        let blocks = self.matrices * self.blocks;
+        Self { matrices: 1, blocks, k: blocks * self.block, pieces: false, ..self }
+    }
+    /// The same lines of a left operand one by one.
+    pub(crate) fn in_lines(self) -> Self {
+        Self { form: Form::Lines, ..self }
+    }
+    /// The same panels of a left operand of `bits` bits, to be kept.
+    pub(crate) fn compact(self, bits: u8) -> Self {
+        let nibbles = bits <= 4 && self.step() == 4;
+        let rows = if nibbles { self.steps.div_ceil(2) } else { self.steps };
+        Self { block_bytes: 4 * PANEL_ROWS * rows + PANEL_ROWS, form: Form::Compact { nibbles }, ..self }
     }
     /// The same panels with two codes a byte.
     pub(crate) fn in_nibbles(self) -> Self {
         Self { block_bytes: nibble_block_bytes(self.steps, self.width), form: Form::Nibbles, ..self }
     }
     pub(crate) fn panel_bytes(&self) -> usize {
-        self.blocks * self.block_bytes
+        self.blocks * self.block_bytes * if self.pieces { self.matrices } else { 1 }
     }
     /// Number of a matrix's panel among all. Matrices begin with whole strips, so that strips are written whole.
     pub(crate) fn panel(&self, matrix: usize, panel: usize) -> usize {
-        matrix * self.strips() * (STRIP / self.width) + panel
+        if self.pieces { panel } else { matrix * self.strips() * (STRIP / self.width) + panel }
+    }
+    /// Where the blocks of a matrix's panel begin.
+    fn panel_at(&self, matrix: usize, panel: usize) -> usize {
+        let piece = if self.pieces { matrix * self.blocks * self.block_bytes } else { 0 };
+        self.panel(matrix, panel) * self.panel_bytes() + piece
     }
     /// Panels of all matrices.
     pub(crate) fn panel_count(&self) -> usize {
-        self.panel(self.matrices, 0)
+        self.strips() * (STRIP / self.width) * if self.pieces { 1 } else { self.matrices }
+    }
+    /// Bytes of a line's step.
+    pub(crate) fn step(&self) -> usize {
+        match self.side {
+            Side::Left { .. } => (self.plain_block_bytes() - 32) / (PANEL_ROWS * self.steps),
+            Side::Right { .. } => 4,
+        }
+    }
+    /// Bytes of a block as the kernels read it.
+    pub(crate) fn plain_block_bytes(&self) -> usize {
+        plain_block_bytes(self.side, self.steps, self.width)
     }
     pub(crate) fn bytes(&self) -> usize {
         self.panel_count() * self.panel_bytes()
@@ -287,10 +331,10 @@ impl<'a> Filling<'a> {
         scratch.reserve(layout.block);
         let per_strip = STRIP / layout.width;
         // Other forms are made of the kernels' own, which goes to scratch.
-        let plain = plain_block_bytes(layout.side, layout.steps, layout.width);
+        let plain = layout.plain_block_bytes();
         let (own, stride) = match layout.form {
             Form::Bytes => (None, layout.panel_bytes()),
-            Form::Nibbles => {
+            _ => {
                 let stride = blocks.len() * plain;
                 (Some(scratch.strips.reserve(strips.len() * per_strip * stride)), stride)
             }
@@ -298,7 +342,10 @@ impl<'a> Filling<'a> {
         let writer = |strip: usize| {
             let at = layout.panel(matrix, strip * per_strip);
             let first = match own {
-                None => panels.bytes.pointer(at * stride, per_strip * stride),
+                None => {
+                    let from = layout.panel_at(matrix, strip * per_strip);
+                    panels.bytes.pointer(from, (per_strip - 1) * stride + layout.blocks * plain)
+                }
                 Some(own) => own
                     .as_ptr()
                     .wrapping_add((strip - strips.start) * per_strip * stride)
@@ -343,18 +390,30 @@ impl<'a> Filling<'a> {
             }
         }
         if let Some(own) = own {
-            let len = blocks.len();
             for (i, panel) in (strips.start * per_strip..strips.end * per_strip).enumerate() {
-                let to = layout.panel(matrix, panel) * layout.panel_bytes() + blocks.start * layout.block_bytes;
-                // SAFETY: the writers filled these panels' blocks; nobody else writes to the same place.
-                let (from, to) = unsafe {
-                    (
-                        std::slice::from_raw_parts(own.as_ptr().add(i * stride), len * plain),
-                        panels.bytes.part(to, len * layout.block_bytes),
-                    )
-                };
-                for (from, to) in from.chunks_exact(plain).zip(to.chunks_exact_mut(layout.block_bytes)) {
-                    to_nibbles(layout, from, to);
+                let to = layout.panel_at(matrix, panel);
+                for (j, b) in blocks.clone().enumerate() {
+                    // SAFETY: the writers filled this panel's block.
+                    let from = unsafe { std::slice::from_raw_parts(own.as_ptr().add(i * stride + j * plain), plain) };
+                    // SAFETY: nobody else writes to the same block.
+                    let block = |at: usize, len: usize| unsafe { panels.bytes.part(to + at, len) };
+                    match layout.form {
+                        Form::Lines => {
+                            for lane in 0..PANEL_ROWS {
+                                let at = (lane * layout.blocks + b) * (plain / PANEL_ROWS);
+                                forms::to_line(from, lane, layout.step(), block(at, plain / PANEL_ROWS));
+                            }
+                        }
+                        Form::Compact { nibbles } => {
+                            forms::to_compact(
+                                from,
+                                layout.step(),
+                                nibbles,
+                                block(b * layout.block_bytes, layout.block_bytes),
+                            );
+                        }
+                        _ => forms::to_nibbles(from, layout, block(b * layout.block_bytes, layout.block_bytes)),
+                    }
                 }
             }
         }
@@ -549,7 +608,12 @@ impl StripWriter<'_> {
         let staging = &scratch.staging[staged * 4 * steps * STRIP..][..4 * steps * STRIP];
         assert!(scratch.random.len() >= staging.len());
         if mode.is_stochastic() {
-            random_strip(kernels, x, self.part(0, self.lines, b), mode.seed, &mut scratch.random);
+            let part = self.part(0, self.lines, b);
+            if x.has_plane() {
+                plane_strip(x, part, &mut scratch.random);
+            } else {
+                random_strip(kernels, x, part, mode.seed, &mut scratch.random);
+            }
         }
         let places: [BlockPlace; STRIP / 8] = std::array::from_fn(|v| self.place((v * lanes).min(STRIP - lanes), b));
         // SAFETY: the assertion covers all that is read; the places lie inside the strip's panels.
@@ -569,7 +633,7 @@ impl StripWriter<'_> {
         let blocks = self.blocks.end;
         let coding = PanelCoding::new(self.format, self.layout.offset(), self.layout.correction());
         // Read where they lie; the rest goes through scratch.
-        if x.k_stride == 1 && (x.by_line || !mode.is_stochastic()) {
+        if x.k_stride == 1 && (x.by_line || x.has_plane() || !mode.is_stochastic()) {
             // Four lines at a time, for as long as what is written of a panel stays in the first-level cache: more lines at
             // a distance of a power of two would push each other out.
             let run = (RUN / block).max(1);
@@ -581,7 +645,13 @@ impl StripWriter<'_> {
                         let present = self.lines.saturating_sub(line).min(4);
                         let mut random = [scratch.random.as_ptr(); 4];
                         let k = from * block;
-                        if mode.is_stochastic() && present > 0 {
+                        if let Some(plane) =
+                            x.plane_at(self.matrix, self.line + line, k).filter(|_| mode.is_stochastic())
+                        {
+                            for (i, random) in random.iter_mut().enumerate().take(present) {
+                                *random = plane.wrapping_offset(i as isize * x.line_stride);
+                            }
+                        } else if mode.is_stochastic() && present > 0 {
                             let part = Part { n: (to * block).min(x.k) - k, ..self.part(line, present, from) };
                             let groups = random_rows(self.ctx.kernels, x, part, mode.seed, &mut scratch.random);
                             for (i, random) in random.iter_mut().enumerate().take(present) {
@@ -603,7 +673,7 @@ impl StripWriter<'_> {
             return;
         }
         // Random bits across the lines come for a whole strip.
-        let set = if mode.is_stochastic() && !x.by_line { STRIP } else { width };
+        let set = if mode.is_stochastic() && !x.by_line && !x.has_plane() { STRIP } else { width };
         for from in (0..self.lines).step_by(set) {
             for b in self.blocks.clone() {
                 let part = self.part(from, set.min(self.lines - from), b);
@@ -722,29 +792,9 @@ impl StripWriter<'_> {
     }
 }
 
-/// A block of a right panel with two codes a byte, from one with a byte each.
-fn to_nibbles(layout: &PanelLayout, from: &[u8], into: &mut [u8]) {
-    let row = 4 * layout.width;
-    let (codes, riders) = from.split_at(row * layout.steps);
-    let (nibbles, exponents) = into.split_at_mut(row * layout.steps.div_ceil(2));
-    for (out, pair) in nibbles.chunks_exact_mut(row).zip(codes.chunks(2 * row)) {
-        let (even, odd) = pair.split_at(row);
-        if odd.is_empty() {
-            out.copy_from_slice(even);
-        } else {
-            for ((out, even), odd) in out.iter_mut().zip(even).zip(odd) {
-                *out = (even & 15) | (odd << 4);
-            }
-        }
-    }
-    for (out, rider) in exponents.iter_mut().zip(riders.as_chunks::<4>().0) {
-        *out = ((i32::from_le_bytes(*rider).wrapping_sub(RIDER) >> 23) + EXPONENT_OFFSET) as u8;
-    }
-}
-
 /// Whether a strip of f32 is encoded side by side: its lines are neighbours in memory and so are their random bits.
 fn takes_strips(x: &FloatLines<'_>, mode: RoundingMode) -> bool {
-    x.line_stride == 1 && x.k_stride != 1 && !(mode.is_stochastic() && x.by_line)
+    x.line_stride == 1 && x.k_stride != 1 && !(mode.is_stochastic() && x.by_line && !x.has_plane())
 }
 
 #[allow(clippy::too_many_arguments, reason = "a block, and where it goes")]

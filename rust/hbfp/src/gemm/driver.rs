@@ -24,7 +24,7 @@ use std::sync::{Mutex, PoisonError};
 /// Rows of C up to which a product reads nibbles directly: two A panels, each of which unpacks them anew.
 pub(super) const NIBBLE_ROWS: usize = 2 * PANEL_ROWS;
 /// Multiply-accumulates, and elements to encode, below which a product runs on the calling thread.
-const SERIAL_MACS: usize = 1 << 22;
+pub(super) const SERIAL_MACS: usize = 1 << 22;
 const SERIAL_ELEMENTS: usize = 1 << 18;
 /// Tasks for each thread, so that all end together.
 const TASKS_PER_WORKER: usize = 8;
@@ -120,9 +120,8 @@ pub(super) fn multiply(
     let row_tasks = al.panels.div_ceil(plan.row_panels);
     let column_tasks = bl.panels.div_ceil(plan.column_panels);
     let out = SharedMut::new(out);
-    let (first_rows, last_rows) = (PANEL_ROWS.min(m), m - (al.panels - 1) * PANEL_ROWS);
-    let run = kernel.tile.map(|tile| [first_rows, last_rows].map(|rows| (tile.for_block)(al.steps, rows)));
-    let product = Product { ctx, a, al, b, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles };
+    let tiles = Tiles::new(ctx, kernel, al, bl, out, epilogue);
+    let product = Product { a, b, tiles };
     let passes = al.blocks.div_ceil(plan.depth).max(1);
     let failed = AtomicBool::new(false);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
@@ -141,14 +140,14 @@ pub(super) fn multiply(
         let (matrix, rest) = (task / (row_tasks * column_tasks), task % (row_tasks * column_tasks));
         let (r, c) = (rest % row_tasks * plan.row_panels, rest / row_tasks * plan.column_panels);
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        let mut buffer = Buffer([0.0; PANEL_ROWS * MAX_COLUMNS]);
+        let mut buffer = Buffer::default();
         for pass in 0..passes {
             let blocks = pass * plan.depth..((pass + 1) * plan.depth).min(al.blocks);
             let slice = Slice { blocks, first: pass == 0, last: pass + 1 == passes };
             for j in c..(c + plan.column_panels).min(bl.panels) {
                 let b = product.right_panel(matrix, j, &slice, &mut scratch.panel);
                 for i in r..(r + plan.row_panels).min(al.panels) {
-                    product.tile(matrix, i, j, &b, &slice, &mut buffer);
+                    product.tile(matrix, i, j, b, &slice, &mut buffer);
                 }
             }
         }
@@ -164,8 +163,15 @@ pub(super) fn multiply(
 /// Widest B panel.
 const MAX_COLUMNS: usize = 32;
 
+/// A tile on its own.
 #[repr(align(64))]
-struct Buffer([f32; PANEL_ROWS * MAX_COLUMNS]);
+pub(super) struct Buffer([f32; PANEL_ROWS * MAX_COLUMNS]);
+
+impl Default for Buffer {
+    fn default() -> Self {
+        Self([0.0; PANEL_ROWS * MAX_COLUMNS])
+    }
+}
 
 /// Blocks of the reduction that a pass takes.
 struct Slice {
@@ -174,37 +180,66 @@ struct Slice {
     last: bool,
 }
 
-/// A B panel's blocks of a slice.
-struct RightPanel {
-    bytes: *const u8,
-    general: bool,
+/// Some blocks of a panel.
+#[derive(Clone, Copy)]
+pub(super) struct PanelBlocks {
+    pub(super) bytes: *const u8,
+    pub(super) general: bool,
 }
 
-struct Product<'a> {
+/// Where a tile lies in C.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    /// Its first element.
+    pub(super) at: usize,
+    /// Elements from a row to the next.
+    pub(super) stride: usize,
+    pub(super) height: usize,
+    pub(super) width: usize,
+    /// Its first column, for the bias.
+    pub(super) column: usize,
+    /// Whether these are its first blocks.
+    pub(super) first: bool,
+    /// Whether these are its last blocks, and something is left to do after them: see [`Tiles::finishes`].
+    pub(super) finish: bool,
+}
+
+/// What writes tiles of C.
+pub(super) struct Tiles<'a> {
     ctx: &'a Context<'a>,
-    a: PanelsRef,
-    al: PanelLayout,
-    b: PanelsRef,
-    bl: PanelLayout,
+    pub(super) al: PanelLayout,
+    pub(super) bl: PanelLayout,
     out: SharedMut<'a, f32>,
     epilogue: Epilogue<'a>,
-    /// For all panels of A but the last, and for the last.
-    run: Option<[TileFn; 2]>,
+    /// For tiles of one to four rows.
+    run: Option<[TileFn; PANEL_ROWS]>,
     from_nibbles: bool,
 }
 
-impl Product<'_> {
-    /// Blocks of a B panel, unpacked into `buffer` unless the kernel takes them as they are.
-    fn right_panel(&self, matrix: usize, j: usize, slice: &Slice, buffer: &mut AlignedBytes) -> RightPanel {
-        let Self { bl, .. } = self;
-        let panel = bl.panel(if bl.shared { 0 } else { matrix }, j);
-        // SAFETY: a panel of the layout, written by the stage before.
-        let general = unsafe { self.b.is_general(panel) };
-        let bytes = self.b.bytes.wrapping_add(panel * bl.panel_bytes() + slice.blocks.start * bl.block_bytes);
-        if bl.form == Form::Bytes || self.from_nibbles {
-            return RightPanel { bytes, general };
+impl<'a> Tiles<'a> {
+    pub(super) fn new(
+        ctx: &'a Context<'a>,
+        kernel: Kernel,
+        al: PanelLayout,
+        bl: PanelLayout,
+        out: SharedMut<'a, f32>,
+        epilogue: Epilogue<'a>,
+    ) -> Self {
+        let run = kernel.tile.map(|tile| [1, 2, 3, 4].map(|rows| (tile.for_block)(al.steps, rows)));
+        Self { ctx, al, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles }
+    }
+
+    /// Whether a tile, some of whose blocks needed the general product, or none, has last steps.
+    pub(super) fn finishes(&self, general: bool) -> bool {
+        general || self.epilogue.accumulate || self.epilogue.bias.is_some()
+    }
+
+    /// `blocks` blocks of a B panel, unpacked into `buffer` unless the kernel takes them as they are.
+    pub(super) fn right_panel(&self, panel: PanelBlocks, blocks: usize, buffer: &mut AlignedBytes) -> PanelBlocks {
+        if self.bl.form == Form::Bytes || self.from_nibbles {
+            return panel;
         }
-        RightPanel { bytes: self.unpack(bytes, slice.blocks.len(), buffer), general }
+        PanelBlocks { bytes: self.unpack(panel.bytes, blocks, buffer), ..panel }
     }
 
     fn unpack(&self, nibbles: *const u8, blocks: usize, buffer: &mut AlignedBytes) -> *const u8 {
@@ -215,27 +250,25 @@ impl Product<'_> {
     }
 
     /// One tile of C over some blocks; one that sticks out goes through a buffer.
+    ///
+    /// # Safety
+    /// The panels hold `blocks` blocks of the layouts; the tile belongs to one task.
     #[inline]
-    fn tile(&self, matrix: usize, i: usize, j: usize, b: &RightPanel, slice: &Slice, buffer: &mut Buffer) {
+    pub(super) unsafe fn tile(&self, a: PanelBlocks, b: PanelBlocks, blocks: usize, place: Place, buffer: &mut Buffer) {
         let Self { al, bl, .. } = self;
-        let (m, n, columns) = (al.lines, bl.lines, bl.width);
-        let (height, width) = (PANEL_ROWS.min(m - i * PANEL_ROWS), columns.min(n - j * columns));
-        let at = (matrix * m + i * PANEL_ROWS) * n + j * columns;
-        let c = self.out.pointer(at, (height - 1) * n + width);
+        let Place { at, stride, height, width, column, first, finish } = place;
+        let columns = bl.width;
+        let c = self.out.pointer(at, (height - 1) * stride + width);
         // SAFETY: a tile belongs to one task, and each of its rows is taken once at a time.
-        let row = |r: usize| unsafe { self.out.part(at + r * n, width) };
-        let fresh = slice.first && !self.epilogue.accumulate;
-        let panel = al.panel(matrix, i);
-        // SAFETY: a panel of the layout, written by the stage before.
-        let general = b.general | unsafe { self.a.is_general(panel) };
-        let a = self.a.bytes.wrapping_add(panel * al.panel_bytes() + slice.blocks.start * al.block_bytes);
-        let run = self.run.filter(|_| !general && !slice.blocks.is_empty());
+        let row = |r: usize| unsafe { self.out.part(at + r * stride, width) };
+        let fresh = first && !self.epilogue.accumulate;
+        let general = a.general | b.general;
+        let run = self.run.filter(|_| !general && blocks > 0).map(|run| run[height - 1]);
         // Every second access to a row off its register's alignment would touch two cache lines, block after block.
-        let in_place = width == columns && (c as usize | (4 * n)).is_multiple_of(32);
+        let in_place = width == columns && (c as usize | (4 * stride)).is_multiple_of(32);
         if let (Some(run), true) = (run, in_place) {
-            let tile = Tile { c, stride: n, fresh };
-            // SAFETY: the panels were laid out with these layouts; the kernel writes as many rows as there are.
-            unsafe { run[usize::from(i + 1 == al.panels)](slice.blocks.len(), al.steps, a, b.bytes, tile) };
+            // SAFETY: the caller's word; the kernel writes as many rows as there are.
+            unsafe { run(blocks, al.steps, a.bytes, b.bytes, Tile { c, stride, fresh }) };
         } else {
             let buffer = &mut buffer.0[..PANEL_ROWS * columns];
             for (r, to) in buffer.chunks_exact_mut(columns).take(height).enumerate() {
@@ -244,17 +277,15 @@ impl Product<'_> {
             let tile = Tile { c: buffer.as_mut_ptr(), stride: columns, fresh: false };
             match run {
                 // SAFETY: as above; the buffer has 4 rows.
-                Some(run) => unsafe {
-                    run[usize::from(i + 1 == al.panels)](slice.blocks.len(), al.steps, a, b.bytes, tile);
-                },
-                None => self.general_tile(a, b.bytes, slice.blocks.len(), buffer),
+                Some(run) => unsafe { run(blocks, al.steps, a.bytes, b.bytes, tile) },
+                None => self.general_tile(a.bytes, b.bytes, blocks, buffer),
             }
             for (r, from) in buffer.chunks_exact(columns).take(height).enumerate() {
                 row(r).copy_from_slice(&from[..width]);
             }
         }
-        if slice.last && (general || self.epilogue.accumulate || self.epilogue.bias.is_some()) {
-            let bias = self.epilogue.bias.map(|bias| &bias[j * columns..][..width]);
+        if finish {
+            let bias = self.epilogue.bias.map(|bias| &bias[column..][..width]);
             for r in 0..height {
                 for (c, x) in row(r).iter_mut().enumerate() {
                     *x = general::finish(*x, bias.map(|bias| bias[c]));
@@ -279,6 +310,43 @@ impl Product<'_> {
             )
         };
         general::tile(&self.al, &self.bl, a, b, tile);
+    }
+}
+
+struct Product<'a> {
+    a: PanelsRef,
+    b: PanelsRef,
+    tiles: Tiles<'a>,
+}
+
+impl Product<'_> {
+    fn right_panel(&self, matrix: usize, j: usize, slice: &Slice, buffer: &mut AlignedBytes) -> PanelBlocks {
+        let bl = &self.tiles.bl;
+        let panel = bl.panel(if bl.shared { 0 } else { matrix }, j);
+        // SAFETY: a panel of the layout, written by the stage before.
+        let general = unsafe { self.b.is_general(panel) };
+        let bytes = self.b.bytes.wrapping_add(panel * bl.panel_bytes() + slice.blocks.start * bl.block_bytes);
+        self.tiles.right_panel(PanelBlocks { bytes, general }, slice.blocks.len(), buffer)
+    }
+
+    fn tile(&self, matrix: usize, i: usize, j: usize, b: PanelBlocks, slice: &Slice, buffer: &mut Buffer) {
+        let Tiles { al, bl, .. } = &self.tiles;
+        let (m, n, column) = (al.lines, bl.lines, j * bl.width);
+        let panel = al.panel(matrix, i);
+        // SAFETY: a panel of the layout, written by the stage before.
+        let general = unsafe { self.a.is_general(panel) };
+        let place = Place {
+            at: (matrix * m + i * PANEL_ROWS) * n + column,
+            stride: n,
+            height: PANEL_ROWS.min(m - i * PANEL_ROWS),
+            width: bl.width.min(n - column),
+            column,
+            first: slice.first,
+            finish: slice.last && self.tiles.finishes(general | b.general),
+        };
+        let bytes = self.a.bytes.wrapping_add(panel * al.panel_bytes() + slice.blocks.start * al.block_bytes);
+        // SAFETY: the panels were laid out with these layouts; a tile belongs to one task.
+        unsafe { self.tiles.tile(PanelBlocks { bytes, general }, b, slice.blocks.len(), place, buffer) };
     }
 }
 

@@ -71,6 +71,37 @@ pub(crate) fn product(ctx: &Context<'_>, a: &Codes, b: &Codes, shape: Shape, out
     });
 }
 
+/// `out` ← one row of a product whose reduction is in pieces: piece p of the row is a line of `left` (or zeros), that of
+/// column j line j of matrix p of `right`.
+pub(crate) fn row_of_pieces(
+    left: &Codes,
+    pieces: &[Option<usize>],
+    right: &Codes,
+    out: &mut [f32],
+    bias: Option<&[f32]>,
+) {
+    let (k, block, blocks) = (left.k, left.block, left.blocks());
+    let scale = |c: u8| i32::from(c) - EXPONENT_OFFSET;
+    let zeros = vec![0i16; k];
+    for (j, out) in out.iter_mut().enumerate() {
+        let mut sum = 0.0;
+        for (p, &line) in pieces.iter().enumerate() {
+            let column = p * right.lines + j;
+            for b in 0..blocks {
+                let at = b * block..(b * block + block).min(k);
+                let (x, c) = match line {
+                    Some(line) => (&left.codes[line * k..][at.clone()], left.exponents[line * blocks + b]),
+                    None => (&zeros[at.clone()], 0),
+                };
+                let w = &right.codes[column * k..][at];
+                let d: i64 = x.iter().zip(w).map(|(&x, &w)| i64::from(i32::from(x) * i32::from(w))).sum();
+                sum += term(d, scale(c), scale(right.exponents[column * blocks + b]));
+            }
+        }
+        *out = finish(sum, bias.map(|bias| bias[j]));
+    }
+}
+
 /// C tile += A panel · B panel (of bytes), for any exponents.
 pub(crate) fn tile(al: &PanelLayout, bl: &PanelLayout, a: &[u8], b: &[u8], c: &mut [f32]) {
     let word = |bytes: &[u8], at: usize| i32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));

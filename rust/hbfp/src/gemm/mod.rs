@@ -2,6 +2,7 @@
 //! rounded once to f32, blocks in order.
 
 mod cache;
+pub mod convolution;
 mod driver;
 mod general;
 pub(crate) mod strips;
@@ -15,6 +16,7 @@ use crate::encode::panels::{Form, Job, PanelLayout, Panels, PanelsMut, PanelsRef
 use crate::encode::{Context, RoundingMode, check_size};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
+use crate::mem::AlignedBytes;
 use crate::shape::{FloatLines, FloatTensor, PlaneLayout};
 use std::sync::Mutex;
 
@@ -265,6 +267,10 @@ impl Packed {
 pub struct Workspace {
     left: Panels,
     right: Panels,
+    /// Right operands of the groups of a convolution, its kernel in the order of its taps, random bits.
+    groups: Vec<Panels>,
+    taps: AlignedBytes,
+    planes: [AlignedBytes; 2],
     scratch: Vec<Mutex<Scratch>>,
 }
 
@@ -273,7 +279,14 @@ impl Workspace {
     #[must_use]
     pub fn bytes(&self) -> usize {
         let scratch = |s: &Mutex<Scratch>| s.lock().map_or(0, |s| s.bytes());
-        self.left.bytes.capacity() + self.right.bytes.capacity() + self.scratch.iter().map(scratch).sum::<usize>()
+        let groups: usize = self.groups.iter().map(|group| group.bytes.capacity()).sum();
+        let planes: usize = self.planes.iter().map(AlignedBytes::capacity).sum();
+        self.left.bytes.capacity()
+            + self.right.bytes.capacity()
+            + groups
+            + self.taps.capacity()
+            + planes
+            + self.scratch.iter().map(scratch).sum::<usize>()
     }
 }
 
@@ -294,6 +307,18 @@ fn offset(bits: u8) -> i32 {
 /// Whether panels can hold an operand: the rest goes by codes.
 fn fits_panels(format: BlockFormat, block: usize) -> bool {
     format.bits() <= 8 && block <= MAX_BLOCK
+}
+
+/// The first of `tiles` that multiplies blocks of two formats exactly; none: the general path does.
+fn fitting(
+    tiles: &'static [TileKernel],
+    block: usize,
+    left: BlockFormat,
+    right: BlockFormat,
+) -> Option<&'static TileKernel> {
+    // The exponent rides in the accumulator while |D| < 2^22.
+    let rides = (block as i64) * i64::from(left.max_code()) * i64::from(right.max_code()) < 1 << 22;
+    tiles.iter().find(|tile| rides && (tile.fits)(block.div_ceil(4), left.max_code(), right.bits()))
 }
 
 /// Layout of a right operand that is kept.
@@ -469,11 +494,7 @@ pub fn product_keeping(
         return Ok(());
     }
     let columns = ctx.kernels.columns;
-    let steps = block.div_ceil(4);
-    // The exponent rides in the accumulator while |D| < 2^22.
-    let rides = (block as i64) * i64::from(af.max_code()) * i64::from(bf.max_code()) < 1 << 22;
-    let fitting =
-        |tiles: &'static [TileKernel]| tiles.iter().find(|tile| rides && (tile.fits)(steps, af.max_code(), bf.bits()));
+    let fitting = |tiles: &'static [TileKernel]| fitting(tiles, block, af, bf);
     let resolved = right.as_ref().map(Resolved::source);
     let side = Side::Right { offset: offset(bf.bits()) };
     let mut right_layout = match (b, &resolved) {
@@ -495,7 +516,7 @@ pub fn product_keeping(
     let left_layout = PanelLayout::new(source.shape(), block, PANEL_ROWS, side);
     // Panels end with each left matrix, so several of them against one right matrix stay apart.
     right_layout.shared = right_layout.matrices != left_layout.matrices;
-    let Workspace { left, right: right_panels, scratch } = workspace;
+    let Workspace { left, right: right_panels, scratch, .. } = workspace;
     let left = Job { source: &source, format: af, layout: left_layout, panels: left.reserve(&left_layout) };
     let right = match (b, &resolved) {
         (Right::Packed(Packed { content: PackedContent::Panels(_, panels), .. }), _) => {

@@ -3,7 +3,8 @@
 #![allow(unsafe_code, reason = "calls of kernels on padded buffers")]
 
 use super::cache::Caches;
-use super::{general, offset};
+use super::{fitting, general, offset};
+use crate::arch::generic::encode::encodes_to_panels;
 use crate::arch::generic::product::{Correction, PANEL_ROWS, Tile};
 use crate::arch::kernels::{Kernels, TileFn};
 use crate::encode::blocks::Scratch;
@@ -121,8 +122,9 @@ impl Pair {
     pub(crate) fn new(kernels: &'static Kernels, codings: [Coding; 2], k: usize) -> Result<Self> {
         let formats = codings.map(|coding| coding.format);
         for format in formats {
-            if format.bits() > 8 || !matches!(format.shape(), BlockShape::Line(_)) {
-                return Err(Error::format("blocks in lines, of 8 bits or fewer", format.to_string()));
+            if !encodes_to_panels(format) || !matches!(format.shape(), BlockShape::Line(_)) {
+                let expected = "blocks in lines, of 8 bits or fewer, whose exponents are not cut short";
+                return Err(Error::format(expected, format.to_string()));
             }
         }
         let [left, right] = formats;
@@ -131,11 +133,8 @@ impl Pair {
             let expected = format!("equal block boundaries along the reduction of {k}: {left} has blocks of {block}");
             return Err(Error::shape(expected, format!("{right} with blocks of {}", right.block_along(k))));
         }
-        // As in `super::product`.
-        let rides = (block as i64) * i64::from(left.max_code()) * i64::from(right.max_code()) < 1 << 22;
         let steps = block.div_ceil(4);
-        let fits = |tile: &&crate::arch::kernels::TileKernel| (tile.fits)(steps, left.max_code(), right.bits());
-        let tile = kernels.tiles.iter().find(fits).filter(|_| rides);
+        let tile = fitting(kernels.tiles, block, left, right);
         let correction = tile.map_or(Correction::Total, |tile| tile.correction);
         Ok(Self { kernels, codings, block, correction, run: tile.map(|tile| (tile.for_block)(steps, PANEL_ROWS)) })
     }

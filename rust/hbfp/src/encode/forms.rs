@@ -1,0 +1,169 @@
+//! Other forms of panels, block by block: lines of a left operand one by one, and what is kept of either.
+
+use super::panels::{PanelLayout, Side};
+use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER};
+use crate::format::EXPONENT_OFFSET;
+
+/// Bytes behind the codes of a left panel's block: corrections, riders.
+const ENDS: usize = 8 * PANEL_ROWS;
+/// Bytes behind the codes of a line's block.
+pub(crate) const LINE_ENDS: usize = 8;
+
+fn exponent_byte(rider: i32) -> u8 {
+    ((rider >> 23) + EXPONENT_OFFSET) as u8
+}
+
+fn word(bytes: &[u8]) -> i32 {
+    i32::from_le_bytes(bytes[..4].try_into().expect("four bytes"))
+}
+
+/// A right panel's block with two codes a byte, from one with a byte each.
+pub(crate) fn to_nibbles(from: &[u8], layout: &PanelLayout, into: &mut [u8]) {
+    let row = 4 * layout.width;
+    let (codes, riders) = from.split_at(row * layout.steps);
+    let (nibbles, exponents) = into.split_at_mut(row * layout.steps.div_ceil(2));
+    pairs_to_nibbles(codes, row, nibbles);
+    for (out, rider) in exponents.iter_mut().zip(riders.as_chunks::<4>().0) {
+        *out = exponent_byte(i32::from_le_bytes(*rider).wrapping_sub(RIDER));
+    }
+}
+
+/// Rows of codes, two of them in one: the first in the low halves of the bytes.
+fn pairs_to_nibbles(codes: &[u8], row: usize, nibbles: &mut [u8]) {
+    for (out, pair) in nibbles.chunks_exact_mut(row).zip(codes.chunks(2 * row)) {
+        let (even, odd) = pair.split_at(row);
+        for (out, even) in out.iter_mut().zip(even) {
+            *out = even & 15;
+        }
+        for (out, odd) in out.iter_mut().zip(odd) {
+            *out |= odd << 4;
+        }
+    }
+}
+
+/// One of the four lines of a left panel's block, whose steps have `step` bytes a line: codes, correction, rider.
+pub(crate) fn to_line(panel: &[u8], lane: usize, step: usize, line: &mut [u8]) {
+    let (codes, ends) = panel.split_at(panel.len() - ENDS);
+    let (line, line_ends) = line.split_at_mut(line.len() - LINE_ENDS);
+    if step == 4 {
+        for (to, from) in line.as_chunks_mut::<4>().0.iter_mut().zip(codes.as_chunks::<16>().0) {
+            to.copy_from_slice(&from[4 * lane..4 * lane + 4]);
+        }
+    } else {
+        for (to, from) in line.as_chunks_mut::<8>().0.iter_mut().zip(codes.as_chunks::<32>().0) {
+            to.copy_from_slice(&from[8 * lane..8 * lane + 8]);
+        }
+    }
+    line_ends[..4].copy_from_slice(&ends[4 * lane..4 * lane + 4]);
+    line_ends[4..].copy_from_slice(&ends[16 + 4 * lane..20 + 4 * lane]);
+}
+
+/// A left panel's block of any four lines.
+pub(crate) fn from_lines(lines: [&[u8]; PANEL_ROWS], step: usize, panel: &mut [u8]) {
+    let at = panel.len() - ENDS;
+    let (codes, ends) = panel.split_at_mut(at);
+    let line_codes = codes.len() / PANEL_ROWS;
+    let [a, b, c, d] = lines.map(|line| &line[..line_codes]);
+    if step == 4 {
+        let lines = a
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .zip(b.as_chunks::<4>().0)
+            .zip(c.as_chunks::<4>().0.iter().zip(d.as_chunks::<4>().0));
+        for (to, ((a, b), (c, d))) in codes.as_chunks_mut::<16>().0.iter_mut().zip(lines) {
+            for (to, from) in to.as_chunks_mut::<4>().0.iter_mut().zip([a, b, c, d]) {
+                *to = *from;
+            }
+        }
+    } else {
+        let lines = a
+            .as_chunks::<8>()
+            .0
+            .iter()
+            .zip(b.as_chunks::<8>().0)
+            .zip(c.as_chunks::<8>().0.iter().zip(d.as_chunks::<8>().0));
+        for (to, ((a, b), (c, d))) in codes.as_chunks_mut::<32>().0.iter_mut().zip(lines) {
+            for (to, from) in to.as_chunks_mut::<8>().0.iter_mut().zip([a, b, c, d]) {
+                *to = *from;
+            }
+        }
+    }
+    for (lane, line) in lines.into_iter().enumerate() {
+        ends[4 * lane..4 * lane + 4].copy_from_slice(&line[line_codes..line_codes + 4]);
+        ends[16 + 4 * lane..20 + 4 * lane].copy_from_slice(&line[line_codes + 4..line_codes + 8]);
+    }
+}
+
+/// What is kept of a left panel's block: codes, two a byte or one, and four exponent bytes.
+pub(crate) fn to_compact(panel: &[u8], step: usize, nibbles: bool, into: &mut [u8]) {
+    let (codes, ends) = panel.split_at(panel.len() - ENDS);
+    let at = into.len() - PANEL_ROWS;
+    let (kept, exponents) = into.split_at_mut(at);
+    if step == 8 {
+        // 16-bit codes of k 0, 2, 1, 3.
+        for (to, from) in kept.as_chunks_mut::<4>().0.iter_mut().zip(codes.as_chunks::<8>().0) {
+            *to = [from[0], from[4], from[2], from[6]];
+        }
+    } else if nibbles {
+        pairs_to_nibbles(codes, 4 * PANEL_ROWS, kept);
+    } else {
+        kept.copy_from_slice(codes);
+    }
+    for (lane, exponent) in exponents.iter_mut().enumerate() {
+        *exponent = exponent_byte(word(&ends[16 + 4 * lane..]));
+    }
+}
+
+/// The left panel's block that [`to_compact`] kept.
+pub(crate) fn from_compact(kept: &[u8], layout: &PanelLayout, nibbles: bool, panel: &mut [u8]) {
+    const ROW: usize = 4 * PANEL_ROWS;
+    let at = panel.len() - ENDS;
+    let (codes, ends) = panel.split_at_mut(at);
+    let (kept, exponents) = kept.split_at(kept.len() - PANEL_ROWS);
+    let Side::Left { correction, offset } = layout.side else { unreachable!("a left operand") };
+    // Per line its codes 0 and 1 of each step, and 2 and 3.
+    let mut sums = [0i32; 2 * PANEL_ROWS];
+    let mut add = |row: &[u8; ROW]| {
+        for (sum, pair) in sums.iter_mut().zip(row.as_chunks::<2>().0) {
+            *sum += i32::from(pair[0] as i8) + i32::from(pair[1] as i8);
+        }
+    };
+    if correction == Correction::Wide {
+        for (to, from) in codes.as_chunks_mut::<{ 2 * ROW }>().0.iter_mut().zip(kept.as_chunks::<ROW>().0) {
+            add(from);
+            for (to, q) in to.as_chunks_mut::<8>().0.iter_mut().zip(from.as_chunks::<4>().0) {
+                for (to, j) in to.as_chunks_mut::<2>().0.iter_mut().zip([0, 2, 1, 3]) {
+                    *to = i16::from(q[j] as i8).to_le_bytes();
+                }
+            }
+        }
+    } else if nibbles {
+        for (to, from) in codes.chunks_mut(2 * ROW).zip(kept.as_chunks::<ROW>().0) {
+            let (even, odd) = to.split_at_mut(ROW);
+            let mut row = from.map(|b| ((b & 15) ^ 8).wrapping_sub(8));
+            add(&row);
+            even.copy_from_slice(&row);
+            if !odd.is_empty() {
+                row = from.map(|b| ((b >> 4) ^ 8).wrapping_sub(8));
+                add(&row);
+                odd.copy_from_slice(&row);
+            }
+        }
+    } else {
+        for (to, from) in codes.as_chunks_mut::<ROW>().0.iter_mut().zip(kept.as_chunks::<ROW>().0) {
+            add(from);
+            *to = *from;
+        }
+    }
+    for lane in 0..PANEL_ROWS {
+        let rider = (i32::from(exponents[lane]) - EXPONENT_OFFSET) << 23;
+        let [low, high] = [sums[2 * lane], sums[2 * lane + 1]].map(|sum| (-offset).wrapping_mul(sum));
+        let correction = match correction {
+            Correction::Halves => (low & 0xFFFF) | (high << 16),
+            Correction::Total | Correction::Wide => rider.wrapping_add(low).wrapping_add(high),
+        };
+        ends[4 * lane..4 * lane + 4].copy_from_slice(&correction.to_le_bytes());
+        ends[16 + 4 * lane..20 + 4 * lane].copy_from_slice(&rider.to_le_bytes());
+    }
+}

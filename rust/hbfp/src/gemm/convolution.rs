@@ -1,0 +1,1120 @@
+//! Convolutions as implicit products: a tensor is encoded once, along its channels at each pixel or along the batch, and
+//! the panels of the product are put together from these codes, a few rows at a time.
+//!
+//! Images are channels-last, [batch, pixels, channels]; a kernel is [out, in / groups, taps] with any strides. Clauses
+//! 6.14 to 6.18 of the specification say what is computed.
+#![allow(unsafe_code, reason = "tasks that write disjoint panels, rows and tiles")]
+#![allow(clippy::too_many_arguments, reason = "a product: two operands, their codings, the output")]
+
+use super::cache::Caches;
+use super::driver::{Buffer, Kernel, PanelBlocks, Place, Tiles};
+use super::{Coding, Epilogue, Workspace, fitting, general, offset};
+use crate::arch::generic::encode::{ROW_PADDING, encodes_to_panels};
+use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
+use crate::arch::generic::product::{Correction, PANEL_ROWS};
+use crate::encode::blocks::Scratch;
+use crate::encode::codes::Codes;
+use crate::encode::panels::{
+    Filling, Fillings, Form, Job, PanelLayout, Panels, PanelsMut, PanelsRef, Side, Source, reserve_scratch,
+};
+use crate::encode::{Context, check_size, forms};
+use crate::error::{Error, Result};
+use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
+use crate::mem::{AlignedBytes, SharedMut};
+use crate::parallel::{Serial, Stage, for_each_stage};
+use crate::rng::Seed;
+use crate::shape::{FloatLines, FloatTensor};
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
+
+/// Shape of a convolution; sizes of fewer than three spatial dimensions are preceded by ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Convolution {
+    /// Samples.
+    pub batch: usize,
+    /// Channels of X and of Y.
+    pub channels: [usize; 2],
+    /// Groups.
+    pub groups: usize,
+    /// Pixels of X.
+    pub input: [usize; 3],
+    /// Pixels of Y.
+    pub output: [usize; 3],
+    /// Taps.
+    pub kernel: [usize; 3],
+    /// Pixels of X from a pixel of Y to the next.
+    pub stride: [usize; 3],
+    /// Pixels before the first of X.
+    pub padding: [usize; 3],
+    /// Pixels of X from a tap to the next.
+    pub dilation: [usize; 3],
+}
+
+/// Pixels that taps connect: for each dimension, row coordinate and tap the coordinate on the other side, or none.
+struct Reach {
+    rows: [usize; 3],
+    kernel: [usize; 3],
+    target: [usize; 3],
+    tables: [Vec<Option<usize>>; 3],
+}
+
+impl Reach {
+    fn row(&self, pixel: usize) -> [usize; 3] {
+        let [_, rows1, rows2] = self.rows;
+        [pixel / (rows1 * rows2), pixel / rows2 % rows1, pixel % rows2]
+    }
+
+    /// The pixel at the other end of each tap of `taps` from a row's pixel on.
+    #[inline]
+    fn for_each(&self, row: [usize; 3], taps: std::ops::Range<usize>, mut f: impl FnMut(usize, Option<usize>)) {
+        let [_, k1, k2] = self.kernel;
+        let [_, t1, t2] = self.target;
+        let mut tap = taps.start;
+        while tap < taps.end {
+            // All taps of a row of the kernel share their first two coordinates.
+            let (i, j, from) = (tap / (k1 * k2), tap / k2 % k1, tap % k2);
+            let to = k2.min(from + taps.end - tap);
+            let first = self.tables[0][row[0] * self.kernel[0] + i];
+            let second = self.tables[1][row[1] * k1 + j];
+            let base = first.zip(second).map(|(a, b)| (a * t1 + b) * t2);
+            for k in from..to {
+                f(tap, base.and_then(|base| self.tables[2][row[2] * k2 + k].map(|c| base + c)));
+                tap += 1;
+            }
+        }
+    }
+
+    fn at(&self, row: [usize; 3], tap: usize) -> Option<usize> {
+        let mut found = None;
+        self.for_each(row, tap..tap + 1, |_, pixel| found = pixel);
+        found
+    }
+}
+
+/// X of a weight gradient.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// The image.
+    Floats(&'a [f32]),
+    /// What [`Convolution::keep`] wrote of it.
+    Kept(&'a [u8]),
+}
+
+fn product_of(sizes: [usize; 3]) -> usize {
+    sizes.iter().product()
+}
+
+impl Convolution {
+    fn taps(&self) -> usize {
+        product_of(self.kernel)
+    }
+    fn group_channels(&self) -> [usize; 2] {
+        self.channels.map(|channels| channels / self.groups)
+    }
+
+    /// # Errors
+    /// [`Error::Shape`] for sizes that describe no convolution.
+    pub fn check(&self) -> Result<()> {
+        let positive = self.groups > 0 && [self.stride, self.dilation, self.kernel].iter().flatten().all(|&n| n > 0);
+        if positive && self.channels.iter().all(|c| c % self.groups == 0) {
+            return Ok(());
+        }
+        Err(Error::shape("positive strides, dilations and taps, and channels in whole groups", format!("{self:?}")))
+    }
+
+    /// From pixels of Y to those of X.
+    fn reach(&self) -> Reach {
+        let table = |d: usize| {
+            let taps = 0..self.kernel[d];
+            (0..self.output[d])
+                .flat_map(|o| taps.clone().map(move |k| (o, k)))
+                .map(|(o, k)| (o * self.stride[d] + k * self.dilation[d]).checked_sub(self.padding[d]))
+                .map(|p| p.filter(|&p| p < self.input[d]))
+                .collect()
+        };
+        let tables = [table(0), table(1), table(2)];
+        Reach { rows: self.output, kernel: self.kernel, target: self.input, tables }
+    }
+
+    /// From pixels of X to those of Y.
+    fn reverse(&self) -> Reach {
+        let table = |d: usize| {
+            let taps = 0..self.kernel[d];
+            let source = |p: usize, k: usize| {
+                let distance = (p + self.padding[d]).checked_sub(k * self.dilation[d])?;
+                let o = distance / self.stride[d];
+                (distance % self.stride[d] == 0 && o < self.output[d]).then_some(o)
+            };
+            (0..self.input[d]).flat_map(|p| taps.clone().map(move |k| source(p, k))).collect()
+        };
+        let tables = [table(0), table(1), table(2)];
+        Reach { rows: self.input, kernel: self.kernel, target: self.output, tables }
+    }
+
+    /// Y [batch, output pixels, out channels] ← X [batch, input pixels, in channels] with kernel w, plus bias.
+    /// `flatten`: blocks run over the flattened patch.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when sizes do not fit; [`Error::Format`] for tiles and whole tensors.
+    pub fn forward(
+        &self,
+        ctx: &Context<'_>,
+        x: &[f32],
+        w: &FloatTensor<'_>,
+        codings: [Coding; 2],
+        flatten: bool,
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let [channels, columns] = self.group_channels();
+        let side = Image { batch: self.batch, pixels: self.input, channels: self.channels[0] };
+        let rows = Rows { reach: self.reach(), channels, out_channels: self.channels[1], columns };
+        self.by_pixels(ctx, x, side, &rows, w, Taps::Forward, codings, flatten, bias, out, workspace)
+    }
+
+    /// dX [batch, input pixels, in channels] ← dY [batch, output pixels, out channels] with kernel w: also the forward
+    /// product of a transposed convolution, which may have a bias.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn input_gradient(
+        &self,
+        ctx: &Context<'_>,
+        dy: &[f32],
+        w: &FloatTensor<'_>,
+        codings: [Coding; 2],
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        let [columns, channels] = self.group_channels();
+        let side = Image { batch: self.batch, pixels: self.output, channels: self.channels[1] };
+        let rows = Rows { reach: self.reverse(), channels, out_channels: self.channels[0], columns };
+        self.by_pixels(ctx, dy, side, &rows, w, Taps::Backward, codings, false, bias, out, workspace)
+    }
+
+    fn check_formats(codings: [Coding; 2], k: usize) -> Result<usize> {
+        for Coding { format, .. } in codings {
+            if !matches!(format.shape(), BlockShape::Line(_)) {
+                return Err(Error::format("blocks in lines for a convolution", format.to_string()));
+            }
+        }
+        let [left, right] = codings.map(|coding| coding.format);
+        let block = left.block_along(k);
+        if block != right.block_along(k) {
+            return Err(Error::shape(format!("equal blocks: {left} has {block}"), right.to_string()));
+        }
+        Ok(block)
+    }
+
+    /// Products whose rows are pixels and whose pieces are taps.
+    fn by_pixels(
+        &self,
+        ctx: &Context<'_>,
+        x: &[f32],
+        image: Image,
+        rows: &Rows,
+        w: &FloatTensor<'_>,
+        direction: Taps,
+        codings: [Coding; 2],
+        flatten: bool,
+        bias: Option<&[f32]>,
+        out: &mut [f32],
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.check()?;
+        let taps = self.taps();
+        let (row_pixels, pixels) = (product_of(rows.reach.rows), product_of(image.pixels));
+        check_size("elements of the image", x.len(), self.batch * pixels * image.channels)?;
+        check_size("elements of out", out.len(), self.batch * row_pixels * rows.out_channels)?;
+        let [group_in, group_out] = self.group_channels();
+        let [k0, k1, k2] = self.kernel;
+        if w.shape() != [self.channels[1], group_in, k0, k1, k2] {
+            return Err(Error::shape(format!("a kernel for {self:?}"), format!("{:?}", w.shape())));
+        }
+        if let Some(bias) = bias {
+            check_size("elements of bias", bias.len(), rows.out_channels)?;
+        }
+        let line = if flatten { taps * rows.channels } else { rows.channels };
+        let block = Self::check_formats(codings, line)?;
+        if out.is_empty() {
+            return Ok(());
+        }
+        let [left, right] = codings;
+        let epilogue = Epilogue { accumulate: false, bias };
+        let Workspace { left: left_panels, groups, taps: tap_memory, planes: [w_plane, x_plane], scratch, .. } =
+            workspace;
+        reserve_scratch(ctx, scratch);
+        let scratch = &*scratch;
+
+        // The kernel as [out, taps, in / groups], its random bits and the image's beside them.
+        let kernel = KernelCopy::new(w, right, tap_memory, w_plane);
+        let plane = Plane::new(image, left, !flatten, x_plane);
+        let prepare = [
+            Stage { tasks: kernel.tasks(), task: &|_, task| kernel.fill(task) },
+            Stage {
+                tasks: plane.tasks(),
+                task: &|worker, task| {
+                    let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+                    plane.fill(ctx, task, &mut scratch);
+                },
+            },
+        ];
+        let macs = self.batch * row_pixels * rows.out_channels * taps * rows.channels;
+        let workers = if macs < super::driver::SERIAL_MACS { 1 } else { ctx.threads.max(1) };
+        for_each_stage(ctx.team, workers, &prepare);
+
+        let patch = taps * group_in;
+        let right_lines = |g: usize| {
+            let first = (g * group_out * patch) as isize;
+            // SAFETY: the copy has `out` rows of `patch` elements, its plane as many and the padding.
+            unsafe {
+                match direction {
+                    Taps::Forward if flatten => FloatLines::with_plane(
+                        kernel.floats(),
+                        kernel.bits(),
+                        vec![first],
+                        [group_out, patch],
+                        [patch as isize, 1],
+                    ),
+                    Taps::Forward => FloatLines::with_plane(
+                        kernel.floats(),
+                        kernel.bits(),
+                        (0..taps).map(|tap| first + (tap * group_in) as isize).collect(),
+                        [group_out, group_in],
+                        [patch as isize, 1],
+                    ),
+                    Taps::Backward => FloatLines::with_plane(
+                        kernel.floats(),
+                        kernel.bits(),
+                        (0..taps).map(|tap| first + (tap * group_in) as isize).collect(),
+                        [group_in, group_out],
+                        [1, patch as isize],
+                    ),
+                }
+            }
+        };
+        let image_lines = || {
+            // SAFETY: the image's size was checked; the plane has as many elements and the padding.
+            unsafe {
+                FloatLines::with_plane(
+                    x.as_ptr(),
+                    plane.bits(),
+                    vec![0],
+                    [self.batch * pixels * self.groups, rows.channels],
+                    [rows.channels as isize, 1],
+                )
+            }
+        };
+        let by_panels = codings.iter().all(|coding| encodes_to_panels(coding.format)) && block <= MAX_BLOCK;
+        if !by_panels {
+            let image = (!flatten).then(|| Codes::from_floats(ctx, &image_lines(), left.format, left.mode));
+            for g in 0..self.groups {
+                let right = Codes::from_floats(ctx, &right_lines(g), right.format, right.mode);
+                self.by_codes(ctx, x, image.as_ref(), rows, g, &right, left, epilogue, out);
+            }
+            return Ok(());
+        }
+
+        let tile = fitting(ctx.kernels.tiles, block, left.format, right.format);
+        let correction = tile.map_or(Correction::Total, |tile| tile.correction);
+        let offset = offset(right.format.bits());
+        let left_side = Side::Left { correction, offset };
+        let image_lines = image_lines();
+        let image_source = Source::Floats(&image_lines, left.mode);
+        let image_layout = PanelLayout::new(image_source.shape(), block, PANEL_ROWS, left_side).in_lines();
+        let right_lines: Vec<FloatLines<'_>> = (0..self.groups).map(right_lines).collect();
+        let right_sources: Vec<Source<'_>> = right_lines.iter().map(|x| Source::Floats(x, right.mode)).collect();
+        let right_layout =
+            PanelLayout::new(right_sources[0].shape(), block, ctx.kernels.columns, Side::Right { offset }).in_pieces();
+        groups.resize_with(groups.len().max(self.groups), Panels::default);
+        let mut jobs = Vec::with_capacity(1 + self.groups);
+        let mut rights = Vec::with_capacity(self.groups);
+        let image_panels = if flatten {
+            None
+        } else {
+            let panels = left_panels.reserve(&image_layout);
+            jobs.push(Job { source: &image_source, format: left.format, layout: image_layout, panels });
+            Some(panels.as_ref())
+        };
+        for (source, group) in right_sources.iter().zip(groups.iter_mut()) {
+            let panels = group.reserve(&right_layout);
+            rights.push(panels.as_ref());
+            jobs.push(Job { source, format: right.format, layout: right_layout, panels });
+        }
+        let fillings = Fillings::new(ctx, jobs, 0);
+
+        let pieces = right_layout.matrices;
+        let joined = right_layout.joined();
+        let al = PanelLayout::new([1, row_pixels, line], block, PANEL_ROWS, left_side);
+        let out = SharedMut::new(out);
+        let kernel_of_tiles = Kernel { tile, from_nibbles: false };
+        let tiles = Tiles::new(ctx, kernel_of_tiles, al, joined, out, epilogue);
+        // Rows of a task belong to one sample where they are patches: these have random bits of their own.
+        let (samples, rows_each) = if flatten { (self.batch, row_pixels) } else { (1, self.batch * row_pixels) };
+        let plan = Plan::new(&al, &joined, rows_each.div_ceil(PANEL_ROWS), pieces, samples * self.groups, workers);
+        let row_tasks = rows_each.div_ceil(PANEL_ROWS).div_ceil(plan.row_panels);
+        let column_tasks = joined.panels.div_ceil(plan.column_panels);
+        let line_bytes = image_layout.panel_bytes() / PANEL_ROWS;
+        let multiply = |worker: usize, task: usize| {
+            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            let scratch = &mut *scratch;
+            let mut buffer = Buffer::default();
+            let (row_task, rest) = (task % row_tasks, task / row_tasks);
+            let (column_task, rest) = (rest % column_tasks, rest / column_tasks);
+            let (g, sample) = (rest % self.groups, rest / self.groups);
+            let first = row_task * plan.row_panels * PANEL_ROWS;
+            let task_rows = first..(first + plan.row_panels * PANEL_ROWS).min(rows_each);
+            let panels = task_rows.len().div_ceil(PANEL_ROWS);
+            let j = column_task * plan.column_panels;
+            scratch.reserve(block);
+            scratch.general.clear();
+            scratch.general.resize(2 * panels, false);
+            for from in (0..pieces).step_by(plan.pieces) {
+                let slice = from..(from + plan.pieces).min(pieces);
+                let panel_bytes = slice.len() * al.blocks * al.block_bytes;
+                let gathered = match image_panels {
+                    Some(image) => {
+                        let to = scratch.gathered.reserve(panels * panel_bytes);
+                        for i in 0..panels {
+                            let row = task_rows.start + i * PANEL_ROWS;
+                            let height = PANEL_ROWS.min(task_rows.end - row);
+                            // SAFETY: room for `panels` panels.
+                            let to = unsafe {
+                                std::slice::from_raw_parts_mut(to.as_ptr().add(i * panel_bytes), panel_bytes)
+                            };
+                            let lines = Lines { panels: image, bytes: line_bytes, groups: self.groups, g, pixels };
+                            let zeros: &[f32] = &scratch.zeros;
+                            scratch.general[i] = lines.gather(&al, rows, row..row + height, slice.clone(), zeros, to);
+                        }
+                        to.as_ptr().cast_const()
+                    }
+                    None => {
+                        self.patches(ctx, x, rows, sample, g, task_rows.clone(), left, &al, scratch);
+                        scratch.patch_panels.bytes.as_ptr()
+                    }
+                };
+                for panel in 0..panels {
+                    scratch.general[panels + panel] |= scratch.general[panel];
+                }
+                for j in j..(j + plan.column_panels).min(joined.panels) {
+                    // SAFETY: a panel of the layout, written by the stage before.
+                    let general = unsafe { rights[g].is_general(j) };
+                    let at = j * joined.panel_bytes() + slice.start * right_layout.blocks * joined.block_bytes;
+                    let b = PanelBlocks { bytes: rights[g].bytes.wrapping_add(at), general };
+                    for i in 0..panels {
+                        let row = task_rows.start + i * PANEL_ROWS;
+                        let a =
+                            PanelBlocks { bytes: gathered.wrapping_add(i * panel_bytes), general: scratch.general[i] };
+                        let column = g * rows.columns + j * joined.width;
+                        let last = slice.end == pieces;
+                        let place = Place {
+                            at: (sample * row_pixels + row) * rows.out_channels + column,
+                            stride: rows.out_channels,
+                            height: PANEL_ROWS.min(task_rows.end - row),
+                            width: joined.width.min(rows.columns - j * joined.width),
+                            column,
+                            first: slice.start == 0,
+                            finish: last && tiles.finishes(general || scratch.general[panels + i]),
+                        };
+                        // SAFETY: the panels hold the slice's blocks; a tile belongs to one task.
+                        unsafe { tiles.tile(a, b, slice.len() * al.blocks, place, &mut buffer) };
+                    }
+                }
+            }
+        };
+        run_stages(ctx, workers, &fillings, scratch, samples * self.groups * row_tasks * column_tasks, &multiply)
+    }
+
+    /// Panels of the patches of some pixels of one sample, whose elements are put together here.
+    fn patches(
+        &self,
+        ctx: &Context<'_>,
+        x: &[f32],
+        rows: &Rows,
+        sample: usize,
+        g: usize,
+        pixels: std::ops::Range<usize>,
+        coding: Coding,
+        al: &PanelLayout,
+        scratch: &mut Scratch,
+    ) {
+        let (mut patches, mut panels) =
+            (std::mem::take(&mut scratch.patches), std::mem::take(&mut scratch.patch_panels));
+        let k = self.patch_rows(x, rows, sample, g, pixels.clone(), &mut patches);
+        let row_pixels = product_of(rows.reach.rows);
+        let first_row = (sample * self.groups + g) * row_pixels + pixels.start;
+        // SAFETY: `patches` holds as many rows of `k` elements.
+        let lines = unsafe { FloatLines::of_rows(patches.as_ptr(), [pixels.len(), k], k, true, first_row) };
+        let source = Source::Floats(&lines, coding.mode);
+        let layout = PanelLayout::new(source.shape(), al.block, PANEL_ROWS, al.side);
+        let ctx = Context { kernels: ctx.kernels, team: &Serial, threads: 1 };
+        let job = Job { source: &source, format: coding.format, layout, panels: panels.reserve(&layout) };
+        Filling::new(&ctx, job).run_all(&ctx, scratch).expect("floats can always be encoded");
+        for (panel, flag) in panels.general.iter().enumerate().take(layout.panels) {
+            scratch.general[panel] = flag.load(Ordering::Relaxed) != 0;
+        }
+        (scratch.patches, scratch.patch_panels) = (patches, panels);
+    }
+
+    /// Patches [pixels, taps · channels of the group] of one sample; the elements of one of them.
+    fn patch_rows(
+        &self,
+        x: &[f32],
+        rows: &Rows,
+        sample: usize,
+        g: usize,
+        pixels: std::ops::Range<usize>,
+        patches: &mut Vec<f32>,
+    ) -> usize {
+        let (taps, channels) = (self.taps(), rows.channels);
+        let k = taps * channels;
+        let all = channels * self.groups;
+        let image = &x[sample * product_of(rows.reach.target) * all..];
+        patches.clear();
+        patches.resize(pixels.len() * k, 0.0);
+        for (patch, pixel) in patches.chunks_exact_mut(k).zip(pixels) {
+            rows.reach.for_each(rows.reach.row(pixel), 0..taps, |tap, source| {
+                if let Some(source) = source {
+                    let from = &image[source * all + g * channels..][..channels];
+                    patch[tap * channels..][..channels].copy_from_slice(from);
+                }
+            });
+        }
+        k
+    }
+
+    /// The definition, for formats that do not go by panels.
+    fn by_codes(
+        &self,
+        ctx: &Context<'_>,
+        x: &[f32],
+        image: Option<&Codes>,
+        rows: &Rows,
+        g: usize,
+        right: &Codes,
+        coding: Coding,
+        epilogue: Epilogue<'_>,
+        out: &mut [f32],
+    ) {
+        let row_pixels = product_of(rows.reach.rows);
+        let pixels = product_of(rows.reach.target);
+        let (taps, columns) = (self.taps(), rows.columns);
+        let bias = epilogue.bias.map(|bias| &bias[g * columns..][..columns]);
+        let mut patches = Vec::new();
+        let mut sums = vec![0.0; columns];
+        for sample in 0..self.batch {
+            for pixel in 0..row_pixels {
+                let flat;
+                let mut pieces = Vec::with_capacity(taps);
+                let left = match image {
+                    Some(image) => {
+                        rows.reach.for_each(rows.reach.row(pixel), 0..taps, |_, source| {
+                            pieces.push(source.map(|source| (sample * pixels + source) * self.groups + g));
+                        });
+                        image
+                    }
+                    None => {
+                        let k = self.patch_rows(x, rows, sample, g, pixel..pixel + 1, &mut patches);
+                        let first_row = (sample * self.groups + g) * row_pixels + pixel;
+                        // SAFETY: one row of `k` elements.
+                        let lines = unsafe { FloatLines::of_rows(patches.as_ptr(), [1, k], k, true, first_row) };
+                        flat = Codes::from_floats(&Context::serial(), &lines, coding.format, coding.mode);
+                        pieces.push(Some(0));
+                        &flat
+                    }
+                };
+                general::row_of_pieces(left, &pieces, right, &mut sums, bias);
+                let at = (sample * row_pixels + pixel) * rows.out_channels + g * columns;
+                out[at..at + columns].copy_from_slice(&sums);
+            }
+        }
+        let _ = ctx;
+    }
+
+    // --- the weight gradient -----------------------------------------------------------------------------------------
+
+    fn weight_left_layout(&self, block: usize, side: Side) -> PanelLayout {
+        // Pixels follow each other without gaps where no panel of four channels reaches into the next pixel or group.
+        let [channels, _] = self.group_channels();
+        let pixels = product_of(self.input);
+        let shape = if channels.is_multiple_of(PANEL_ROWS) {
+            [1, pixels * self.channels[0], self.batch]
+        } else {
+            [pixels * self.groups, channels, self.batch]
+        };
+        PanelLayout::new(shape, block, PANEL_ROWS, side)
+    }
+
+    fn weight_left_lines<'a>(&self, x: &'a [f32], plane: &Plane) -> FloatLines<'a> {
+        let layout = self.weight_left_layout(1, Side::Left { correction: Correction::Total, offset: 0 });
+        let image = (product_of(self.input) * self.channels[0]) as isize;
+        let [matrices, lines, k] = [layout.matrices, layout.lines, layout.k];
+        let offsets = (0..matrices).map(|m| (m * lines) as isize).collect();
+        // SAFETY: the callers checked the image's size; the plane has as many elements and the padding.
+        unsafe { FloatLines::with_plane(x.as_ptr(), plane.bits(), offsets, [lines, k], [1, image]) }
+    }
+
+    /// Number of a panel of four channels, the `q`th of group `g` at a pixel.
+    fn weight_left_panel(&self, layout: &PanelLayout, pixel: usize, g: usize, q: usize) -> usize {
+        let [channels, _] = self.group_channels();
+        if layout.matrices == 1 && channels.is_multiple_of(PANEL_ROWS) {
+            (pixel * self.channels[0] + g * channels) / PANEL_ROWS + q
+        } else {
+            layout.panel(pixel * self.groups + g, q)
+        }
+    }
+
+    /// Bytes of X's codes along the batch, as [`Self::keep`] writes them. None: the format cannot be kept.
+    #[must_use]
+    pub fn kept_bytes(&self, format: BlockFormat) -> Option<usize> {
+        let line = matches!(format.shape(), BlockShape::Line(n) if n <= MAX_BLOCK);
+        if !line || !encodes_to_panels(format) || self.check().is_err() || self.batch * product_of(self.input) == 0 {
+            return None;
+        }
+        let layout = self.compact_layout(format);
+        Some(layout.bytes() + layout.panel_count())
+    }
+
+    fn compact_layout(&self, format: BlockFormat) -> PanelLayout {
+        let side = Side::Left { correction: Correction::Total, offset: 0 };
+        self.weight_left_layout(format.block_along(self.batch), side).compact(format.bits())
+    }
+
+    /// Writes the codes of X along the batch to `bytes`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] when sizes do not fit.
+    pub fn keep(
+        &self,
+        ctx: &Context<'_>,
+        x: &[f32],
+        coding: Coding,
+        bytes: &mut [u8],
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        check_size("elements of the image", x.len(), self.batch * product_of(self.input) * self.channels[0])?;
+        let Some(len) = self.kept_bytes(coding.format) else {
+            return Err(Error::format("a format in blocks of up to 8 bits, to keep", coding.format.to_string()));
+        };
+        check_size("bytes to keep the image in", bytes.len(), len)?;
+        let Workspace { planes, scratch, .. } = workspace;
+        reserve_scratch(ctx, scratch);
+        let scratch = &*scratch;
+        let plane = self.filled_plane(ctx, Side2::Input, coding, &mut planes[1], scratch);
+        let lines = self.weight_left_lines(x, &plane);
+        let source = Source::Floats(&lines, coding.mode);
+        let layout = self.compact_layout(coding.format);
+        let (bytes, general) = bytes.split_at_mut(layout.bytes());
+        let job = Job { source: &source, format: coding.format, layout, panels: PanelsMut::new(bytes, general) };
+        let fillings = Fillings::new(ctx, [job], 1);
+        run_stages(ctx, ctx.workers(x.len()), &fillings, scratch, 0, &|_, _| {})
+    }
+
+    fn filled_plane<'w>(
+        &self,
+        ctx: &Context<'_>,
+        side: Side2,
+        coding: Coding,
+        memory: &'w mut AlignedBytes,
+        scratch: &[Mutex<Scratch>],
+    ) -> Plane {
+        let (pixels, channels) = match side {
+            Side2::Input => (self.input, self.channels[0]),
+            Side2::Output => (self.output, self.channels[1]),
+        };
+        let plane = Plane::new(Image { batch: self.batch, pixels, channels }, coding, true, memory);
+        let fill = |worker: usize, task: usize| {
+            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            plane.fill(ctx, task, &mut scratch);
+        };
+        for_each_stage(ctx.team, ctx.threads.max(1), &[Stage { tasks: plane.tasks(), task: &fill }]);
+        plane
+    }
+
+    /// dW, as [groups, taps, in / groups, out / groups], from dY [batch, output pixels, out channels] and X. The codings
+    /// are those of dY and of X.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    pub fn weight_gradient(
+        &self,
+        ctx: &Context<'_>,
+        dy: &[f32],
+        x: Input<'_>,
+        [dy_coding, x_coding]: [Coding; 2],
+        out: &mut [f32],
+        workspace: &mut Workspace,
+    ) -> Result<()> {
+        self.check()?;
+        let [channels, columns] = self.group_channels();
+        let (taps, out_pixels) = (self.taps(), product_of(self.output));
+        check_size("elements of dY", dy.len(), self.batch * out_pixels * self.channels[1])?;
+        check_size("elements of out", out.len(), self.groups * taps * channels * columns)?;
+        let block = Self::check_formats([x_coding, dy_coding], self.batch)?;
+        match x {
+            Input::Floats(x) => {
+                check_size("elements of the image", x.len(), self.batch * product_of(self.input) * self.channels[0])?;
+            }
+            Input::Kept(bytes) => {
+                let expected = self.kept_bytes(x_coding.format).unwrap_or(0);
+                check_size("bytes of a kept image", bytes.len(), expected)?;
+            }
+        }
+        if out.is_empty() {
+            return Ok(());
+        }
+        if self.batch * out_pixels == 0 {
+            out.fill(0.0);
+            return Ok(());
+        }
+        let Workspace { left: left_panels, groups, planes: [dy_plane, x_plane], scratch, .. } = workspace;
+        reserve_scratch(ctx, scratch);
+        let scratch = &*scratch;
+        let dy_plane = self.filled_plane(ctx, Side2::Output, dy_coding, dy_plane, scratch);
+        let x_plane = match x {
+            Input::Floats(_) => self.filled_plane(ctx, Side2::Input, x_coding, x_plane, scratch),
+            Input::Kept(_) => Plane::none(),
+        };
+        let dy_image = (out_pixels * self.channels[1]) as isize;
+        let dy_lines = |g: usize| {
+            let offsets = (0..out_pixels).map(|p| (p * self.channels[1] + g * columns) as isize).collect();
+            // SAFETY: the image's size was checked; the plane has as many elements and the padding.
+            unsafe {
+                FloatLines::with_plane(dy.as_ptr(), dy_plane.bits(), offsets, [columns, self.batch], [1, dy_image])
+            }
+        };
+        let reach = self.reach();
+        let by_panels =
+            [x_coding, dy_coding].iter().all(|coding| encodes_to_panels(coding.format)) && block <= MAX_BLOCK;
+        if !by_panels {
+            let Input::Floats(x) = x else { unreachable!("such formats are not kept") };
+            let lines = self.weight_left_lines(x, &x_plane);
+            let image = Codes::from_floats(ctx, &lines, x_coding.format, x_coding.mode);
+            for g in 0..self.groups {
+                let right = Codes::from_floats(ctx, &dy_lines(g), dy_coding.format, dy_coding.mode);
+                let out = &mut out[g * taps * channels * columns..][..taps * channels * columns];
+                for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+                    let (tap, c) = (row / channels, row % channels);
+                    let pieces: Vec<Option<usize>> = (0..out_pixels)
+                        .map(|o| reach.at(reach.row(o), tap).map(|p| p * self.channels[0] + g * channels + c))
+                        .collect();
+                    general::row_of_pieces(&image, &pieces, &right, out, None);
+                }
+            }
+            return Ok(());
+        }
+
+        let tile = fitting(ctx.kernels.tiles, block, x_coding.format, dy_coding.format);
+        let correction = tile.map_or(Correction::Total, |tile| tile.correction);
+        let offset = offset(dy_coding.format.bits());
+        let left_layout = self.weight_left_layout(block, Side::Left { correction, offset });
+        let left = left_panels.reserve(&left_layout);
+        let x_lines = match x {
+            Input::Floats(x) => Some(self.weight_left_lines(x, &x_plane)),
+            Input::Kept(_) => None,
+        };
+        let x_source = x_lines.as_ref().map(|lines| Source::Floats(lines, x_coding.mode));
+        let dy_lines: Vec<FloatLines<'_>> = (0..self.groups).map(dy_lines).collect();
+        let dy_sources: Vec<Source<'_>> = dy_lines.iter().map(|x| Source::Floats(x, dy_coding.mode)).collect();
+        let right_layout =
+            PanelLayout::new(dy_sources[0].shape(), block, ctx.kernels.columns, Side::Right { offset }).in_pieces();
+        groups.resize_with(groups.len().max(self.groups), Panels::default);
+        let mut rights = Vec::with_capacity(self.groups);
+        let mut jobs = Vec::with_capacity(1 + self.groups);
+        if let Some(source) = &x_source {
+            jobs.push(Job { source, format: x_coding.format, layout: left_layout, panels: left });
+        }
+        for (source, group) in dy_sources.iter().zip(groups.iter_mut()) {
+            let panels = group.reserve(&right_layout);
+            rights.push(panels.as_ref());
+            jobs.push(Job { source, format: dy_coding.format, layout: right_layout, panels });
+        }
+        let fillings = Fillings::new(ctx, jobs, 0);
+        if let Input::Kept(bytes) = x {
+            self.expand(ctx, bytes, x_coding.format, &left_layout, left);
+        }
+
+        let joined = right_layout.joined();
+        let al = PanelLayout::new([1, channels, self.batch], block, PANEL_ROWS, left_layout.side);
+        let quads = channels.div_ceil(PANEL_ROWS);
+        let out = SharedMut::new(out);
+        let tiles = Tiles::new(ctx, Kernel { tile, from_nibbles: false }, al, joined, out, Epilogue::default());
+        let workers = ctx.threads.max(1);
+        let plan = Plan::new(&al, &joined, taps * quads, out_pixels, self.groups, workers);
+        let row_tasks = (taps * quads).div_ceil(plan.row_panels);
+        let column_tasks = joined.panels.div_ceil(plan.column_panels);
+        let piece_bytes = al.blocks * al.block_bytes;
+        let left = left.as_ref();
+        let multiply = |worker: usize, task: usize| {
+            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            let scratch = &mut *scratch;
+            let mut buffer = Buffer::default();
+            let (row_task, rest) = (task % row_tasks, task / row_tasks);
+            let (column_task, g) = (rest % column_tasks, rest / column_tasks);
+            let first = row_task * plan.row_panels;
+            let task_panels = first..(first + plan.row_panels).min(taps * quads);
+            let panels = task_panels.len();
+            let j = column_task * plan.column_panels;
+            scratch.general.clear();
+            scratch.general.resize(2 * panels, false);
+            for from in (0..out_pixels).step_by(plan.pieces) {
+                let slice = from..(from + plan.pieces).min(out_pixels);
+                let panel_bytes = slice.len() * piece_bytes;
+                let to = scratch.gathered.reserve(panels * panel_bytes);
+                scratch.general[..panels].fill(false);
+                for (piece, o) in slice.clone().enumerate() {
+                    let row = reach.row(o);
+                    let mut found = (usize::MAX, None);
+                    for (i, panel) in task_panels.clone().enumerate() {
+                        let (tap, q) = (panel / quads, panel % quads);
+                        if found.0 != tap {
+                            found = (tap, reach.at(row, tap));
+                        }
+                        // SAFETY: room for `panels` panels of the slice's pieces.
+                        let to = unsafe { to.as_ptr().add(i * panel_bytes + piece * piece_bytes) };
+                        if let Some(pixel) = found.1 {
+                            let source = self.weight_left_panel(&left_layout, pixel, g, q);
+                            // SAFETY: a panel of the layout, written by the stage before.
+                            unsafe {
+                                scratch.general[i] |= left.is_general(source);
+                                std::ptr::copy_nonoverlapping(left.bytes.add(source * piece_bytes), to, piece_bytes);
+                            }
+                        } else {
+                            // SAFETY: as above.
+                            unsafe { to.write_bytes(0, piece_bytes) };
+                        }
+                    }
+                }
+                for panel in 0..panels {
+                    scratch.general[panels + panel] |= scratch.general[panel];
+                }
+                for j in j..(j + plan.column_panels).min(joined.panels) {
+                    // SAFETY: a panel of the layout, written by the stage before.
+                    let general = unsafe { rights[g].is_general(j) };
+                    let at = j * joined.panel_bytes() + slice.start * right_layout.blocks * joined.block_bytes;
+                    let b = PanelBlocks { bytes: rights[g].bytes.wrapping_add(at), general };
+                    for (i, panel) in task_panels.clone().enumerate() {
+                        let (tap, q) = (panel / quads, panel % quads);
+                        let a = PanelBlocks {
+                            bytes: to.as_ptr().wrapping_add(i * panel_bytes).cast_const(),
+                            general: scratch.general[i],
+                        };
+                        let column = j * joined.width;
+                        let row = (g * taps + tap) * channels + q * PANEL_ROWS;
+                        let last = slice.end == out_pixels;
+                        let place = Place {
+                            at: row * columns + column,
+                            stride: columns,
+                            height: PANEL_ROWS.min(channels - q * PANEL_ROWS),
+                            width: joined.width.min(columns - column),
+                            column,
+                            first: slice.start == 0,
+                            finish: last && tiles.finishes(general || scratch.general[panels + i]),
+                        };
+                        // SAFETY: the panels hold the slice's blocks; a tile belongs to one task.
+                        unsafe { tiles.tile(a, b, slice.len() * al.blocks, place, &mut buffer) };
+                    }
+                }
+            }
+        };
+        run_stages(ctx, workers, &fillings, scratch, self.groups * row_tasks * column_tasks, &multiply)
+    }
+
+    /// Left panels from what was kept.
+    fn expand(&self, ctx: &Context<'_>, kept: &[u8], format: BlockFormat, layout: &PanelLayout, to: PanelsMut<'_>) {
+        const TOGETHER: usize = 64;
+        let compact = self.compact_layout(format);
+        let Form::Compact { nibbles } = compact.form else { unreachable!("made compact") };
+        let (kept, general) = kept.split_at(compact.bytes());
+        let panels = layout.panel_count();
+        let task = |_: usize, task: usize| {
+            for panel in task * TOGETHER..((task + 1) * TOGETHER).min(panels) {
+                to.general[panel].store(general[panel], Ordering::Relaxed);
+                let from =
+                    kept[panel * compact.panel_bytes()..][..compact.panel_bytes()].chunks_exact(compact.block_bytes);
+                // SAFETY: every panel belongs to one task.
+                let into = unsafe { to.bytes.part(panel * layout.panel_bytes(), layout.panel_bytes()) };
+                for (from, into) in from.zip(into.chunks_exact_mut(layout.block_bytes)) {
+                    forms::from_compact(from, layout, nibbles, into);
+                }
+            }
+        };
+        let stage = Stage { tasks: panels.div_ceil(TOGETHER), task: &task };
+        for_each_stage(ctx.team, ctx.workers(4 * panels * layout.k), &[stage]);
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Side2 {
+    Input,
+    Output,
+}
+
+/// Fills, then multiplies, in one region.
+fn run_stages(
+    ctx: &Context<'_>,
+    workers: usize,
+    fillings: &Fillings<'_>,
+    scratch: &[Mutex<Scratch>],
+    tasks: usize,
+    multiply: &(dyn Fn(usize, usize) + Sync),
+) -> Result<()> {
+    let failure: Mutex<Option<Error>> = Mutex::new(None);
+    let lay_out = |worker: usize, task: usize| {
+        let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: tasks are handed out once.
+        if let Err(error) = unsafe { fillings.run(ctx, task, &mut scratch) } {
+            *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        }
+    };
+    let stages = [Stage { tasks: fillings.tasks(), task: &lay_out }, Stage { tasks, task: multiply }];
+    for_each_stage(ctx.team, workers, &stages);
+    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+}
+
+#[derive(Clone, Copy)]
+enum Taps {
+    Forward,
+    Backward,
+}
+
+#[derive(Clone, Copy)]
+struct Image {
+    batch: usize,
+    pixels: [usize; 3],
+    channels: usize,
+}
+
+/// Rows of a product by pixels.
+struct Rows {
+    reach: Reach,
+    /// Channels of the image, and columns, of a group.
+    channels: usize,
+    out_channels: usize,
+    columns: usize,
+}
+
+/// Sizes of tasks.
+#[derive(Clone, Copy)]
+struct Plan {
+    row_panels: usize,
+    column_panels: usize,
+    /// Pieces of the reduction per pass.
+    pieces: usize,
+}
+
+impl Plan {
+    const TASKS_PER_WORKER: usize = 8;
+
+    fn new(
+        al: &PanelLayout,
+        bl: &PanelLayout,
+        row_panels: usize,
+        pieces: usize,
+        products: usize,
+        workers: usize,
+    ) -> Self {
+        let caches = Caches::get();
+        // Half of the first level for B, half of the second for A.
+        let depth = (caches.l1 / 2 / bl.block_bytes).max(1024 / al.block);
+        let pieces = (depth / al.blocks).clamp(1, pieces.max(1));
+        let most = (caches.l2 / 2 / (pieces * al.blocks * al.block_bytes)).clamp(4, 128);
+        let column_panels = 16.min(bl.panels.max(1));
+        let wanted = if workers > 1 { Self::TASKS_PER_WORKER * workers } else { 1 };
+        let each = wanted.div_ceil(products * bl.panels.div_ceil(column_panels)).max(1);
+        let most = most.min(row_panels.div_ceil(each)).max(1);
+        Self { row_panels: row_panels.div_ceil(row_panels.div_ceil(most).max(1)).max(1), column_panels, pieces }
+    }
+}
+
+/// Encoded lines of an image.
+struct Lines {
+    panels: PanelsRef,
+    /// Bytes of a line.
+    bytes: usize,
+    groups: usize,
+    g: usize,
+    pixels: usize,
+}
+
+impl Lines {
+    /// The panel of up to four rows over some taps. Returns whether one of its blocks needs the general product.
+    fn gather(
+        &self,
+        al: &PanelLayout,
+        rows: &Rows,
+        range: std::ops::Range<usize>,
+        taps: std::ops::Range<usize>,
+        zeros: &[f32],
+        to: &mut [u8],
+    ) -> bool {
+        let row_pixels = product_of(rows.reach.rows);
+        let line_block = al.block_bytes / PANEL_ROWS;
+        // A block of zeros has zeros for correction and rider, too.
+        debug_assert!(4 * zeros.len() >= line_block);
+        // SAFETY: as many bytes of +0.0; the block of a line is no longer than that of its floats.
+        let zeros = unsafe { std::slice::from_raw_parts(zeros.as_ptr().cast::<u8>(), line_block) };
+        let mut general = false;
+        let mut sources = [[None; MAX_TAPS]; PANEL_ROWS];
+        for from in taps.clone().step_by(MAX_TAPS) {
+            let part = from..(from + MAX_TAPS).min(taps.end);
+            for (sources, row) in sources.iter_mut().zip(range.clone()) {
+                let (sample, pixel) = (row / row_pixels, row % row_pixels);
+                rows.reach.for_each(rows.reach.row(pixel), part.clone(), |tap, found| {
+                    sources[tap - part.start] =
+                        found.map(|found| (sample * self.pixels + found) * self.groups + self.g);
+                });
+            }
+            for tap in part.clone() {
+                let lines = [0, 1, 2, 3].map(|lane| sources[lane][tap - part.start]);
+                for line in lines.into_iter().flatten() {
+                    // SAFETY: a line of the image, whose panel was written by the stage before.
+                    general |= unsafe { self.panels.is_general(line / PANEL_ROWS) };
+                }
+                for b in 0..al.blocks {
+                    let blocks = lines.map(|line| match line {
+                        // SAFETY: block b of a line of the image.
+                        Some(line) => unsafe {
+                            let at = self.panels.bytes.add(line * self.bytes + b * line_block);
+                            std::slice::from_raw_parts(at, line_block)
+                        },
+                        None => zeros,
+                    });
+                    let to = &mut to[((tap - taps.start) * al.blocks + b) * al.block_bytes..][..al.block_bytes];
+                    forms::from_lines(blocks, al.step(), to);
+                }
+            }
+        }
+        general
+    }
+}
+
+/// Taps whose sources are found in one go.
+const MAX_TAPS: usize = 32;
+
+/// A kernel in the order [out, taps, in / groups], with random bits in the same order.
+struct KernelCopy<'a> {
+    w: &'a FloatTensor<'a>,
+    seed: Option<Seed>,
+    floats: SharedMut<'a, f32>,
+    bits: SharedMut<'a, u16>,
+}
+
+impl<'a> KernelCopy<'a> {
+    fn new(w: &'a FloatTensor<'a>, coding: Coding, floats: &'a mut AlignedBytes, bits: &'a mut AlignedBytes) -> Self {
+        let count: usize = w.shape().iter().product();
+        let seed = coding.mode.is_stochastic().then_some(coding.mode.seed);
+        let padded = if seed.is_some() { count + ROW_PADDING } else { 0 };
+        // SAFETY: reserved for so many; used by nobody else as long as this lives.
+        let (floats, bits) = unsafe {
+            (
+                SharedMut::from_raw(floats.reserve(4 * count).as_ptr().cast(), count),
+                SharedMut::from_raw(bits.reserve(2 * padded).as_ptr().cast(), padded),
+            )
+        };
+        Self { w, seed, floats, bits }
+    }
+
+    fn floats(&self) -> *const f32 {
+        self.floats.as_ptr()
+    }
+
+    fn bits(&self) -> *const u16 {
+        if self.seed.is_some() { self.bits.as_ptr() } else { std::ptr::null() }
+    }
+
+    fn tasks(&self) -> usize {
+        self.w.shape()[0]
+    }
+
+    /// One output channel.
+    fn fill(&self, out: usize) {
+        let &[_, channels, k0, k1, k2] = self.w.shape() else { unreachable!("checked") };
+        let patch = channels * k0 * k1 * k2;
+        // SAFETY: an output channel belongs to one task.
+        let floats = unsafe { self.floats.part(out * patch, patch) };
+        for c in 0..channels {
+            for tap in 0..k0 * k1 * k2 {
+                let (i, j, k) = (tap / (k1 * k2), tap / k2 % k1, tap % k2);
+                // SAFETY: inside the tensor.
+                floats[tap * channels + c] = unsafe { *self.w.at(&[out, c, i, j, k]) };
+            }
+        }
+        if let Some(seed) = self.seed {
+            // SAFETY: as above.
+            let bits = unsafe { self.bits.part(out * patch, patch) };
+            for c in 0..channels {
+                for tap in 0..k0 * k1 * k2 {
+                    let row = (out * channels + c) * k0 * k1 + tap / k2;
+                    bits[tap * channels + c] = seed.bits(row as u32, tap % k2);
+                }
+            }
+        }
+    }
+}
+
+/// Random bits of an image in the order of its elements, [batch, pixels, channels], where the rows of the tensor they
+/// belong to are (sample, channel, all pixel coordinates but the last).
+struct Plane {
+    image: Image,
+    seed: Option<Seed>,
+    bits: *mut u16,
+}
+// SAFETY: tasks write disjoint parts; reading comes after them.
+unsafe impl Send for Plane {}
+// SAFETY: as above.
+unsafe impl Sync for Plane {}
+
+impl Plane {
+    /// Channels at a time.
+    const CHANNELS: usize = 64;
+
+    fn none() -> Self {
+        let image = Image { batch: 0, pixels: [0; 3], channels: 0 };
+        Self { image, seed: None, bits: std::ptr::null_mut() }
+    }
+
+    /// `wanted`: false for patches, which have bits of their own.
+    fn new(image: Image, coding: Coding, wanted: bool, memory: &mut AlignedBytes) -> Self {
+        let seed = (wanted && coding.mode.is_stochastic()).then_some(coding.mode.seed);
+        let count = image.batch * product_of(image.pixels) * image.channels + ROW_PADDING;
+        let bits = if seed.is_some() { memory.reserve(2 * count).as_ptr().cast() } else { std::ptr::null_mut() };
+        Self { image, seed, bits }
+    }
+
+    fn bits(&self) -> *const u16 {
+        self.bits
+    }
+
+    fn tasks(&self) -> usize {
+        let [p0, p1, _] = self.image.pixels;
+        if self.seed.is_some() { self.image.batch * p0 * p1 } else { 0 }
+    }
+
+    /// One row of pixels of one sample.
+    fn fill(&self, ctx: &Context<'_>, task: usize, scratch: &mut Scratch) {
+        let Image { pixels: [p0, p1, width], channels, .. } = self.image;
+        let Some(seed) = self.seed else { return };
+        let (sample, line) = (task / (p0 * p1), task % (p0 * p1));
+        let groups = width.div_ceil(8);
+        let len = 8 * Self::CHANNELS * groups + RANDOM_PADDING;
+        scratch.random.resize(scratch.random.len().max(len), 0);
+        for first in (0..channels).step_by(Self::CHANNELS) {
+            let count = Self::CHANNELS.min(channels - first);
+            let row = (sample * channels + first) * p0 * p1 + line;
+            let counters = Counters { row: row as u32, row_step: (p0 * p1) as u32, rows: count, group: 0, groups };
+            // SAFETY: room for the rectangle and its padding.
+            unsafe { (ctx.kernels.fill_random)(seed, counters, scratch.random.as_mut_ptr()) };
+            for pixel in 0..width {
+                let at = ((sample * p0 * p1 + line) * width + pixel) * channels + first;
+                // SAFETY: `count` elements of one pixel, which belongs to one task.
+                let to = unsafe { std::slice::from_raw_parts_mut(self.bits.add(at), count) };
+                for (to, from) in to.iter_mut().zip(scratch.random[pixel..].iter().step_by(8 * groups)) {
+                    *to = *from;
+                }
+            }
+        }
+    }
+}
