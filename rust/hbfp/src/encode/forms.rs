@@ -1,5 +1,7 @@
 //! Other forms of panels, block by block: lines of a left operand one by one, and what is kept of either.
 
+#![allow(unsafe_code, reason = "panels put together from lines that lie anywhere")]
+
 use super::panels::{PanelLayout, Side};
 use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER};
 use crate::format::EXPONENT_OFFSET;
@@ -58,40 +60,75 @@ pub(crate) fn to_line(panel: &[u8], lane: usize, step: usize, line: &mut [u8]) {
     line_ends[4..].copy_from_slice(&ends[16 + 4 * lane..20 + 4 * lane]);
 }
 
-/// A left panel's block of any four lines.
-pub(crate) fn from_lines(lines: [&[u8]; PANEL_ROWS], step: usize, panel: &mut [u8]) {
-    let at = panel.len() - ENDS;
-    let (codes, ends) = panel.split_at_mut(at);
-    let line_codes = codes.len() / PANEL_ROWS;
-    let [a, b, c, d] = lines.map(|line| &line[..line_codes]);
-    if step == 4 {
-        let lines = a
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .zip(b.as_chunks::<4>().0)
-            .zip(c.as_chunks::<4>().0.iter().zip(d.as_chunks::<4>().0));
-        for (to, ((a, b), (c, d))) in codes.as_chunks_mut::<16>().0.iter_mut().zip(lines) {
-            for (to, from) in to.as_chunks_mut::<4>().0.iter_mut().zip([a, b, c, d]) {
-                *to = *from;
-            }
-        }
-    } else {
-        let lines = a
-            .as_chunks::<8>()
-            .0
-            .iter()
-            .zip(b.as_chunks::<8>().0)
-            .zip(c.as_chunks::<8>().0.iter().zip(d.as_chunks::<8>().0));
-        for (to, ((a, b), (c, d))) in codes.as_chunks_mut::<32>().0.iter_mut().zip(lines) {
-            for (to, from) in to.as_chunks_mut::<8>().0.iter_mut().zip([a, b, c, d]) {
-                *to = *from;
-            }
-        }
+/// Word i of line j to word j of row i.
+///
+/// # Safety
+/// Each line is valid for reading 16 bytes, `to` for writing 64.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn transpose(lines: [*const u8; PANEL_ROWS], to: *mut u8) {
+    use std::arch::x86_64::*;
+    // SAFETY: SSE2 is part of the architecture; the caller vouches for the memory.
+    unsafe {
+        let [a, b, c, d] = lines.map(|line| _mm_loadu_si128(line.cast()));
+        let (ab0, ab1) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
+        let (cd0, cd1) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
+        let to = to.cast::<__m128i>();
+        _mm_storeu_si128(to, _mm_unpacklo_epi64(ab0, cd0));
+        _mm_storeu_si128(to.add(1), _mm_unpackhi_epi64(ab0, cd0));
+        _mm_storeu_si128(to.add(2), _mm_unpacklo_epi64(ab1, cd1));
+        _mm_storeu_si128(to.add(3), _mm_unpackhi_epi64(ab1, cd1));
     }
-    for (lane, line) in lines.into_iter().enumerate() {
-        ends[4 * lane..4 * lane + 4].copy_from_slice(&line[line_codes..line_codes + 4]);
-        ends[16 + 4 * lane..20 + 4 * lane].copy_from_slice(&line[line_codes + 4..line_codes + 8]);
+}
+
+/// Word i of line j to word j of row i.
+///
+/// # Safety
+/// Each line is valid for reading 16 bytes, `to` for writing 64.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+unsafe fn transpose(lines: [*const u8; PANEL_ROWS], to: *mut u8) {
+    // SAFETY: the caller vouches for the memory.
+    unsafe {
+        let words = lines.map(|line| line.cast::<[u32; 4]>().read_unaligned());
+        let turned: [[u32; 4]; 4] = std::array::from_fn(|step| words.map(|words| words[step]));
+        to.cast::<[[u32; 4]; 4]>().write_unaligned(turned);
+    }
+}
+
+/// A left panel's block of any four lines.
+///
+/// # Safety
+/// Each of `lines` is valid for reading a quarter of the panel's bytes.
+#[inline]
+pub(crate) unsafe fn from_lines(lines: [*const u8; PANEL_ROWS], step: usize, panel: &mut [u8]) {
+    let codes = panel.len() - ENDS;
+    let line_codes = codes / PANEL_ROWS;
+    let to = panel.as_mut_ptr();
+    // SAFETY: all of it lies inside the lines and the panel.
+    unsafe {
+        if step == 4 {
+            // Four steps at a time are a transposition of words.
+            let whole = line_codes / 16 * 16;
+            for t in (0..whole).step_by(16) {
+                transpose(lines.map(|line| line.wrapping_add(t)), to.add(PANEL_ROWS * t));
+            }
+            for t in (whole..line_codes).step_by(4) {
+                for (lane, line) in lines.iter().enumerate() {
+                    let word = line.add(t).cast::<u32>().read_unaligned();
+                    to.add(PANEL_ROWS * t + 4 * lane).cast::<u32>().write_unaligned(word);
+                }
+            }
+        } else {
+            for t in (0..line_codes).step_by(8) {
+                for (lane, line) in lines.iter().enumerate() {
+                    let word = line.add(t).cast::<u64>().read_unaligned();
+                    to.add(PANEL_ROWS * t + 8 * lane).cast::<u64>().write_unaligned(word);
+                }
+            }
+        }
+        let ends = lines.map(|line| line.add(line_codes).cast::<[u32; 2]>().read_unaligned());
+        to.add(codes).cast::<[[u32; 4]; 2]>().write_unaligned([ends.map(|ends| ends[0]), ends.map(|ends| ends[1])]);
     }
 }
 

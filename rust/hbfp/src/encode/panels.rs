@@ -14,7 +14,7 @@ use crate::pack::packed_bytes;
 use crate::parallel::for_each_task;
 use crate::shape::FloatLines;
 use std::ops::Range;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Lines of planes blocked along the reduction: rows of all matrices, one after the other.
@@ -204,6 +204,8 @@ pub(crate) struct Panels {
     pub(crate) bytes: AlignedBytes,
     /// Per panel: 1 if a block is a NaN block or its exponent lies outside the fast range.
     pub(crate) general: Vec<AtomicU8>,
+    /// Whether any flag is set.
+    any_general: AtomicBool,
 }
 
 impl Panels {
@@ -219,7 +221,8 @@ impl Panels {
         self.general.resize_with(layout.panel_count(), AtomicU8::default);
         // SAFETY: reserved just now; `self` stays borrowed as long as this lives.
         let bytes = unsafe { SharedMut::from_raw(bytes.as_ptr(), len) };
-        PanelsMut { bytes, general: &self.general }
+        *self.any_general.get_mut() = false;
+        PanelsMut { bytes, general: &self.general, any_general: Some(&self.any_general) }
     }
 }
 
@@ -229,6 +232,8 @@ pub(crate) struct PanelsMut<'a> {
     pub(crate) bytes: SharedMut<'a, u8>,
     /// Zero before the first write.
     pub(crate) general: &'a [AtomicU8],
+    /// Whether any flag is set; None in memory of the caller's.
+    pub(crate) any_general: Option<&'a AtomicBool>,
 }
 
 impl<'a> PanelsMut<'a> {
@@ -237,11 +242,17 @@ impl<'a> PanelsMut<'a> {
         general.fill(0);
         // SAFETY: an atomic byte is laid out as a byte, and nobody else uses these as long as they are borrowed.
         let general = unsafe { std::slice::from_raw_parts(general.as_mut_ptr().cast::<AtomicU8>(), general.len()) };
-        Self { bytes: SharedMut::new(bytes), general }
+        Self { bytes: SharedMut::new(bytes), general, any_general: None }
     }
     /// The panels, to be read once they are written.
     pub(crate) fn as_ref(&self) -> PanelsRef {
         PanelsRef { bytes: self.bytes.as_ptr(), general: self.general.as_ptr() }
+    }
+    pub(crate) fn set_general(&self, panel: usize) {
+        self.general[panel].store(1, Ordering::Relaxed);
+        if let Some(any) = self.any_general {
+            any.store(true, Ordering::Relaxed);
+        }
     }
 }
 
@@ -320,7 +331,7 @@ impl<'a> Filling<'a> {
     /// # Safety
     /// No other call for the same task is under way.
     unsafe fn run(&self, ctx: &Context<'_>, task: usize, scratch: &mut Scratch) -> Result<()> {
-        let Job { source, format, ref layout, panels } = self.job;
+        let Job { source, format, ref layout, ref panels } = self.job;
         let (groups, runs) =
             (layout.strips().div_ceil(self.strips_together), layout.blocks.div_ceil(self.blocks_together));
         let (matrix, rest) = (task / (groups * runs), task % (groups * runs));
@@ -353,9 +364,8 @@ impl<'a> Filling<'a> {
             };
             let line = strip * STRIP;
             let lines = STRIP.min(layout.lines - line);
-            let general = &panels.general[at..at + per_strip];
             let blocks = blocks.clone();
-            StripWriter { ctx, layout, format, matrix, line, lines, blocks, first, stride, plain, general }
+            StripWriter { ctx, layout, format, matrix, line, lines, blocks, first, stride, plain, panels, panel: at }
         };
         match source {
             // Block after block, so that neighbouring strips are read one after the other.
@@ -523,7 +533,9 @@ struct StripWriter<'a> {
     /// Bytes from a panel to the next, and of a block.
     stride: usize,
     plain: usize,
-    general: &'a [AtomicU8],
+    panels: &'a PanelsMut<'a>,
+    /// Number of the first panel among all.
+    panel: usize,
 }
 
 impl StripWriter<'_> {
@@ -540,7 +552,7 @@ impl StripWriter<'_> {
     }
 
     fn set_general(&self, line: usize) {
-        self.general[line / self.layout.width].store(1, Ordering::Relaxed);
+        self.panels.set_general(self.panel + line / self.layout.width);
     }
 
     fn part(&self, line: usize, width: usize, b: usize) -> Part {

@@ -24,7 +24,7 @@ use crate::mem::{AlignedBytes, SharedMut};
 use crate::parallel::{Serial, Stage, for_each_stage};
 use crate::rng::Seed;
 use crate::shape::{FloatLines, FloatTensor};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Shape of a convolution; sizes of fewer than three spatial dimensions are preceded by ones.
@@ -50,44 +50,53 @@ pub struct Convolution {
     pub dilation: [usize; 3],
 }
 
-/// Pixels that taps connect: for each dimension, row coordinate and tap the coordinate on the other side, or none.
+/// Pixels that taps connect: for each pixel of a product's rows and each tap that on the other side, or [`NOWHERE`].
 struct Reach {
-    rows: [usize; 3],
-    kernel: [usize; 3],
-    target: [usize; 3],
-    tables: [Vec<Option<usize>>; 3],
+    rows: usize,
+    taps: usize,
+    pixels: Vec<i32>,
 }
 
-impl Reach {
-    fn row(&self, pixel: usize) -> [usize; 3] {
-        let [_, rows1, rows2] = self.rows;
-        [pixel / (rows1 * rows2), pixel / rows2 % rows1, pixel % rows2]
-    }
+/// In place of a pixel that does not exist.
+const NOWHERE: i32 = -1;
 
-    /// The pixel at the other end of each tap of `taps` from a row's pixel on.
-    #[inline]
-    fn for_each(&self, row: [usize; 3], taps: std::ops::Range<usize>, mut f: impl FnMut(usize, Option<usize>)) {
-        let [_, k1, k2] = self.kernel;
-        let [_, t1, t2] = self.target;
-        let mut tap = taps.start;
-        while tap < taps.end {
-            // All taps of a row of the kernel share their first two coordinates.
-            let (i, j, from) = (tap / (k1 * k2), tap / k2 % k1, tap % k2);
-            let to = k2.min(from + taps.end - tap);
-            let first = self.tables[0][row[0] * self.kernel[0] + i];
-            let second = self.tables[1][row[1] * k1 + j];
-            let base = first.zip(second).map(|(a, b)| (a * t1 + b) * t2);
-            for k in from..to {
-                f(tap, base.and_then(|base| self.tables[2][row[2] * k2 + k].map(|c| base + c)));
-                tap += 1;
+impl Reach {
+    /// `source` gives the coordinate on the other side for a dimension, a coordinate and a tap.
+    fn new(
+        rows: [usize; 3],
+        kernel: [usize; 3],
+        target: [usize; 3],
+        source: impl Fn(usize, usize, usize) -> Option<usize>,
+    ) -> Self {
+        let [tables, taps] = [rows, kernel].map(|sizes| sizes.iter().product::<usize>());
+        let table = |d: usize| -> Vec<i32> {
+            let entry = |i: usize| source(d, i / kernel[d], i % kernel[d]).map_or(NOWHERE, |p| p as i32);
+            (0..rows[d] * kernel[d]).map(entry).collect()
+        };
+        let [first, second, third] = [table(0), table(1), table(2)];
+        let [k0, k1, k2] = kernel;
+        let [_, t1, t2] = target.map(|n| n as i32);
+        let mut pixels = Vec::with_capacity(tables * taps);
+        for i in 0..rows[0] {
+            for j in 0..rows[1] {
+                for k in 0..rows[2] {
+                    for a in &first[i * k0..][..k0] {
+                        for b in &second[j * k1..][..k1] {
+                            let base = if a | b < 0 { NOWHERE } else { (a * t1 + b) * t2 };
+                            pixels.extend(
+                                third[k * k2..][..k2].iter().map(|c| if base | c < 0 { NOWHERE } else { base + c }),
+                            );
+                        }
+                    }
+                }
             }
         }
+        Self { rows: tables, taps, pixels }
     }
 
-    fn at(&self, row: [usize; 3], tap: usize) -> Option<usize> {
-        let mut found = None;
-        self.for_each(row, tap..tap + 1, |_, pixel| found = pixel);
-        found
+    /// Sources of the taps of a pixel.
+    fn of(&self, pixel: usize) -> &[i32] {
+        &self.pixels[pixel * self.taps..][..self.taps]
     }
 }
 
@@ -116,39 +125,32 @@ impl Convolution {
     /// [`Error::Shape`] for sizes that describe no convolution.
     pub fn check(&self) -> Result<()> {
         let positive = self.groups > 0 && [self.stride, self.dilation, self.kernel].iter().flatten().all(|&n| n > 0);
-        if positive && self.channels.iter().all(|c| c % self.groups == 0) {
+        let pixels = [self.input, self.output].map(|sizes| sizes.iter().try_fold(1usize, |n, &d| n.checked_mul(d)));
+        let countable = pixels.iter().all(|n| n.is_some_and(|n| n < 1 << 31));
+        if positive && countable && self.channels.iter().all(|c| c % self.groups == 0) {
             return Ok(());
         }
-        Err(Error::shape("positive strides, dilations and taps, and channels in whole groups", format!("{self:?}")))
+        Err(Error::shape(
+            "positive strides, dilations and taps, channels in whole groups, and fewer than 2^31 pixels",
+            format!("{self:?}"),
+        ))
     }
 
     /// From pixels of Y to those of X.
     fn reach(&self) -> Reach {
-        let table = |d: usize| {
-            let taps = 0..self.kernel[d];
-            (0..self.output[d])
-                .flat_map(|o| taps.clone().map(move |k| (o, k)))
-                .map(|(o, k)| (o * self.stride[d] + k * self.dilation[d]).checked_sub(self.padding[d]))
-                .map(|p| p.filter(|&p| p < self.input[d]))
-                .collect()
-        };
-        let tables = [table(0), table(1), table(2)];
-        Reach { rows: self.output, kernel: self.kernel, target: self.input, tables }
+        Reach::new(self.output, self.kernel, self.input, |d, o, k| {
+            let p = (o * self.stride[d] + k * self.dilation[d]).checked_sub(self.padding[d])?;
+            (p < self.input[d]).then_some(p)
+        })
     }
 
     /// From pixels of X to those of Y.
     fn reverse(&self) -> Reach {
-        let table = |d: usize| {
-            let taps = 0..self.kernel[d];
-            let source = |p: usize, k: usize| {
-                let distance = (p + self.padding[d]).checked_sub(k * self.dilation[d])?;
-                let o = distance / self.stride[d];
-                (distance % self.stride[d] == 0 && o < self.output[d]).then_some(o)
-            };
-            (0..self.input[d]).flat_map(|p| taps.clone().map(move |k| source(p, k))).collect()
-        };
-        let tables = [table(0), table(1), table(2)];
-        Reach { rows: self.input, kernel: self.kernel, target: self.output, tables }
+        Reach::new(self.input, self.kernel, self.output, |d, p, k| {
+            let distance = (p + self.padding[d]).checked_sub(k * self.dilation[d])?;
+            let o = distance / self.stride[d];
+            (distance % self.stride[d] == 0 && o < self.output[d]).then_some(o)
+        })
     }
 
     /// Y [batch, output pixels, out channels] ← X [batch, input pixels, in channels] with kernel w, plus bias.
@@ -167,9 +169,11 @@ impl Convolution {
         out: &mut [f32],
         workspace: &mut Workspace,
     ) -> Result<()> {
+        self.check()?;
         let [channels, columns] = self.group_channels();
         let side = Image { batch: self.batch, pixels: self.input, channels: self.channels[0] };
-        let rows = Rows { reach: self.reach(), channels, out_channels: self.channels[1], columns };
+        let pixels = product_of(self.input);
+        let rows = Rows { reach: self.reach(), pixels, channels, out_channels: self.channels[1], columns };
         self.by_pixels(ctx, x, side, &rows, w, Taps::Forward, codings, flatten, bias, out, workspace)
     }
 
@@ -188,9 +192,11 @@ impl Convolution {
         out: &mut [f32],
         workspace: &mut Workspace,
     ) -> Result<()> {
+        self.check()?;
         let [columns, channels] = self.group_channels();
         let side = Image { batch: self.batch, pixels: self.output, channels: self.channels[1] };
-        let rows = Rows { reach: self.reverse(), channels, out_channels: self.channels[0], columns };
+        let pixels = product_of(self.output);
+        let rows = Rows { reach: self.reverse(), pixels, channels, out_channels: self.channels[0], columns };
         self.by_pixels(ctx, dy, side, &rows, w, Taps::Backward, codings, false, bias, out, workspace)
     }
 
@@ -223,9 +229,8 @@ impl Convolution {
         out: &mut [f32],
         workspace: &mut Workspace,
     ) -> Result<()> {
-        self.check()?;
         let taps = self.taps();
-        let (row_pixels, pixels) = (product_of(rows.reach.rows), product_of(image.pixels));
+        let (row_pixels, pixels) = (rows.reach.rows, rows.pixels);
         check_size("elements of the image", x.len(), self.batch * pixels * image.channels)?;
         check_size("elements of out", out.len(), self.batch * row_pixels * rows.out_channels)?;
         let [group_in, group_out] = self.group_channels();
@@ -331,11 +336,14 @@ impl Convolution {
         groups.resize_with(groups.len().max(self.groups), Panels::default);
         let mut jobs = Vec::with_capacity(1 + self.groups);
         let mut rights = Vec::with_capacity(self.groups);
+        let none = AtomicBool::new(false);
+        let mut any_general = &none;
         let image_panels = if flatten {
             None
         } else {
             let panels = left_panels.reserve(&image_layout);
             jobs.push(Job { source: &image_source, format: left.format, layout: image_layout, panels });
+            any_general = panels.any_general.unwrap_or(&none);
             Some(panels.as_ref())
         };
         for (source, group) in right_sources.iter().zip(groups.iter_mut()) {
@@ -384,7 +392,9 @@ impl Convolution {
                             let to = unsafe {
                                 std::slice::from_raw_parts_mut(to.as_ptr().add(i * panel_bytes), panel_bytes)
                             };
-                            let lines = Lines { panels: image, bytes: line_bytes, groups: self.groups, g, pixels };
+                            let any_general = any_general.load(Ordering::Relaxed);
+                            let (panels, bytes, groups) = (image, line_bytes, self.groups);
+                            let lines = Lines { panels, bytes, groups, g, pixels, any_general };
                             let zeros: &[f32] = &scratch.zeros;
                             scratch.general[i] = lines.gather(&al, rows, row..row + height, slice.clone(), zeros, to);
                         }
@@ -443,7 +453,7 @@ impl Convolution {
         let (mut patches, mut panels) =
             (std::mem::take(&mut scratch.patches), std::mem::take(&mut scratch.patch_panels));
         let k = self.patch_rows(x, rows, sample, g, pixels.clone(), &mut patches);
-        let row_pixels = product_of(rows.reach.rows);
+        let row_pixels = rows.reach.rows;
         let first_row = (sample * self.groups + g) * row_pixels + pixels.start;
         // SAFETY: `patches` holds as many rows of `k` elements.
         let lines = unsafe { FloatLines::of_rows(patches.as_ptr(), [pixels.len(), k], k, true, first_row) };
@@ -471,16 +481,19 @@ impl Convolution {
         let (taps, channels) = (self.taps(), rows.channels);
         let k = taps * channels;
         let all = channels * self.groups;
-        let image = &x[sample * product_of(rows.reach.target) * all..];
+        let image = &x[sample * rows.pixels * all..];
         patches.clear();
         patches.resize(pixels.len() * k, 0.0);
         for (patch, pixel) in patches.chunks_exact_mut(k).zip(pixels) {
-            rows.reach.for_each(rows.reach.row(pixel), 0..taps, |tap, source| {
-                if let Some(source) = source {
-                    let from = &image[source * all + g * channels..][..channels];
-                    patch[tap * channels..][..channels].copy_from_slice(from);
+            for (to, &from) in patch.chunks_exact_mut(channels).zip(rows.reach.of(pixel)) {
+                if from != NOWHERE {
+                    // Few channels: a call of memcpy would take longer than they do.
+                    let from = &image[from as usize * all + g * channels..][..channels];
+                    for (to, from) in to.iter_mut().zip(from) {
+                        *to = *from;
+                    }
                 }
-            });
+            }
         }
         k
     }
@@ -498,8 +511,8 @@ impl Convolution {
         epilogue: Epilogue<'_>,
         out: &mut [f32],
     ) {
-        let row_pixels = product_of(rows.reach.rows);
-        let pixels = product_of(rows.reach.target);
+        let row_pixels = rows.reach.rows;
+        let pixels = rows.pixels;
         let (taps, columns) = (self.taps(), rows.columns);
         let bias = epilogue.bias.map(|bias| &bias[g * columns..][..columns]);
         let mut patches = Vec::new();
@@ -510,9 +523,10 @@ impl Convolution {
                 let mut pieces = Vec::with_capacity(taps);
                 let left = match image {
                     Some(image) => {
-                        rows.reach.for_each(rows.reach.row(pixel), 0..taps, |_, source| {
-                            pieces.push(source.map(|source| (sample * pixels + source) * self.groups + g));
-                        });
+                        let line = |&source: &i32| {
+                            (source != NOWHERE).then_some((sample * pixels + source as usize) * self.groups + g)
+                        };
+                        pieces.extend(rows.reach.of(pixel).iter().map(line));
                         image
                     }
                     None => {
@@ -698,7 +712,10 @@ impl Convolution {
                 for (row, out) in out.chunks_exact_mut(columns).enumerate() {
                     let (tap, c) = (row / channels, row % channels);
                     let pieces: Vec<Option<usize>> = (0..out_pixels)
-                        .map(|o| reach.at(reach.row(o), tap).map(|p| p * self.channels[0] + g * channels + c))
+                        .map(|o| {
+                            let p = reach.of(o)[tap];
+                            (p != NOWHERE).then_some(p as usize * self.channels[0] + g * channels + c)
+                        })
                         .collect();
                     general::row_of_pieces(&image, &pieces, &right, out, None);
                 }
@@ -746,6 +763,8 @@ impl Convolution {
         let row_tasks = (taps * quads).div_ceil(plan.row_panels);
         let column_tasks = joined.panels.div_ceil(plan.column_panels);
         let piece_bytes = al.blocks * al.block_bytes;
+        let none = AtomicBool::new(false);
+        let left_general = left.any_general.unwrap_or(&none);
         let left = left.as_ref();
         let multiply = |worker: usize, task: usize| {
             let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
@@ -757,6 +776,7 @@ impl Convolution {
             let task_panels = first..(first + plan.row_panels).min(taps * quads);
             let panels = task_panels.len();
             let j = column_task * plan.column_panels;
+            let any_general = left_general.load(Ordering::Relaxed);
             scratch.general.clear();
             scratch.general.resize(2 * panels, false);
             for from in (0..out_pixels).step_by(plan.pieces) {
@@ -765,20 +785,16 @@ impl Convolution {
                 let to = scratch.gathered.reserve(panels * panel_bytes);
                 scratch.general[..panels].fill(false);
                 for (piece, o) in slice.clone().enumerate() {
-                    let row = reach.row(o);
-                    let mut found = (usize::MAX, None);
+                    let sources = reach.of(o);
                     for (i, panel) in task_panels.clone().enumerate() {
                         let (tap, q) = (panel / quads, panel % quads);
-                        if found.0 != tap {
-                            found = (tap, reach.at(row, tap));
-                        }
                         // SAFETY: room for `panels` panels of the slice's pieces.
                         let to = unsafe { to.as_ptr().add(i * panel_bytes + piece * piece_bytes) };
-                        if let Some(pixel) = found.1 {
-                            let source = self.weight_left_panel(&left_layout, pixel, g, q);
+                        if sources[tap] != NOWHERE {
+                            let source = self.weight_left_panel(&left_layout, sources[tap] as usize, g, q);
                             // SAFETY: a panel of the layout, written by the stage before.
                             unsafe {
-                                scratch.general[i] |= left.is_general(source);
+                                scratch.general[i] |= any_general && left.is_general(source);
                                 std::ptr::copy_nonoverlapping(left.bytes.add(source * piece_bytes), to, piece_bytes);
                             }
                         } else {
@@ -831,7 +847,9 @@ impl Convolution {
         let panels = layout.panel_count();
         let task = |_: usize, task: usize| {
             for panel in task * TOGETHER..((task + 1) * TOGETHER).min(panels) {
-                to.general[panel].store(general[panel], Ordering::Relaxed);
+                if general[panel] != 0 {
+                    to.set_general(panel);
+                }
                 let from =
                     kept[panel * compact.panel_bytes()..][..compact.panel_bytes()].chunks_exact(compact.block_bytes);
                 // SAFETY: every panel belongs to one task.
@@ -890,6 +908,8 @@ struct Image {
 /// Rows of a product by pixels.
 struct Rows {
     reach: Reach,
+    /// Pixels of the image.
+    pixels: usize,
     /// Channels of the image, and columns, of a group.
     channels: usize,
     out_channels: usize,
@@ -937,6 +957,8 @@ struct Lines {
     groups: usize,
     g: usize,
     pixels: usize,
+    /// Whether any of them needs the general product.
+    any_general: bool,
 }
 
 impl Lines {
@@ -950,49 +972,48 @@ impl Lines {
         zeros: &[f32],
         to: &mut [u8],
     ) -> bool {
-        let row_pixels = product_of(rows.reach.rows);
+        let row_pixels = rows.reach.rows;
         let line_block = al.block_bytes / PANEL_ROWS;
         // A block of zeros has zeros for correction and rider, too.
         debug_assert!(4 * zeros.len() >= line_block);
         // SAFETY: as many bytes of +0.0; the block of a line is no longer than that of its floats.
         let zeros = unsafe { std::slice::from_raw_parts(zeros.as_ptr().cast::<u8>(), line_block) };
         let mut general = false;
-        let mut sources = [[None; MAX_TAPS]; PANEL_ROWS];
-        for from in taps.clone().step_by(MAX_TAPS) {
-            let part = from..(from + MAX_TAPS).min(taps.end);
-            for (sources, row) in sources.iter_mut().zip(range.clone()) {
-                let (sample, pixel) = (row / row_pixels, row % row_pixels);
-                rows.reach.for_each(rows.reach.row(pixel), part.clone(), |tap, found| {
-                    sources[tap - part.start] =
-                        found.map(|found| (sample * self.pixels + found) * self.groups + self.g);
-                });
-            }
-            for tap in part.clone() {
-                let lines = [0, 1, 2, 3].map(|lane| sources[lane][tap - part.start]);
-                for line in lines.into_iter().flatten() {
+        let mut to = to.chunks_exact_mut(al.block_bytes);
+        // Rows past the last have no sources.
+        let mut sources: [&[i32]; PANEL_ROWS] = [&[]; PANEL_ROWS];
+        let mut first = [zeros.as_ptr(); PANEL_ROWS];
+        let between = self.groups * self.bytes;
+        for (lane, row) in range.enumerate() {
+            let (sample, pixel) = (row / row_pixels, row % row_pixels);
+            sources[lane] = rows.reach.of(pixel);
+            let line = sample * self.pixels * self.groups + self.g;
+            first[lane] = self.panels.bytes.wrapping_add(line * self.bytes);
+        }
+        for tap in taps {
+            let mut starts = [zeros.as_ptr(); PANEL_ROWS];
+            let mut steps = [0; PANEL_ROWS];
+            for lane in 0..PANEL_ROWS {
+                let Some(&source) = sources[lane].get(tap).filter(|&&source| source != NOWHERE) else { continue };
+                starts[lane] = first[lane].wrapping_add(source as usize * between);
+                steps[lane] = line_block;
+                if self.any_general {
+                    let line = (starts[lane] as usize - self.panels.bytes as usize) / self.bytes;
                     // SAFETY: a line of the image, whose panel was written by the stage before.
                     general |= unsafe { self.panels.is_general(line / PANEL_ROWS) };
                 }
-                for b in 0..al.blocks {
-                    let blocks = lines.map(|line| match line {
-                        // SAFETY: block b of a line of the image.
-                        Some(line) => unsafe {
-                            let at = self.panels.bytes.add(line * self.bytes + b * line_block);
-                            std::slice::from_raw_parts(at, line_block)
-                        },
-                        None => zeros,
-                    });
-                    let to = &mut to[((tap - taps.start) * al.blocks + b) * al.block_bytes..][..al.block_bytes];
-                    forms::from_lines(blocks, al.step(), to);
+            }
+            for to in to.by_ref().take(al.blocks) {
+                // SAFETY: a block of a line of the image each, or as many zeros.
+                unsafe { forms::from_lines(starts, al.step(), to) };
+                for (start, step) in starts.iter_mut().zip(steps) {
+                    *start = start.wrapping_add(step);
                 }
             }
         }
         general
     }
 }
-
-/// Taps whose sources are found in one go.
-const MAX_TAPS: usize = 32;
 
 /// A kernel in the order [out, taps, in / groups], with random bits in the same order.
 struct KernelCopy<'a> {
