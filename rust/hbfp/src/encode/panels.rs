@@ -111,6 +111,8 @@ pub(crate) struct PanelLayout {
     pub(crate) shared: bool,
     /// The matrices are consecutive pieces of the reduction of one matrix.
     pub(crate) pieces: bool,
+    /// So are the lines of the one matrix, this many panels each; 0: they are not.
+    pub(crate) lined_up: usize,
 }
 
 impl PanelLayout {
@@ -119,17 +121,47 @@ impl PanelLayout {
         let steps = block.div_ceil(4);
         let (blocks, panels) = (k.div_ceil(block), lines.div_ceil(width));
         let block_bytes = plain_block_bytes(side, steps, width);
-        let (form, shared, pieces) = (Form::Bytes, false, false);
-        Self { matrices, lines, k, block, width, steps, blocks, panels, block_bytes, side, form, shared, pieces }
+        let (form, shared, pieces, lined_up) = (Form::Bytes, false, false, 0);
+        Self {
+            matrices,
+            lines,
+            k,
+            block,
+            width,
+            steps,
+            blocks,
+            panels,
+            block_bytes,
+            side,
+            form,
+            shared,
+            pieces,
+            lined_up,
+        }
     }
     /// The same, each matrix a piece of the reduction of one.
     pub(crate) fn in_pieces(self) -> Self {
         Self { pieces: true, ..self }
     }
+    /// The same, each run of `lines` lines of the one matrix a piece: they fill panels, and all of them fill strips.
+    pub(crate) fn lined_up(self, lines: usize) -> Self {
+        debug_assert!(self.matrices == 1 && lines.is_multiple_of(self.width) && self.lines.is_multiple_of(STRIP));
+        Self { lined_up: lines / self.width, ..self }
+    }
     /// Pieces as what they are pieces of.
     pub(crate) fn joined(self) -> Self {
-        let blocks = self.matrices * self.blocks;
-        Self { matrices: 1, blocks, k: blocks * self.block, pieces: false, ..self }
+        let blocks = self.piece_count() * self.blocks;
+        let panels = if self.lined_up > 0 { self.lined_up } else { self.panels };
+        let lines = if self.lined_up > 0 { panels * self.width } else { self.lines };
+        Self { matrices: 1, lines, panels, blocks, k: blocks * self.block, pieces: false, lined_up: 0, ..self }
+    }
+    /// Pieces of the reduction.
+    pub(crate) fn piece_count(&self) -> usize {
+        match (self.lined_up, self.pieces) {
+            (0, false) => 1,
+            (0, true) => self.matrices,
+            (panels, _) => self.panels / panels,
+        }
     }
     /// The same lines of a left operand one by one.
     pub(crate) fn in_lines(self) -> Self {
@@ -146,20 +178,32 @@ impl PanelLayout {
         Self { block_bytes: nibble_block_bytes(self.steps, self.width), form: Form::Nibbles, ..self }
     }
     pub(crate) fn panel_bytes(&self) -> usize {
-        self.blocks * self.block_bytes * if self.pieces { self.matrices } else { 1 }
+        self.blocks * self.block_bytes * self.piece_count()
     }
     /// Number of a matrix's panel among all. Matrices begin with whole strips, so that strips are written whole.
     pub(crate) fn panel(&self, matrix: usize, panel: usize) -> usize {
-        if self.pieces { panel } else { matrix * self.strips() * (STRIP / self.width) + panel }
+        match (self.lined_up, self.pieces) {
+            (0, false) => matrix * self.strips() * (STRIP / self.width) + panel,
+            (0, true) => panel,
+            (panels, _) => panel % panels,
+        }
     }
     /// Where the blocks of a matrix's panel begin.
     fn panel_at(&self, matrix: usize, panel: usize) -> usize {
-        let piece = if self.pieces { matrix * self.blocks * self.block_bytes } else { 0 };
-        self.panel(matrix, panel) * self.panel_bytes() + piece
+        let piece = match (self.lined_up, self.pieces) {
+            (0, false) => 0,
+            (0, true) => matrix,
+            (panels, _) => panel / panels,
+        };
+        self.panel(matrix, panel) * self.panel_bytes() + piece * self.blocks * self.block_bytes
     }
     /// Panels of all matrices.
     pub(crate) fn panel_count(&self) -> usize {
-        self.strips() * (STRIP / self.width) * if self.pieces { 1 } else { self.matrices }
+        match (self.lined_up, self.pieces) {
+            (0, false) => self.matrices * self.strips() * (STRIP / self.width),
+            (0, true) => self.strips() * (STRIP / self.width),
+            (panels, _) => panels,
+        }
     }
     /// Bytes of a line's step.
     pub(crate) fn step(&self) -> usize {
@@ -351,21 +395,23 @@ impl<'a> Filling<'a> {
             }
         };
         let writer = |strip: usize| {
-            let at = layout.panel(matrix, strip * per_strip);
-            let first = match own {
-                None => {
-                    let from = layout.panel_at(matrix, strip * per_strip);
-                    panels.bytes.pointer(from, (per_strip - 1) * stride + layout.blocks * plain)
-                }
-                Some(own) => own
-                    .as_ptr()
-                    .wrapping_add((strip - strips.start) * per_strip * stride)
-                    .wrapping_sub(blocks.start * plain),
-            };
+            let mut first = [std::ptr::null_mut(); MOST_PANELS];
+            for (i, first) in first.iter_mut().enumerate().take(per_strip) {
+                *first = match own {
+                    None => {
+                        let from = layout.panel_at(matrix, strip * per_strip + i);
+                        panels.bytes.pointer(from, layout.blocks * plain)
+                    }
+                    Some(own) => own
+                        .as_ptr()
+                        .wrapping_add(((strip - strips.start) * per_strip + i) * stride)
+                        .wrapping_sub(blocks.start * plain),
+                };
+            }
             let line = strip * STRIP;
             let lines = STRIP.min(layout.lines - line);
-            let blocks = blocks.clone();
-            StripWriter { ctx, layout, format, matrix, line, lines, blocks, first, stride, plain, panels, panel: at }
+            let (blocks, panel) = (blocks.clone(), strip * per_strip);
+            StripWriter { ctx, layout, format, matrix, line, lines, blocks, first, stride, plain, panels, panel }
         };
         match source {
             // Block after block, so that neighbouring strips are read one after the other.
@@ -481,6 +527,8 @@ impl<'a> Fillings<'a> {
     }
 }
 
+/// Panels of a strip at most.
+const MOST_PANELS: usize = STRIP / PANEL_ROWS;
 /// Strips that a task takes at most: side by side they make runs of 1 KiB of memory.
 const STRIPS_TOGETHER: usize = 8;
 /// Rows of lines side by side that a task takes, in whole blocks.
@@ -528,13 +576,13 @@ struct StripWriter<'a> {
     line: usize,
     lines: usize,
     blocks: Range<usize>,
-    /// Block 0 of the first panel, whether or not it is written.
-    first: *mut u8,
-    /// Bytes from a panel to the next, and of a block.
+    /// Block 0 of each panel, whether or not it is written.
+    first: [*mut u8; MOST_PANELS],
+    /// Bytes from a panel of a left operand to the next, and of a block.
     stride: usize,
     plain: usize,
     panels: &'a PanelsMut<'a>,
-    /// Number of the first panel among all.
+    /// Number of the first panel of the matrix.
     panel: usize,
 }
 
@@ -542,7 +590,7 @@ impl StripWriter<'_> {
     /// Where four lines from `line` on, or more of them in chunks, go.
     fn place(&self, line: usize, b: usize) -> BlockPlace {
         let PanelLayout { width, steps, .. } = *self.layout;
-        let first = self.first.wrapping_add(line / width * self.stride + b * self.plain);
+        let first = self.first[line / width].wrapping_add(b * self.plain);
         let (step, chunk) = match self.layout.side {
             Side::Left { .. } => ((self.plain - 32) / steps, self.stride),
             Side::Right { .. } => (4 * width, 16),
@@ -552,7 +600,7 @@ impl StripWriter<'_> {
     }
 
     fn set_general(&self, line: usize) {
-        self.panels.set_general(self.panel + line / self.layout.width);
+        self.panels.set_general(self.layout.panel(self.matrix, self.panel + line / self.layout.width));
     }
 
     fn part(&self, line: usize, width: usize, b: usize) -> Part {
@@ -752,7 +800,7 @@ impl StripWriter<'_> {
         let block_bytes = self.plain;
         let offset = self.layout.offset();
         for p in 0..STRIP / width {
-            let first = self.first.wrapping_add(p * self.stride + b * block_bytes);
+            let first = self.first[p].wrapping_add(b * block_bytes);
             // SAFETY: a block of a panel of this strip, which belongs to one task.
             let out = unsafe { std::slice::from_raw_parts_mut(first, block_bytes) };
             for i in 0..width {

@@ -9,7 +9,7 @@
 use super::cache::Caches;
 use super::driver::{Buffer, Kernel, PanelBlocks, Place, Tiles};
 use super::{Coding, Epilogue, Workspace, fitting, general, offset};
-use crate::arch::generic::encode::{ROW_PADDING, encodes_to_panels};
+use crate::arch::generic::encode::{ROW_PADDING, STRIP, encodes_to_panels};
 use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::encode::blocks::Scratch;
@@ -692,12 +692,15 @@ impl Convolution {
             Input::Kept(_) => Plane::none(),
         };
         let dy_image = (out_pixels * self.channels[1]) as isize;
-        let dy_lines = |g: usize| {
-            let offsets = (0..out_pixels).map(|p| (p * self.channels[1] + g * columns) as isize).collect();
+        let dy_lines = |g: usize, lined_up: bool| {
+            let pixel = |p: usize| (p * self.channels[1] + g * columns) as isize;
+            let (offsets, lines) = if lined_up {
+                (vec![0], out_pixels * columns)
+            } else {
+                ((0..out_pixels).map(pixel).collect(), columns)
+            };
             // SAFETY: the image's size was checked; the plane has as many elements and the padding.
-            unsafe {
-                FloatLines::with_plane(dy.as_ptr(), dy_plane.bits(), offsets, [columns, self.batch], [1, dy_image])
-            }
+            unsafe { FloatLines::with_plane(dy.as_ptr(), dy_plane.bits(), offsets, [lines, self.batch], [1, dy_image]) }
         };
         let reach = self.reach();
         let by_panels =
@@ -707,7 +710,7 @@ impl Convolution {
             let lines = self.weight_left_lines(x, &x_plane);
             let image = Codes::from_floats(ctx, &lines, x_coding.format, x_coding.mode);
             for g in 0..self.groups {
-                let right = Codes::from_floats(ctx, &dy_lines(g), dy_coding.format, dy_coding.mode);
+                let right = Codes::from_floats(ctx, &dy_lines(g, false), dy_coding.format, dy_coding.mode);
                 let out = &mut out[g * taps * channels * columns..][..taps * channels * columns];
                 for (row, out) in out.chunks_exact_mut(columns).enumerate() {
                     let (tap, c) = (row / channels, row % channels);
@@ -733,10 +736,14 @@ impl Convolution {
             Input::Kept(_) => None,
         };
         let x_source = x_lines.as_ref().map(|lines| Source::Floats(lines, x_coding.mode));
-        let dy_lines: Vec<FloatLines<'_>> = (0..self.groups).map(dy_lines).collect();
+        // Pixels whose channels fill whole panels follow each other in one line-up, which makes longer runs of memory.
+        let lined_up = self.groups == 1
+            && columns.is_multiple_of(ctx.kernels.columns)
+            && (out_pixels * columns).is_multiple_of(STRIP);
+        let dy_lines: Vec<FloatLines<'_>> = (0..self.groups).map(|g| dy_lines(g, lined_up)).collect();
         let dy_sources: Vec<Source<'_>> = dy_lines.iter().map(|x| Source::Floats(x, dy_coding.mode)).collect();
-        let right_layout =
-            PanelLayout::new(dy_sources[0].shape(), block, ctx.kernels.columns, Side::Right { offset }).in_pieces();
+        let right_layout = PanelLayout::new(dy_sources[0].shape(), block, ctx.kernels.columns, Side::Right { offset });
+        let right_layout = if lined_up { right_layout.lined_up(columns) } else { right_layout.in_pieces() };
         groups.resize_with(groups.len().max(self.groups), Panels::default);
         let mut rights = Vec::with_capacity(self.groups);
         let mut jobs = Vec::with_capacity(1 + self.groups);
@@ -1128,14 +1135,60 @@ impl Plane {
             let counters = Counters { row: row as u32, row_step: (p0 * p1) as u32, rows: count, group: 0, groups };
             // SAFETY: room for the rectangle and its padding.
             unsafe { (ctx.kernels.fill_random)(seed, counters, scratch.random.as_mut_ptr()) };
-            for pixel in 0..width {
-                let at = ((sample * p0 * p1 + line) * width + pixel) * channels + first;
-                // SAFETY: `count` elements of one pixel, which belongs to one task.
-                let to = unsafe { std::slice::from_raw_parts_mut(self.bits.add(at), count) };
-                for (to, from) in to.iter_mut().zip(scratch.random[pixel..].iter().step_by(8 * groups)) {
-                    *to = *from;
+            let bits = &scratch.random[..8 * groups * count];
+            let line_at = (sample * p0 * p1 + line) * width;
+            for group in 0..groups {
+                let pixels = 8 * group..width.min(8 * group + 8);
+                for c in (0..count).step_by(8) {
+                    let rows: [[u16; 8]; 8] = std::array::from_fn(|i| {
+                        let from = 8 * ((c + i).min(count - 1) * groups + group);
+                        bits[from..from + 8].try_into().expect("eight")
+                    });
+                    let turned = transpose(rows);
+                    let channels_here = 8.min(count - c);
+                    for (pixel, row) in pixels.clone().zip(&turned) {
+                        let at = (line_at + pixel) * channels + first + c;
+                        // SAFETY: elements of one row of pixels, which belongs to one task.
+                        unsafe { std::ptr::copy_nonoverlapping(row.as_ptr(), self.bits.add(at), channels_here) };
+                    }
                 }
             }
         }
     }
+}
+
+/// Element j of row i to element i of row j.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn transpose(rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
+    use std::arch::x86_64::*;
+    // SAFETY: SSE2 is part of the architecture; arrays of eight u16 are as large as a register.
+    unsafe {
+        let [a, b, c, d, e, f, g, h] = rows.map(|row| std::mem::transmute::<[u16; 8], __m128i>(row));
+        let (ab0, ab1) = (_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b));
+        let (cd0, cd1) = (_mm_unpacklo_epi16(c, d), _mm_unpackhi_epi16(c, d));
+        let (ef0, ef1) = (_mm_unpacklo_epi16(e, f), _mm_unpackhi_epi16(e, f));
+        let (gh0, gh1) = (_mm_unpacklo_epi16(g, h), _mm_unpackhi_epi16(g, h));
+        let (ad0, ad1) = (_mm_unpacklo_epi32(ab0, cd0), _mm_unpackhi_epi32(ab0, cd0));
+        let (ad2, ad3) = (_mm_unpacklo_epi32(ab1, cd1), _mm_unpackhi_epi32(ab1, cd1));
+        let (eh0, eh1) = (_mm_unpacklo_epi32(ef0, gh0), _mm_unpackhi_epi32(ef0, gh0));
+        let (eh2, eh3) = (_mm_unpacklo_epi32(ef1, gh1), _mm_unpackhi_epi32(ef1, gh1));
+        let turned = [
+            _mm_unpacklo_epi64(ad0, eh0),
+            _mm_unpackhi_epi64(ad0, eh0),
+            _mm_unpacklo_epi64(ad1, eh1),
+            _mm_unpackhi_epi64(ad1, eh1),
+            _mm_unpacklo_epi64(ad2, eh2),
+            _mm_unpackhi_epi64(ad2, eh2),
+            _mm_unpacklo_epi64(ad3, eh3),
+            _mm_unpackhi_epi64(ad3, eh3),
+        ];
+        turned.map(|row| std::mem::transmute::<__m128i, [u16; 8]>(row))
+    }
+}
+
+/// Element j of row i to element i of row j.
+#[cfg(not(target_arch = "x86_64"))]
+fn transpose(rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
+    std::array::from_fn(|j| std::array::from_fn(|i| rows[i][j]))
 }
