@@ -132,6 +132,13 @@ def _convolution_in_time(x: Tensor, weight: Tensor, *_: Any, out_val: Tensor, **
     return out_val.numel() * weight.shape[0] * weight.shape[1]
 
 
+def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, *rest: Any, **_: Any) -> int:
+    """For each product every tap of every output pixel; torch's formula takes no notice of groups in the second one."""
+    transposed, wanted = rest[4], rest[7]
+    pixels = x if transposed else dy
+    return int(sum(wanted[:2]) * pixels.shape[0] * prod(pixels.shape[2:]) * weight.numel())
+
+
 _aten = torch.ops.aten
 _FORMULAS: dict[Any, Callable[..., int]] = {
     _aten.mv: lambda a, x, **_: a.numel(),
@@ -144,10 +151,11 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
     _aten._trilinear: _trilinear,
     _aten.mkldnn_rnn_layer: _recurrent,
     _aten.mkldnn_rnn_layer_backward: lambda *args, **_: 2 * _recurrent(*args),
+    _aten.convolution_backward: _convolution_backward,
     _aten.conv_tbc: _convolution_in_time,
     _aten.conv_tbc_backward: lambda dy, x, w, *_, **__: 2 * dy.numel() * w.shape[0] * w.shape[1],
 }
-"""MACs of the products that torch's counter has no formula for; one that is missing here would go unseen."""
+"""MACs of the products that torch's counter has no right formula for; one that is missing here would go unseen."""
 
 
 class _FloatProducts(TorchDispatchMode):
@@ -163,10 +171,10 @@ class _FloatProducts(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         operator = func._overloadpacket
-        if operator in flop_registry:
-            self.enter(operator.__name__, int(flop_registry[operator](*args, **kwargs, out_val=out)) // 2)
-        elif operator in _FORMULAS:
+        if operator in _FORMULAS:
             self.enter(operator.__name__, _FORMULAS[operator](*args, **kwargs, out_val=out))
+        elif operator in flop_registry:
+            self.enter(operator.__name__, int(flop_registry[operator](*args, **kwargs, out_val=out)) // 2)
         return out
 
 

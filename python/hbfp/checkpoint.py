@@ -3,7 +3,7 @@
 A loaded model must compute the same bits. It does where encoding is idempotent: a decoded weight encodes to the codes
 it came from. So a weight is packed if its layer's forward product rounds it deterministically and by an exponent rule
 other than `ceil`, and if nothing but converted layers of one format reads it (a tied embedding looks rows up in FP32);
-other weights are stored as they are.
+other weights are stored as they are. So are those of convolutions over flattened patches, whose blocks no axis has.
 """
 
 from __future__ import annotations
@@ -25,13 +25,19 @@ from hbfp.policy import OperandPolicy, layer_states, weights_of
 __all__ = ["load_model", "save_model"]
 
 
-def _packed(model: nn.Module) -> dict[int, OperandPolicy]:
+_Encoding = tuple[OperandPolicy, int]
+"""Format and rounding, and the blocked axis."""
+
+
+def _packed(model: nn.Module) -> dict[int, _Encoding]:
     """How each weight that can be packed is encoded, by the identity of its tensor (tied weights are one)."""
-    policies: dict[int, OperandPolicy | None] = {}
-    read: dict[tuple[int, str], OperandPolicy] = {}
+    policies: dict[int, _Encoding | None] = {}
+    read: dict[tuple[int, str], _Encoding] = {}
     for _, layer, state in layer_states(model):
         right = state.recipe.forward.right
-        read.update({(id(owner), name): right for owner, name in weights_of(layer, right.format)})
+        for weight in weights_of(layer, right.format):
+            if weight.packs:
+                read[id(weight.owner), weight.name] = right, weight.axis
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
@@ -39,7 +45,7 @@ def _packed(model: nn.Module) -> dict[int, OperandPolicy]:
             policy = read.get((id(module), name))
             if policies.setdefault(id(parameter), policy) != policy:
                 policies[id(parameter)] = None
-    return {key: policy for key, policy in policies.items() if policy is not None and _idempotent(policy)}
+    return {key: policy for key, policy in policies.items() if policy is not None and _idempotent(policy[0])}
 
 
 def _idempotent(policy: OperandPolicy) -> bool:
@@ -81,9 +87,10 @@ def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
     tensors = _entries(model)
     content: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        policy = policies.get(id(tensor))
-        array = _array(tensor)
-        content[name] = array if policy is None else encode(array, policy.format, axis=-1, rounding=policy.rounding)
+        array = content[name] = _array(tensor)
+        if id(tensor) in policies:
+            policy, axis = policies[id(tensor)]
+            content[name] = encode(array, policy.format, axis=axis, rounding=policy.rounding)
     save(path, content)
 
 
@@ -119,7 +126,7 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bo
                 f"{os.fspath(path)}: {name}: expected shape {tuple(tensors[name].shape)}, as the model has it; "
                 f"found {array.shape}"
             )
-        policy = policies.get(id(tensors[name]))
+        policy, _ = policies.get(id(tensors[name]), (None, None))
         if isinstance(value, BlockArray) and policy is not None and value.format != policy.format and not any_format:
             raise FileError(
                 f"{os.fspath(path)}: {name}: expected {policy.format}, in which the layer computes now; found "

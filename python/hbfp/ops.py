@@ -31,17 +31,24 @@ from hbfp.errors import DTypeError, ShapeError
 from hbfp.format import HBFP, Rounding
 
 __all__ = [
+    "Geometry",
     "Product",
     "Recorder",
     "attention",
     "attention_backward",
     "column_sums",
+    "convolution",
+    "convolution_input_gradient",
+    "convolution_weight_gradient",
     "kept_product",
     "product",
     "product_keeping",
     "quantize",
     "quick_product",
     "recorders",
+    "reference_convolution",
+    "reference_convolution_input_gradient",
+    "reference_convolution_weight_gradient",
     "reference_product",
     "require_real",
     "softmax",
@@ -587,6 +594,297 @@ def _run_attention_backward(
     return dq, dk, dv
 
 
+# --- convolutions ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Which input pixel p a tap k of the kernel reads for an output pixel o: p = o · stride − before + k · dilation.
+
+    All but `groups` and `flatten` have one entry for each spatial dimension. A transposed convolution has the geometry
+    of the ordinary one whose input gradient it is.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    """Zeros before and after the input pixels."""
+    dilation: tuple[int, ...]
+    groups: int = 1
+    flatten: bool = False
+    """Forward blocks run over the patch, taps row-major and then channels, and not over the channels at one tap."""
+
+    @property
+    def rank(self) -> int:
+        """Spatial dimensions."""
+        return len(self.kernel)
+
+    def outputs(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """Output pixels that fit the input pixels `spatial`; less than 1 where the kernel is larger than the input."""
+        return tuple(
+            (size + sum(pad) - d * (k - 1) - 1) // s + 1
+            for size, pad, d, k, s in zip(spatial, self.padding, self.dilation, self.kernel, self.stride, strict=True)
+        )
+
+
+def _pixels(like: Tensor, channels: int, spatial: Sequence[int]) -> Tensor:
+    """Memory for [N, channels, *spatial] of the samples of `like`, the channels of one pixel together."""
+    # Strides of its own: autograd would refuse to change a permuted view in place, as activations do.
+    strides = [channels]
+    for size in reversed(spatial):
+        strides.append(strides[-1] * size)
+    sample, *inner = reversed(strides)
+    return like.new_empty_strided((like.shape[0], channels, *spatial), (sample, 1, *inner), dtype=torch.float32)
+
+
+def _record_convolution(outputs: Tensor, weight: Sequence[int], formats: Formats, name: str, source: object) -> None:
+    """Tells of one product of a convolution with these output pixels and this shape of the kernel.
+
+    All three have the same number: every tap of every output pixel, whether it meets an input pixel or not.
+    """
+    macs = outputs.shape[0] * prod(outputs.shape[2:]) * prod(weight)
+    for recorder in tuple(recorders):
+        recorder(Product(name, source, macs, formats[0], formats[1]))
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    geometry: Geometry,
+    outputs: Sequence[int] | None = None,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """Y of X and W (docs/spec.md, 6.14 to 6.17), plus a bias.
+
+    Shapes:
+        x: [N, C, *S]; weight: [Co, C/g, *kernel]; bias: [Co]; one to three spatial dimensions.
+        result: [N, Co, *So], float32, the channels of one pixel together in memory.
+
+    Args:
+        formats, roundings, streams: of X and of W; the formats are lines of one length.
+        seed, streams: choose the random bits of stochastic rounding; 64-bit words.
+        outputs: So where fewer output pixels are wanted than fit, the first of each dimension.
+        name, source: told to the recorders, no part of the result.
+
+    Raises:
+        DTypeError: a tensor is not real, dense and on the CPU. Shapes and formats are the caller's to check.
+    """
+    spatial = tuple(outputs) if outputs is not None else geometry.outputs(x.shape[2:])
+    if _direct(x, weight):
+        out = _run_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, spatial)
+    else:
+        out = torch.ops.hbfp.convolution(
+            x, weight, bias, *_crossing(formats, roundings, seed, streams, geometry), geometry.flatten, spatial
+        )
+    if recorders and not is_compiling():
+        _record_convolution(out, weight.shape, formats, name, source)
+    return out
+
+
+def convolution_input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    spatial: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """dX of dY and W (docs/spec.md, 6.14 to 6.17); with a bias, the transposed convolution of an X in dY's place.
+
+    Shapes:
+        dy: [N, Co, *So]; weight: [Co, C/g, *kernel]; bias: [C].
+        result: [N, C, *spatial], float32, the channels of one pixel together in memory.
+
+    Args: as for `convolution`, of dY and of W.
+    """
+    if _direct(dy, weight):
+        out = _run_convolution_input_gradient(dy, weight, spatial, formats, roundings, seed, streams, bias, geometry)
+    else:
+        out = torch.ops.hbfp.convolution_input_gradient(
+            dy, weight, bias, *_crossing(formats, roundings, seed, streams, geometry), list(spatial)
+        )
+    if recorders and not is_compiling():
+        _record_convolution(dy, weight.shape, formats, name, source)
+    return out
+
+
+def convolution_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """dW of dY and X (docs/spec.md, 6.14 to 6.17).
+
+    Shapes:
+        dy: [N, Co, *So]; x: [N, C, *S].
+        result: [Co, C/g, *kernel], float32, contiguous.
+
+    Args: as for `convolution`, of dY and of X.
+    """
+    if _direct(dy, x):
+        out = _run_convolution_weight_gradient(dy, x, formats, roundings, seed, streams, geometry)
+    else:
+        out = torch.ops.hbfp.convolution_weight_gradient(dy, x, *_crossing(formats, roundings, seed, streams, geometry))
+    if recorders and not is_compiling():
+        _record_convolution(dy, out.shape, formats, name, source)
+    return out
+
+
+def _oracle_convolution(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+    outputs: Sequence[int],
+) -> Tensor:
+    from hbfp import reference
+
+    y = reference.convolution(
+        _to_numpy(x), _to_numpy(weight), None if bias is None else _to_numpy(bias), formats, _named(roundings), seed,
+        streams, **_for_oracle(geometry), flatten=geometry.flatten,
+    )  # fmt: skip
+    wanted = torch.from_numpy(y[tuple(map(slice, (*y.shape[:2], *outputs)))])
+    return _pixels(x, weight.shape[0], outputs).copy_(wanted)
+
+
+def _oracle_input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    spatial: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    from hbfp import reference
+
+    dx = reference.convolution_input_gradient(
+        _to_numpy(dy), _to_numpy(weight), tuple(spatial), formats, _named(roundings), seed, streams,
+        **_for_oracle(geometry), bias=None if bias is None else _to_numpy(bias),
+    )  # fmt: skip
+    return _pixels(dy, weight.shape[1] * geometry.groups, spatial).copy_(torch.from_numpy(dx))
+
+
+def _oracle_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    geometry: Geometry,
+) -> Tensor:
+    from hbfp import reference
+
+    dw = reference.convolution_weight_gradient(
+        _to_numpy(dy), _to_numpy(x), geometry.kernel, formats, _named(roundings), seed, streams,
+        **_for_oracle(geometry),
+    )  # fmt: skip
+    return torch.from_numpy(dw)
+
+
+def _named(roundings: Roundings) -> tuple[Rounding, Rounding]:
+    return _ROUNDINGS[roundings[0]], _ROUNDINGS[roundings[1]]
+
+
+def _for_oracle(geometry: Geometry) -> dict[str, Any]:
+    return {name: getattr(geometry, name) for name in ("stride", "padding", "dilation", "groups")}
+
+
+def reference_convolution(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    geometry: Geometry,
+    outputs: Sequence[int] | None = None,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """The same bits as `convolution`, computed by the exact-arithmetic oracle."""
+    spatial = tuple(outputs) if outputs is not None else geometry.outputs(x.shape[2:])
+    out = _oracle_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, spatial)
+    if recorders:
+        _record_convolution(out, weight.shape, formats, name, source)
+    return out
+
+
+def reference_convolution_input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    spatial: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """The same bits as `convolution_input_gradient`, computed by the exact-arithmetic oracle."""
+    out = _oracle_input_gradient(dy, weight, spatial, formats, roundings, seed, streams, bias, geometry)
+    if recorders:
+        _record_convolution(dy, weight.shape, formats, name, source)
+    return out
+
+
+def reference_convolution_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """The same bits as `convolution_weight_gradient`, computed by the exact-arithmetic oracle."""
+    out = _oracle_weight_gradient(dy, x, formats, roundings, seed, streams, geometry)
+    if recorders:
+        _record_convolution(dy, out.shape, formats, name, source)
+    return out
+
+
+# What eager calls and the operators below run.
+_run_convolution = _oracle_convolution
+_run_convolution_input_gradient = _oracle_input_gradient
+_run_convolution_weight_gradient = _oracle_weight_gradient
+
+
 def column_sums(x: Tensor) -> Tensor:
     """Sums over the rows of x [rows, n] in blocks of 64, the same for any number of threads: [n]."""
     if x.dim() != 2:
@@ -713,6 +1011,59 @@ def _pairs(items: Iterable[Any]) -> Any:
     return tuple(zip(items, items, strict=True))
 
 
+_CODED = (
+    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, int[] kernel, int[] stride, int[] padding, "
+    "int[] dilation, int groups"
+)
+"""How the arguments of `_crossing` are declared."""
+
+
+def _crossing(
+    formats: Formats, roundings: Roundings, seed: int, streams: tuple[int, int], geometry: Geometry
+) -> tuple[Any, ...]:
+    """Formats, random bits and geometry as a schema holds them; paddings before and after lie in one list."""
+    return (
+        [str(format) for format in formats], list(roundings), [_signed(stream) for stream in streams], _signed(seed),
+        list(geometry.kernel), list(geometry.stride), [size for pair in geometry.padding for size in pair],
+        list(geometry.dilation), geometry.groups,
+    )  # fmt: skip
+
+
+def _crossed(
+    formats: list[str],
+    roundings: list[int],
+    streams: list[int],
+    seed: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    flatten: bool = False,
+) -> tuple[Formats, Roundings, int, tuple[int, int], Geometry]:
+    """The same on the other side."""
+    geometry = Geometry(tuple(kernel), tuple(stride), _pairs(padding), tuple(dilation), groups, flatten)
+    words = (streams[0] & _WORD, streams[1] & _WORD)
+    return _pairs(map(_format, formats))[0], _pairs(roundings)[0], seed & _WORD, words, geometry
+
+
+@_operator(f"convolution(Tensor x, Tensor weight, Tensor? bias, {_CODED}, bool flatten, SymInt[] outputs) -> Tensor")
+def _convolution_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *coded: Any) -> Tensor:
+    formats, roundings, seed, streams, geometry = _crossed(*coded[:-1])
+    return _run_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, coded[-1])
+
+
+@_operator(f"convolution_input_gradient(Tensor dy, Tensor weight, Tensor? bias, {_CODED}, SymInt[] spatial) -> Tensor")
+def _convolution_input_gradient_kernel(dy: Tensor, weight: Tensor, bias: Tensor | None, *coded: Any) -> Tensor:
+    formats, roundings, seed, streams, geometry = _crossed(*coded[:-1])
+    return _run_convolution_input_gradient(dy, weight, coded[-1], formats, roundings, seed, streams, bias, geometry)
+
+
+@_operator(f"convolution_weight_gradient(Tensor dy, Tensor x, {_CODED}) -> Tensor")
+def _convolution_weight_gradient_kernel(dy: Tensor, x: Tensor, *coded: Any) -> Tensor:
+    return _run_convolution_weight_gradient(dy, x, *_crossed(*coded))
+
+
 @_operator("column_sums(Tensor x) -> Tensor")
 def _column_sums_kernel(x: Tensor) -> Tensor:
     return _run_column_sums(x)
@@ -762,6 +1113,23 @@ def _attention_backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest:
     return tuple(
         x.new_empty(x.shape if needed else 0, dtype=torch.float32) for x, needed in zip((q, k, v), needs, strict=True)
     )
+
+
+@torch.library.register_fake("hbfp::convolution", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _convolution_fake(x: Tensor, weight: Tensor, *coded: Any) -> Tensor:
+    return _pixels(x, weight.shape[0], coded[-1])
+
+
+@torch.library.register_fake("hbfp::convolution_input_gradient", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _convolution_input_gradient_fake(dy: Tensor, weight: Tensor, *coded: Any) -> Tensor:
+    groups, spatial = coded[-2:]
+    return _pixels(dy, weight.shape[1] * groups, spatial)
+
+
+@torch.library.register_fake("hbfp::convolution_weight_gradient", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _convolution_weight_gradient_fake(dy: Tensor, x: Tensor, *coded: Any) -> Tensor:
+    kernel, groups = coded[4], coded[-1]
+    return dy.new_empty((dy.shape[1], x.shape[1] // groups, *kernel), dtype=torch.float32)
 
 
 @torch.library.register_fake("hbfp::column_sums", lib=_LIBRARY)  # type: ignore[untyped-decorator]

@@ -24,8 +24,9 @@ __all__ = ["wide_weights"]
 def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int = 16) -> RemovableHandle:
     """Rounds the weights of the converted layers to HBFP after every step of `optimizer`, in place.
 
-    Weights are blocked along their last axis in blocks of 64 and rounded to nearest even. Momentum and all else that
-    the optimizer keeps is untouched, and so are biases and parameters of layers in FP32.
+    Weights are rounded to nearest even in blocks of 64 along their last axis, those of convolutions along the channels
+    of the input at each tap. Momentum and all else that the optimizer keeps is untouched, and so are biases and
+    parameters of layers in FP32.
 
     Args:
         optimizer: any torch optimizer, made before or after conversion.
@@ -40,12 +41,12 @@ def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int =
         ConversionError: `model` has no converted layer with a weight, or `optimizer` holds none of their weights.
     """
     format = HBFP(bits)
-    weights: dict[int, Tensor] = {}
+    weights: dict[int, tuple[Tensor, int]] = {}
     for _, module, _ in layer_states(model):
-        for owner, name in weights_of(module, format):
-            weight = owner._parameters.get(name)
+        for entry in weights_of(module, format):
+            weight = entry.owner._parameters.get(entry.name)
             if weight is not None:
-                weights[id(weight)] = weight
+                weights.setdefault(id(weight), (weight, entry.axis))
     if not weights:
         raise ConversionError("no converted layer has a weight: call hbfp.convert_(model) before hbfp.wide_weights")
 
@@ -59,7 +60,8 @@ def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int =
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if id(parameter) in weights:
+                    _, axis = weights[id(parameter)]
                     with torch.no_grad():
-                        parameter.copy_(ops.quantize(parameter.detach(), format))
+                        parameter.copy_(ops.quantize(parameter.detach(), format, axis))
 
     return optimizer.register_step_post_hook(widen)

@@ -32,6 +32,7 @@ __all__ = [
     "RootState",
     "Rule",
     "RuleValue",
+    "Weight",
     "layer_states",
     "parse_rules",
     "recipe",
@@ -402,10 +403,22 @@ def layer_states(model: nn.Module) -> Iterator[tuple[str, nn.Module, LayerState]
             yield name, module, state
 
 
-def weights_of(module: nn.Module, format: HBFP) -> list[tuple[nn.Module, str]]:
-    """Owner and name of each weight that a converted layer's forward products read as it is, blocked in `format`."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight:
+    """A weight of a converted layer, and how its forward product blocks it."""
+
+    owner: nn.Module
+    name: str
+    axis: int = -1
+    """The axis of the blocks."""
+    packs: bool = True
+    """Whether encoding the tensor along this axis gives what the forward product reads."""
+
+
+def weights_of(module: nn.Module, format: HBFP) -> list[Weight]:
+    """The weights of a converted layer, whose forward products block them in `format`."""
     own: Any = getattr(module, "hbfp_weights", None)
-    return [(module, "weight")] if own is None else list(own(format))
+    return [Weight(module, "weight")] if own is None else list(own(format))
 
 
 def root_states(model: nn.Module) -> list[RootState]:

@@ -21,8 +21,6 @@ from hbfp import ops, reference  # noqa: E402
 from hbfp.nn import functional  # noqa: E402
 from hbfp.policy import MatmulPolicy, OperandPolicy, Recipe, stream  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not hasattr(functional, "conv2d"), reason="there are no convolutions yet")
-
 SEED, STREAM = 2**40 + 11, stream(5, 3)
 
 MIXED = Recipe(

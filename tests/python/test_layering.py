@@ -29,6 +29,7 @@ CHAIN = (
     "autograd",
     "attention",
     "recurrence",
+    "convolution",
     "nn",
     "optim",
     "schedule",

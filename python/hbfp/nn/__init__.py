@@ -9,6 +9,7 @@ from hbfp.nn import functional
 from hbfp.nn.attention import DotProductAttention
 from hbfp.nn.bilinear import Bilinear
 from hbfp.nn.conversion import convert_, revert_
+from hbfp.nn.convolution import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from hbfp.nn.linear import Linear
 from hbfp.nn.multihead import MultiheadAttention
 from hbfp.nn.recurrent import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -20,6 +21,12 @@ __all__ = [
     "LSTM",
     "RNN",
     "Bilinear",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "ConversionReport",
     "DotProductAttention",
     "GRUCell",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike, bilinear_products
-from hbfp.policy import LayerState, solo_state
+from hbfp.policy import LayerState, Weight, solo_state
 
 __all__ = ["Bilinear"]
 
@@ -35,12 +35,9 @@ class Bilinear(nn.Bilinear):
         super().__init__(*args, **keywords)
         self.hbfp_state = solo_state(recipe, seed, site)
 
-    def hbfp_weights(self, format: HBFP) -> list[tuple[nn.Module, str]]:
-        """Owner and name of the weight, if packing it as it is gives what the forward product reads.
-
-        That one sees a matrix, in which tiles reach from one output's slice into the next.
-        """
-        return [(self, "weight")] if format.tile is None else []
+    def hbfp_weights(self, format: HBFP) -> list[Weight]:
+        """The weight. Its product sees a matrix, in which tiles reach from one output's slice into the next."""
+        return [Weight(self, "weight", packs=format.tile is None)]
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         state = self.hbfp_state

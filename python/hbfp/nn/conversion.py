@@ -2,8 +2,9 @@
 
 A layer is converted by exchanging its class: parameters, buffers, hooks, optimizers and state_dict keys stay what they
 were. To add a layer: write a subclass of the torch class whose `forward` asks `self.hbfp_state` (see `linear.py`) and
-enter it in `LAYERS`; strike its torch class from `UNSUPPORTED`. If it computes several products at a time, its class
-says how many numbers it takes (`hbfp_sites`), and which weights it reads (`hbfp_weights`; see `recurrent.py`).
+enter it in `LAYERS`. If it computes several products at a time, its class says how many numbers it takes
+(`hbfp_sites`), and which weights it reads (`hbfp_weights`; see `recurrent.py`); if not every recipe has products for
+it, which it does (`hbfp_accepts`; see `convolution.py`).
 
 A container computes nothing itself, but torch has fused inference paths that reach into its parts' weights without
 calling them: `CONTAINERS` and `_FUSED` say how these are taken off.
@@ -17,13 +18,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
-from hbfp.errors import ConversionError, RuleError
+from hbfp.errors import ConversionError, FormatError, RuleError
 from hbfp.nn.attention import DotProductAttention
 from hbfp.nn.bilinear import Bilinear
+from hbfp.nn.convolution import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from hbfp.nn.functional import RecipeLike
 from hbfp.nn.linear import Linear
 from hbfp.nn.multihead import MultiheadAttention
@@ -43,11 +46,23 @@ from hbfp.policy import (
 )
 from hbfp.policy import recipe as _recipe
 
-__all__ = ["LAYERS", "UNSUPPORTED", "convert_", "revert_"]
+__all__ = ["LAYERS", "convert_", "revert_"]
 
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
     Linear: Linear,
+    nn.Conv1d: Conv1d,
+    Conv1d: Conv1d,
+    nn.Conv2d: Conv2d,
+    Conv2d: Conv2d,
+    nn.Conv3d: Conv3d,
+    Conv3d: Conv3d,
+    nn.ConvTranspose1d: ConvTranspose1d,
+    ConvTranspose1d: ConvTranspose1d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    ConvTranspose2d: ConvTranspose2d,
+    nn.ConvTranspose3d: ConvTranspose3d,
+    ConvTranspose3d: ConvTranspose3d,
     DotProductAttention: DotProductAttention,
     nn.Bilinear: Bilinear,
     Bilinear: Bilinear,
@@ -78,9 +93,6 @@ CONTAINERS: dict[type[nn.Module], type[nn.Module]] = {
 
 _FUSED: dict[type[nn.Module], tuple[str, Any]] = {nn.TransformerEncoder: ("use_nested_tensor", False)}
 """Class, subclasses included -> the attribute that takes a fused path off, and its value for that."""
-
-UNSUPPORTED: tuple[type[nn.Module], ...] = (nn.modules.conv._ConvNd,)
-"""torch's other classes that compute products. They stay in FP32 with everything inside them."""
 
 _WHOLE: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
 """Classes that reach into their parts' weights without calling them: the parts are not converted by themselves."""
@@ -138,14 +150,12 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
 def _is_whole(module: nn.Module, note: str) -> bool:
     """Whether the modules inside `module` share its fate: it may use their weights without calling them."""
     left = bool(note) and isinstance(module, nn.TransformerEncoderLayer)
-    return left or isinstance(module, UNSUPPORTED + _WHOLE)
+    return left or isinstance(module, _WHOLE)
 
 
 def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     """The class to convert a module to, or None and the reason; an empty reason: it computes no products."""
     kind = type(module)
-    if isinstance(module, UNSUPPORTED):
-        return None, "not supported yet"
     if (kind in LAYERS or isinstance(module, nn.TransformerEncoderLayer)) and "forward" in module.__dict__:
         return None, "its forward was replaced on the instance"
     if isinstance(module, nn.TransformerEncoderLayer):
@@ -197,6 +207,17 @@ def _refuse(candidate: _Candidate) -> None:
             f"which is not supported yet: remove the parametrisation, or keep it in FP32 by "
             f"rules={{{candidate.names[0]!r}: None}}"
         )
+    accepts: Any = getattr(candidate.target, "hbfp_accepts", None)
+    if accepts is not None and candidate.recipe is not None:
+        recipe, boost = candidate.recipe, candidate.recipe.boost
+        try:
+            for possible in (recipe, recipe if boost is None else recipe.at(boost)):
+                accepts(possible)
+        except FormatError as error:
+            raise FormatError(
+                f"{name!r}: {error}; or give the layer a format of its own, or keep it in FP32, by rules="
+                f"{{{candidate.names[0]!r}: …}}"
+            ) from None
 
 
 def _computes_weights(module: nn.Module) -> bool:
@@ -208,7 +229,7 @@ def _computes_weights(module: nn.Module) -> bool:
     elif isinstance(module, nn.MultiheadAttention):
         declared = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
     else:
-        declared = ["weight"] if isinstance(module, nn.Linear | nn.Bilinear) else []
+        declared = ["weight"] if isinstance(module, nn.Linear | nn.Bilinear | _ConvNd) else []
     return any(name not in module._parameters for name in declared)
 
 
@@ -368,6 +389,7 @@ def convert_(
         RuleError: a rule matches nothing, or cannot be read.
         ConversionError: a module is converted already, is parametrised or has no shape yet; or there is none to
         convert.
+        FormatError: the recipe has blocks that a layer has no products for, as convolutions have none for tiles.
         HBFPError: there is no such recipe.
 
     After an error the model is as it was.

@@ -14,13 +14,28 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hbfp import autograd, ops
+from hbfp import autograd, convolution, ops
+from hbfp.convolution import Paddings, Sizes
 from hbfp.errors import HBFPError, ShapeError
 from hbfp.format import HBFP
 from hbfp.policy import INDICES, ROLES, Recipe
 from hbfp.policy import recipe as _recipe
 
-__all__ = ["baddbmm", "bilinear", "bmm", "einsum", "linear", "matmul", "scaled_dot_product_attention"]
+__all__ = [
+    "baddbmm",
+    "bilinear",
+    "bmm",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "einsum",
+    "linear",
+    "matmul",
+    "scaled_dot_product_attention",
+]
 
 RecipeLike = str | HBFP | Recipe
 
@@ -161,6 +176,159 @@ def bilinear_products(
     tables = per_row.view(rows, outputs, in1).transpose(1, 2)
     out = autograd.matmul(x1, tables, recipe, seed, stream | SECOND, source).view(*batch, outputs)
     return out if bias is None else out + bias
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Paddings = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    *,
+    flatten: bool | None = None,
+    recipe: RecipeLike,
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor:
+    """A convolution, with the meaning that torch gives to its arguments.
+
+    Shapes: input [N, C, H, W] or [C, H, W], weight [Co, C/groups, kh, kw], bias [Co]; result [N, Co, Ho, Wo] or
+    [Co, Ho, Wo], the channels of one pixel together in memory (torch's channels_last), whichever way the input lies.
+
+    Args:
+        stride, dilation: one number, or one for each spatial dimension.
+        padding: the same, or "same" (stride 1: as many output pixels as input pixels, an odd zero after the pixels) or
+            "valid" (none).
+        flatten: how forward blocks lie: True, over the flattened patch (kh, kw, C/groups); False, along the channels
+            at one tap of the kernel; None, over the patch where a group has fewer than 16 channels.
+
+    Raises:
+        FormatError: the recipe has tiles or whole tensors, which convolutions do not.
+    """
+    _words(seed, stream)
+    return convolution.convolution(
+        input, weight, bias, 2, stride, padding, dilation, groups, flatten, _recipe(recipe), seed, stream
+    )
+
+
+def conv1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Paddings = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    *,
+    flatten: bool | None = None,
+    recipe: RecipeLike,
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor:
+    """`conv2d` with one spatial dimension: input [N, C, L], weight [Co, C/groups, kl]."""
+    _words(seed, stream)
+    return convolution.convolution(
+        input, weight, bias, 1, stride, padding, dilation, groups, flatten, _recipe(recipe), seed, stream
+    )
+
+
+def conv3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Paddings = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    *,
+    flatten: bool | None = None,
+    recipe: RecipeLike,
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor:
+    """`conv2d` with three spatial dimensions: input [N, C, D, H, W], weight [Co, C/groups, kd, kh, kw]."""
+    _words(seed, stream)
+    return convolution.convolution(
+        input, weight, bias, 3, stride, padding, dilation, groups, flatten, _recipe(recipe), seed, stream
+    )
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    *,
+    recipe: RecipeLike,
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor:
+    """A transposed convolution, with the meaning that torch gives to its arguments.
+
+    Its products are those of the ordinary convolution whose gradient it is; none is flattened.
+
+    Shapes: input [N, C, H, W] or [C, H, W], weight [C, Co/groups, kh, kw], bias [Co]; result [N, Co, Ho, Wo] or
+    [Co, Ho, Wo], the channels of one pixel together in memory.
+
+    Args:
+        stride, padding, output_padding, dilation: one number, or one for each spatial dimension. An output padding is
+            less than the stride or the dilation.
+
+    Raises:
+        FormatError: the recipe has tiles or whole tensors, which convolutions do not.
+    """
+    _words(seed, stream)
+    return convolution.transposed_convolution(
+        input, weight, bias, 2, stride, padding, output_padding, groups, dilation, _recipe(recipe), seed, stream
+    )
+
+
+def conv_transpose1d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    *,
+    recipe: RecipeLike,
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor:
+    """`conv_transpose2d` with one spatial dimension: input [N, C, L]."""
+    _words(seed, stream)
+    return convolution.transposed_convolution(
+        input, weight, bias, 1, stride, padding, output_padding, groups, dilation, _recipe(recipe), seed, stream
+    )
+
+
+def conv_transpose3d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    output_padding: Sizes = 0,
+    groups: int = 1,
+    dilation: Sizes = 1,
+    *,
+    recipe: RecipeLike,
+    seed: int = 0,
+    stream: int = 0,
+) -> Tensor:
+    """`conv_transpose2d` with three spatial dimensions: input [N, C, D, H, W]."""
+    _words(seed, stream)
+    return convolution.transposed_convolution(
+        input, weight, bias, 3, stride, padding, output_padding, groups, dilation, _recipe(recipe), seed, stream
+    )
 
 
 def einsum(equation: str, *operands: Tensor, recipe: RecipeLike, seed: int = 0, stream: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ from hbfp.attention import ContextFunction, WeightsFunction
 from hbfp.errors import HBFPError, ShapeError
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike
-from hbfp.policy import LayerState, solo_state
+from hbfp.policy import LayerState, Weight, solo_state
 
 __all__ = ["MultiheadAttention"]
 
@@ -50,15 +50,14 @@ class MultiheadAttention(nn.MultiheadAttention):
         """How many numbers the layer takes."""
         return 5
 
-    def hbfp_weights(self, format: HBFP) -> list[tuple[nn.Module, str]]:
-        """Owner and name of each weight that the forward products read as it is, in `format`.
+    def hbfp_weights(self, format: HBFP) -> list[Weight]:
+        """The weights of all projections.
 
-        The packed projection may be read in three parts; only lines have the same codes in the parts as in the whole.
+        The packed one may be read in three parts; only lines have the same codes in the parts as in the whole.
         """
-        whole = ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
-        if format.tile is None and format.block is not None:
-            whole.append("in_proj_weight")
-        return [(self, name) for name in whole] + [(self.out_proj, "weight")]
+        parts = [Weight(self, name) for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight")]
+        whole = Weight(self, "in_proj_weight", packs=format.tile is None and format.block is not None)
+        return [*parts, whole, Weight(self.out_proj, "weight")]
 
     def forward(
         self,

@@ -18,7 +18,7 @@ from hbfp import autograd, ops
 from hbfp.errors import ShapeError
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike
-from hbfp.policy import LayerState, solo_state
+from hbfp.policy import LayerState, Weight, solo_state
 from hbfp.recurrence import Run, SequenceFunction
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
@@ -38,9 +38,9 @@ class _Recurrent(nn.RNNBase):
         """How many numbers the layer takes."""
         return self.num_layers * (2 if self.bidirectional else 1) * (3 if self.proj_size else 2)
 
-    def hbfp_weights(self, format: HBFP) -> list[tuple[nn.Module, str]]:
-        """Owner and name of each weight that the forward products read as it is."""
-        return [(self, name) for name in self._flat_weights_names if name.startswith("weight")]
+    def hbfp_weights(self, format: HBFP) -> list[Weight]:
+        """The weights of all products."""
+        return [Weight(self, name) for name in self._flat_weights_names if name.startswith("weight")]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         state = self.hbfp_state
@@ -167,9 +167,9 @@ class _Cell(nn.RNNCellBase):
         """How many numbers the cell takes."""
         return 2
 
-    def hbfp_weights(self, format: HBFP) -> list[tuple[nn.Module, str]]:
-        """Owner and name of each weight that the forward products read as it is."""
-        return [(self, "weight_ih"), (self, "weight_hh")]
+    def hbfp_weights(self, format: HBFP) -> list[Weight]:
+        """The weights of both products."""
+        return [Weight(self, "weight_ih"), Weight(self, "weight_hh")]
 
     def _products(self, state: LayerState, x: Tensor, states: Sequence[Tensor], index: int) -> tuple[Tensor, Tensor]:
         """x W_ihᵀ + b_ih and h W_hhᵀ + b_hh, the shapes checked; states: h and, for an LSTM, c."""
