@@ -247,7 +247,7 @@ def attention_backward(
 
 _Triple = tuple[int, int, int]
 _Sizes = tuple[int, list[_Triple]]
-"""Groups; then the pixels of X and of Y, the taps, stride, padding before, dilation, of three spatial dimensions each."""
+"""Groups; then pixels of X and of Y, taps, stride, padding before and dilation, for three spatial dimensions each."""
 
 def convolution_forward(
     x: Any,

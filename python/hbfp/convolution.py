@@ -1,7 +1,8 @@
 """Differentiable convolutions, ordinary and transposed, whose backward passes are fixed-point products too.
 
 The three products are those of docs/spec.md, 6.14 to 6.19; a transposed convolution has them with the parts exchanged.
-Each operand adds its role to the stream, as in `hbfp.autograd`. Tensors may lie in memory as they like; results have
+Each operand adds its role to the stream, as in `hbfp.autograd`. Of X an ordinary convolution keeps its codes along the
+batch. Tensors may lie in memory as they like; results have
 the channels of one pixel together.
 """
 
@@ -81,12 +82,22 @@ class ConvolutionFunction(torch.autograd.Function):
         ctx.geometry, ctx.spatial = geometry, x.shape[2:]
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
         policy = recipe.forward
-        convolve, _, _ = _products(recipe)
-        out = convolve(
-            x, weight, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), bias,
-            geometry=geometry, name="forward", source=source,
-        )  # fmt: skip
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        streams = (stream | _X, stream | _W)
+        kept = None
+        if need_weight and recipe.backend is Backend.INTEGER:
+            later = recipe.weight_gradient
+            out, kept = ops.convolution_keeping(
+                x, weight, policy.formats, policy.roundings, seed, streams, bias,
+                (later.formats[1], later.roundings[1], stream | _X_W),
+                geometry=geometry, name="forward", source=source,
+            )  # fmt: skip
+        else:
+            out = _products(recipe)[0](
+                x, weight, policy.formats, policy.roundings, seed, streams, bias,
+                geometry=geometry, name="forward", source=source,
+            )  # fmt: skip
+        ctx.kept, ctx.shape = kept is not None, x.shape[1:]
+        ctx.save_for_backward((x if kept is None else kept) if need_weight else None, weight if need_x else None)
         return out
 
     @staticmethod
@@ -104,7 +115,13 @@ class ConvolutionFunction(torch.autograd.Function):
                 dy, weight, ctx.spatial, policy.formats, policy.roundings, seed, (stream | _DY_X, stream | _W_X),
                 geometry=geometry, name="input gradient", source=source,
             )  # fmt: skip
-        if need_weight:
+        if need_weight and ctx.kept:
+            policy = recipe.weight_gradient
+            dweight = ops.kept_convolution_weight_gradient(
+                dy, x, ctx.shape, policy.formats, policy.roundings, seed, (stream | _DY_W, stream | _X_W),
+                geometry=geometry, name="weight gradient", source=source,
+            )  # fmt: skip
+        elif need_weight:
             policy = recipe.weight_gradient
             dweight = weight_gradient(
                 dy, x, policy.formats, policy.roundings, seed, (stream | _DY_W, stream | _X_W),

@@ -39,7 +39,9 @@ __all__ = [
     "column_sums",
     "convolution",
     "convolution_input_gradient",
+    "convolution_keeping",
     "convolution_weight_gradient",
+    "kept_convolution_weight_gradient",
     "kept_product",
     "product",
     "product_keeping",
@@ -879,10 +881,171 @@ def reference_convolution_weight_gradient(
     return out
 
 
-# What eager calls and the operators below run.
-_run_convolution = _oracle_convolution
-_run_convolution_input_gradient = _oracle_input_gradient
-_run_convolution_weight_gradient = _oracle_weight_gradient
+# --- convolutions as the core takes them: images [N, p0, p1, p2, C], three pixel dimensions always -------------------
+
+
+def _image(x: Tensor) -> Tensor:
+    """x [N, C, *S] with the channels of one pixel together; a copy only where they are not."""
+    image = _float32(x).movedim(1, -1).contiguous()
+    return image[(slice(None), *(None,) * (5 - x.dim()))] if x.dim() < 5 else image
+
+
+def _threes(sizes: Sequence[int], fill: int) -> tuple[int, int, int]:
+    first, second, third = (fill,) * (3 - len(sizes)) + tuple(sizes)
+    return first, second, third
+
+
+def _convolution_sizes(
+    geometry: Geometry, inputs: Sequence[int], outputs: Sequence[int]
+) -> tuple[int, list[tuple[int, int, int]]]:
+    before = [pad[0] for pad in geometry.padding]
+    sizes = ((inputs, 1), (outputs, 1), (geometry.kernel, 1), (geometry.stride, 1), (before, 0), (geometry.dilation, 1))
+    return geometry.groups, [_threes(size, fill) for size, fill in sizes]
+
+
+def _kernel(weight: Tensor) -> Tensor:
+    weight = _float32(weight)
+    return weight[(slice(None), slice(None), *(None,) * (5 - weight.dim()))] if weight.dim() < 5 else weight
+
+
+def _run_convolution(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+    outputs: Sequence[int],
+) -> Tensor:
+    return _run_convolution_keeping(x, weight, formats, roundings, seed, streams, bias, geometry, outputs, None)[0]
+
+
+def _run_convolution_keeping(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+    outputs: Sequence[int],
+    keep: tuple[HBFP, int, int] | None,
+) -> tuple[Tensor, Tensor | None]:
+    out = _pixels(x, weight.shape[0], outputs)
+    kept = _core.convolution_forward(
+        _image(x), _kernel(weight), _image(out), _convolution_sizes(geometry, x.shape[2:], outputs),
+        _codings(formats, roundings, streams), geometry.flatten, None if bias is None else _float32(bias).contiguous(),
+        seed, _threads(), None if keep is None else (keep[0].core, keep[1], keep[2]),
+    )  # fmt: skip
+    return out, kept
+
+
+def _run_convolution_input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    spatial: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    out = _pixels(dy, weight.shape[1] * geometry.groups, spatial)
+    _core.convolution_input_gradient(
+        _image(dy), _kernel(weight), _image(out), _convolution_sizes(geometry, spatial, dy.shape[2:]),
+        _codings(formats, roundings, streams), None if bias is None else _float32(bias).contiguous(), seed, _threads(),
+    )  # fmt: skip
+    return out
+
+
+def _run_convolution_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    geometry: Geometry,
+) -> Tensor:
+    return _weight_gradient(dy, _image(x), False, x.shape[1:], formats, roundings, seed, streams, geometry)
+
+
+def _weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    kept: bool,
+    shape: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    geometry: Geometry,
+) -> Tensor:
+    channels, groups, taps = shape[0], geometry.groups, prod(geometry.kernel)
+    out = torch.empty(groups, taps, channels // groups, dy.shape[1] // groups, dtype=torch.float32, device="cpu")
+    _core.convolution_weight_gradient(
+        _image(dy), x, kept, channels, out, _convolution_sizes(geometry, shape[1:], dy.shape[2:]),
+        _codings(formats, roundings, streams), seed, _threads(),
+    )  # fmt: skip
+    return out.permute(0, 3, 2, 1).reshape(dy.shape[1], channels // groups, *geometry.kernel)
+
+
+def convolution_keeping(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    keep: tuple[HBFP, int, int],
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`convolution`, which also keeps the codes of X along the batch.
+
+    Args:
+        keep: format, rounding and stream of the codes that are kept.
+
+    Returns:
+        Y, and a uint8 tensor for `kept_convolution_weight_gradient`, or None where nothing could be kept.
+    """
+    if not _direct(x, weight):
+        out = convolution(
+            x, weight, formats, roundings, seed, streams, bias, geometry=geometry, name=name, source=source
+        )
+        return out, None
+    outputs = geometry.outputs(x.shape[2:])
+    out, kept = _run_convolution_keeping(x, weight, formats, roundings, seed, streams, bias, geometry, outputs, keep)
+    if recorders:
+        _record_convolution(out, weight.shape, formats, name, source)
+    return out, kept
+
+
+def kept_convolution_weight_gradient(
+    dy: Tensor,
+    kept: Tensor,
+    shape: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """`convolution_weight_gradient` from what `convolution_keeping` kept of an X of `shape` [C, *S]."""
+    out = _weight_gradient(dy, kept, True, shape, formats, roundings, seed, streams, geometry)
+    if recorders:
+        _record_convolution(dy, out.shape, formats, name, source)
+    return out
 
 
 def column_sums(x: Tensor) -> Tensor:
