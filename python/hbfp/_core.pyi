@@ -83,6 +83,9 @@ class Format:
     def exponent_bits(self) -> int: ...
     @property
     def exponent_bias(self) -> int: ...
+    @property
+    def encodes_to_panels(self) -> bool:
+        """Whether the kernels take it straight from floats: lines of at most 8 bits under a full range of exponents."""
     def plane_shapes(self, shape: tuple[int, ...], axis: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of the exponent and the mantissa plane of a tensor."""
     def __eq__(self, other: object, /) -> bool: ...

@@ -378,7 +378,7 @@ def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
         and dropout == 0.0
         and not (mask is not None and mask.requires_grad and is_grad_enabled())
         and all(
-            format.block is not None and format.bits <= 8
+            format.core.encodes_to_panels
             for policy in (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
             for format in policy.formats
         )
