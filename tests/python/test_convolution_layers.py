@@ -93,6 +93,7 @@ def test_the_layer_is_the_function(name):
     )  # fmt: skip
     assert all(same(a, b) for a, b in zip(gradients(layer, values(*shape)), expected, strict=True))
     assert layer(values(*shape)[0]).shape == expected[0].shape[1:]
+    assert expected[0].movedim(1, -1).is_contiguous()  # as the next layer reads it fastest
 
 
 @pytest.mark.parametrize("name", LAYERS)
