@@ -39,6 +39,7 @@ __all__ = [
     "kept_product",
     "product",
     "product_keeping",
+    "product_shape",
     "quantize",
     "quick_product",
     "recorders",
@@ -123,7 +124,7 @@ def _format(text: str) -> HBFP:
     return HBFP.parse(text)
 
 
-def _product_shape(a: Tensor, a_axis: int, b: Tensor, b_axis: int) -> list[int]:
+def product_shape(a: Tensor, a_axis: int, b: Tensor, b_axis: int) -> list[int]:
     """Shape of the product: batch dimensions of `a`, then rows of `a` and columns of `b`."""
     if a.dim() < 2 or b.dim() < 2:
         raise ShapeError(
@@ -150,7 +151,7 @@ def _run_product(
     streams: tuple[int, int],
     bias: Tensor | None,
 ) -> Tensor:
-    shape = _product_shape(a, a_axis, b, b_axis)
+    shape = product_shape(a, a_axis, b, b_axis)
     a, b = _float32(a), _float32(b)
     out = target = torch.empty(shape, dtype=torch.float32, device="cpu")
     if len(shape) > 2 and b.dim() == 2:
@@ -331,7 +332,7 @@ def reference_product(
     # Imported here because nothing but this function needs it.
     from hbfp import reference
 
-    shape = _product_shape(a, a_axis, b, b_axis)
+    shape = product_shape(a, a_axis, b, b_axis)
     flatten = len(shape) > 2 and b.dim() == 2
     left, right = (
         reference.encode(_to_numpy(x), formats[i], axis, _ROUNDINGS[roundings[i]], seed, streams[i])
@@ -733,7 +734,7 @@ def _product_fake(
     seed: int,
     bias: Tensor | None,
 ) -> Tensor:
-    return a.new_empty(_product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
+    return a.new_empty(product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
 
 
 @torch.library.register_fake("hbfp::quantize", lib=_LIBRARY)  # type: ignore[untyped-decorator]
