@@ -205,7 +205,7 @@ def random_bits(shape: Sequence[int], seed: int, stream: int, device: torch.devi
         c0, c1 = (q >> 32) & _WORD ^ c1 ^ k0, q & _WORD
         c2, c3 = (p >> 32) & _WORD ^ c3 ^ k1, p & _WORD
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)  # type: ignore[arg-type]
+    words = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
     halves = torch.stack((words & 0xFFFF, words >> 16), -1)
     return halves.flatten(1)[:, :columns].reshape(tuple(shape))
 
@@ -284,9 +284,7 @@ def quantize(x: Tensor, format: HBFP, axis: int = -1, rounding: int = 0, seed: i
     return _grid(x, format, axis, rounding, seed, stream)
 
 
-def _grid(
-    x: Tensor, format: HBFP, axis: int, rounding: int, seed: int, stream: int, r: Tensor | None = None
-) -> Tensor:
+def _grid(x: Tensor, format: HBFP, axis: int, rounding: int, seed: int, stream: int, r: Tensor | None = None) -> Tensor:
     """`quantize`, with random bits `r` in the shape of `x` in place of its own."""
     x = _float32(x)
     c, cuts, held = _block_exponents(x, format, axis)
@@ -316,7 +314,7 @@ def _in_float32(device: torch.device) -> Iterator[None]:
     backends = torch.backends
     settings = (
         backends.cuda.matmul,
-        backends.cudnn.conv,
+        backends.cudnn.conv,  # type: ignore[attr-defined]
         backends.mkldnn.matmul,  # type: ignore[attr-defined]
         backends.mkldnn.conv,  # type: ignore[attr-defined]
     )
@@ -349,10 +347,13 @@ def _one_device(*tensors: Tensor | None) -> None:
         raise DTypeError(f"expected the operands of a product on one device; found {found}: move one with .to(device)")
 
 
-def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """left [..., M, K] times right [..., K, N], decoded operands, plus bias [N], all in float32 on their device."""
+def multiply(left: Tensor, right: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    """left [..., M, K] times right [..., K, N], decoded operands, plus bias [N], all in float32 on their device.
+
+    Told to no recorder. `out`: where the result is to stand.
+    """
     with _in_float32(left.device):
-        out = torch.matmul(left, right)
+        out = torch.matmul(left, right, out=out)
     return out if bias is None else out.add_(_float32(bias))
 
 
@@ -628,6 +629,7 @@ def _patches_product(
     r = random_bits(w.shape, seed, streams[1], w.device) if roundings[1] == _STOCHASTIC else None
     rows, drawn = (None if t is None else t.movedim(1, -1).flatten(1) for t in (w, r))
     assert rows is not None
-    right = _grid(rows, formats[1], -1, roundings[1], seed, streams[1], drawn).unflatten(0, (groups, w.shape[0] // groups))
-    product_of_groups = multiply(left.flatten(2, -2), right.mT)  # [N, g, pixels, Co/g]
-    return product_of_groups.mT.reshape(x.shape[0], w.shape[0], *patches.shape[2:-1])
+    right = _grid(rows, formats[1], -1, roundings[1], seed, streams[1], drawn)
+    right = right.unflatten(0, (groups, w.shape[0] // groups))
+    of_groups = multiply(left.flatten(2, -2), right.mT)  # [N, g, pixels, Co/g]
+    return of_groups.mT.reshape(x.shape[0], w.shape[0], *patches.shape[2:-1])
