@@ -208,7 +208,7 @@ def test_products_are_equal_where_float32_is_exact(case):
     a_shape, a_axis, b_shape, b_axis = PRODUCTS[case]
     generator = torch.Generator().manual_seed(3)
     a, b = (torch.randint(-7, 8, shape, generator=generator).float() for shape in (a_shape, b_shape))
-    a[..., 0] *= 2.0**6  # blocks of several exponents, so that small numbers beside it round
+    a[..., :1] *= 2.0**6  # blocks of several exponents, so that small numbers beside it round
     for name in ("hbfp4b16", "hbfp4t5", "hbfp4tensor"):
         formats = (hbfp.HBFP.parse(name),) * 2
         found, expected = (f(a, a_axis, b, b_axis, formats) for f in (emulation.product, ops.product))
@@ -326,8 +326,8 @@ def converted(name, recipe, backend):
 def training_step(model, device="cpu"):
     x = values(4, 5, 12, seed=5).to(device).requires_grad_()
     y = model(x)
-    y.square().sum().backward()
-    return [y, x.grad, *(parameter.grad for parameter in model.parameters())]
+    y.backward(values(*y.shape, seed=6).to(device))
+    return [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -358,8 +358,8 @@ def test_nothing_asks_the_compiled_core(name, monkeypatch):
     training_step(model)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("recipe", ["hbfp4", "emulator"])
+# torch computes shapes in Python on this device, slowly: the second recipe only where it takes another way.
+@pytest.mark.parametrize(("name", "recipe"), [*((name, "emulator") for name in MODELS), ("gru", "hbfp4")])
 def test_a_step_stays_on_the_device_of_its_tensors(name, recipe):
     """On the device "meta" whatever moved to the CPU, or came from there, would raise or show."""
     model = converted(name, recipe, "emulate").to("meta")
