@@ -567,6 +567,7 @@ def convolution_weight_gradient(
     left = quantize(dy, formats[0], 0, roundings[0], seed, streams[0])
     right = pad(quantize(x, formats[1], 0, roundings[1], seed, streams[1]), _around(geometry))
     for d in range(rank):
+        # Some routines insist on no more pixels than the taps of dY reach.
         reach = (dy.shape[d + 2] - 1) * geometry.stride[d] + geometry.dilation[d] * (geometry.kernel[d] - 1) + 1
         right = right.narrow(d + 2, 0, reach)
     like = right.new_empty(()).expand(dy.shape[1], x.shape[1] // groups, *geometry.kernel)

@@ -86,6 +86,7 @@ def test_extremes_and_ties_of_every_width(bits, rule, rounding):
 def test_narrow_exponents_clamp_at_both_ends(format, rounding):
     scales = np.ldexp(np.float32(1), np.arange(-149, 128)).astype(np.float32)
     x = np.from_dlpack(values(len(scales), 20)) * scales[:, None]
+    x[100] = 0.0  # c = 0 whatever the field
     assert_same_codes(np.clip(x, -3e38, 3e38), hbfp.HBFP.parse(format), -1, rounding)
 
 
@@ -112,6 +113,19 @@ def test_a_block_with_a_number_that_is_none_is_a_nan_block(special, format):
     x[3, 5] = special
     for rounding in ROUNDINGS:
         assert_same_codes(x, hbfp.HBFP.parse(format), -1, rounding)
+
+
+@pytest.mark.parametrize("width", [2, 4, 8, 9, 16])
+def test_every_code_under_every_exponent_decodes_as_the_cores(width):
+    """Values that no encoder makes: infinite ones that are no power of two."""
+    format, exponents = hbfp.HBFP(width, 1), np.arange(255, dtype=np.uint8)[:, None]
+    codes = sorted({sign * c for c in (0, 1, 2, 3, 5, 2 ** (width - 2), format.max_code) for sign in (1, -1)})
+    codes = [c for c in codes if abs(c) <= format.max_code]
+    mantissas = np.tile(np.array(codes, np.int8 if width <= 8 else np.int16), (255, 1))
+    exponents = np.repeat(exponents, len(codes), axis=1)
+    expected = hbfp.BlockArray.from_parts(mantissas, exponents, format, mantissas.shape, 1).decode()
+    given_ = emulation.Encoded(torch.from_numpy(mantissas), torch.from_numpy(exponents), format, 1)
+    assert np.array_equal(bits(emulation.decode(given_)), expected.view(np.uint32))
 
 
 def test_random_bits_equal_the_oracles():
