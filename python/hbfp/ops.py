@@ -97,7 +97,8 @@ def _float32(x: Tensor) -> Tensor:
     if not x.is_cpu or x.layout is not torch.strided:
         raise DTypeError(
             f"expected a dense tensor on the CPU; found layout {x.layout} on device {x.device}: "
-            "the integer kernels run on CPUs, move it with .cpu() or .to_dense(), or take a recipe with backend=\"emulate\""
+            "the integer kernels run on CPUs, move it with .cpu() or .to_dense(), or take a recipe whose backend is "
+            "'emulate'"
         )
     # A lazily negated view (the imaginary part of a conjugate) holds the wrong signs in memory.
     return x.resolve_neg() if x.is_neg() else x

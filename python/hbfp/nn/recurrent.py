@@ -80,7 +80,8 @@ class _Recurrent(nn.RNNBase):
         widths = [self.proj_size or self.hidden_size, self.hidden_size][: 2 if self.mode == "LSTM" else 1]
         shapes = [(layers, sequences, width) if batched else (layers, width) for width in widths]
         if given is None:
-            given = tuple(torch.zeros(shape, dtype=torch.float32, device=cast(Tensor, self.weight_ih_l0).device) for shape in shapes)
+            device = cast(Tensor, self.weight_ih_l0).device
+            given = tuple(torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
         if [tuple(x.shape) for x in given] != shapes:
             raise ShapeError(
                 f"initial states of {type(self).__name__}: expected {' and '.join(map(str, shapes))}; found "
