@@ -45,6 +45,7 @@ __all__ = [
     "kept_product",
     "product",
     "product_keeping",
+    "product_shape",
     "quantize",
     "quick_product",
     "recorders",
@@ -105,7 +106,8 @@ def _float32(x: Tensor) -> Tensor:
     if not x.is_cpu or x.layout is not torch.strided:
         raise DTypeError(
             f"expected a dense tensor on the CPU; found layout {x.layout} on device {x.device}: "
-            "the integer kernels run on CPUs, move it with .cpu() or .to_dense()"
+            "the integer kernels run on CPUs, move it with .cpu() or .to_dense(), or take a recipe whose backend is "
+            "'emulate'"
         )
     # A lazily negated view (the imaginary part of a conjugate) holds the wrong signs in memory.
     return x.resolve_neg() if x.is_neg() else x
@@ -132,7 +134,7 @@ def _format(text: str) -> HBFP:
     return HBFP.parse(text)
 
 
-def _product_shape(a: Tensor, a_axis: int, b: Tensor, b_axis: int) -> list[int]:
+def product_shape(a: Tensor, a_axis: int, b: Tensor, b_axis: int) -> list[int]:
     """Shape of the product: batch dimensions of `a`, then rows of `a` and columns of `b`."""
     if a.dim() < 2 or b.dim() < 2:
         raise ShapeError(
@@ -159,7 +161,7 @@ def _run_product(
     streams: tuple[int, int],
     bias: Tensor | None,
 ) -> Tensor:
-    shape = _product_shape(a, a_axis, b, b_axis)
+    shape = product_shape(a, a_axis, b, b_axis)
     a, b = _float32(a), _float32(b)
     out = target = torch.empty(shape, dtype=torch.float32, device="cpu")
     if len(shape) > 2 and b.dim() == 2:
@@ -340,7 +342,7 @@ def reference_product(
     # Imported here because nothing but this function needs it.
     from hbfp import reference
 
-    shape = _product_shape(a, a_axis, b, b_axis)
+    shape = product_shape(a, a_axis, b, b_axis)
     flatten = len(shape) > 2 and b.dim() == 2
     left, right = (
         reference.encode(_to_numpy(x), formats[i], axis, _ROUNDINGS[roundings[i]], seed, streams[i])
@@ -1247,7 +1249,7 @@ def _product_fake(
     seed: int,
     bias: Tensor | None,
 ) -> Tensor:
-    return a.new_empty(_product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
+    return a.new_empty(product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
 
 
 @torch.library.register_fake("hbfp::quantize", lib=_LIBRARY)  # type: ignore[untyped-decorator]
