@@ -114,6 +114,8 @@ class ConvolutionFunction(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         geometry, source = ctx.geometry, ctx.source
         recipe, seed, stream = ctx.recipe, ctx.seed, ctx.stream
+        # Once for both products.
+        dy = ops.channels_together(dy)
         _, input_gradient, weight_gradient = _products(recipe)
         dx = dweight = dbias = None
         if need_x:
@@ -178,6 +180,8 @@ class TransposedConvolutionFunction(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         geometry, source = ctx.geometry, ctx.source
         recipe, seed, stream = ctx.recipe, ctx.seed, ctx.stream
+        # Once for both products.
+        dy = ops.channels_together(dy)
         convolve, _, weight_gradient = _products(recipe)
         dx = dweight = dbias = None
         if need_x:

@@ -36,6 +36,7 @@ __all__ = [
     "Recorder",
     "attention",
     "attention_backward",
+    "channels_together",
     "column_sums",
     "convolution",
     "convolution_input_gradient",
@@ -886,9 +887,20 @@ def reference_convolution_weight_gradient(
 # --- convolutions as the core takes them: images [N, p0, p1, p2, C], three pixel dimensions always -------------------
 
 
+_TOGETHER = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_together(x: Tensor) -> Tensor:
+    """x [N, C, *S] with the channels of one pixel side by side in memory; a copy only where they are not."""
+    if x.dim() in _TOGETHER:
+        # torch has a faster copy for this than for a permuted tensor. Sizes of 1 make several layouts look alike.
+        x = x.contiguous(memory_format=_TOGETHER[x.dim()])
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def _image(x: Tensor) -> Tensor:
     """x [N, C, *S] with the channels of one pixel together; a copy only where they are not."""
-    image = _float32(x).movedim(1, -1).contiguous()
+    image = channels_together(_float32(x)).movedim(1, -1)
     return image[(slice(None), *(None,) * (5 - x.dim()))] if x.dim() < 5 else image
 
 
