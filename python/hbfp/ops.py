@@ -673,8 +673,8 @@ def convolution(
         result: [N, Co, *So], float32, the channels of one pixel together in memory.
 
     Args:
-        formats, roundings, streams: of X and of W; the formats are lines of one length.
-        seed, streams: choose the random bits of stochastic rounding; 64-bit words.
+        formats, roundings: of X and of W; the formats are lines of one length.
+        seed, streams: of X and of W; they choose the random bits of stochastic rounding; 64-bit words.
         outputs: So where fewer output pixels are wanted than fit, the first of each dimension.
         name, source: told to the recorders, no part of the result.
 
