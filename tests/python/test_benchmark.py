@@ -17,12 +17,24 @@ torch = pytest.importorskip("torch")
 import hbfp  # noqa: E402
 from hbfp import _core  # noqa: E402
 from hbfp.benchmark import (  # noqa: E402
-    CASES, cases, ceilings, checks, gates, ggml, layers, memory, peers, plot, report, suite, timing,
+    CASES,
+    cases,
+    ceilings,
+    checks,
+    gates,
+    ggml,
+    layers,
+    memory,
+    peers,
+    plot,
+    report,
+    suite,
+    timing,
 )
 from hbfp.benchmark.cases import Bench  # noqa: E402
+from hbfp.benchmark.checks import WrongAnswer  # noqa: E402
 from hbfp.benchmark.gates import Gate, Outcome, evaluate  # noqa: E402
 from hbfp.benchmark.results import Missing, NotMeasured, NotRun, Results, Row, cpu_name, rows_from_csv  # noqa: E402
-from hbfp.benchmark.checks import WrongAnswer  # noqa: E402
 from hbfp.benchmark.timing import Effort  # noqa: E402
 from hbfp.errors import FileError  # noqa: E402
 from hbfp.tools.cli import main  # noqa: E402
@@ -360,9 +372,12 @@ def test_cases_of_layers_name_their_rows_as_the_gates_do(monkeypatch):
     }  # fmt: skip
     assert results.find("saved activations", "linear 1024", "torch fp32", 1).figure == 4.0
     assert 7.0 < 4.0 / results.find("saved activations", "linear 1024", "hbfp4", 1).figure < 8.0
-    assert results.find("convolution", "2x16x4x4", "hbfp4", 1).times_as_fast_as(
-        results.find("convolution", "2x16x4x4", "torch fp32", 1)
-    ) > 0
+    assert (
+        results.find("convolution", "2x16x4x4", "hbfp4", 1).times_as_fast_as(
+            results.find("convolution", "2x16x4x4", "torch fp32", 1)
+        )
+        > 0
+    )
 
 
 def test_a_layer_whose_bits_depend_on_threads_is_a_wrong_answer():

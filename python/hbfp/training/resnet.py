@@ -35,7 +35,9 @@ class ResNetShape:
             if min(sizes) < 1:
                 raise HBFPError(f"{name}: expected at least 1; found {getattr(self, name)}")
         if list(self.widths) != sorted(self.widths):
-            raise HBFPError(f"widths: a shortcut adds channels and drops none; found {self.widths}, expected them to rise")
+            raise HBFPError(
+                f"widths: a shortcut adds channels and drops none; found {self.widths}, expected them to rise"
+            )
 
     @property
     def layers(self) -> int:
