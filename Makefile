@@ -103,7 +103,7 @@ test-nightly: export HBFP_SEED ?= $(shell date +%Y%m%d00000)
 .PHONY: memcheck
 memcheck: setup ## Kernels of the levels that valgrind knows (scalar, avx2) under its memcheck
 	CARGO_TARGET_$(HOST)_RUNNER="valgrind --tool=memcheck --quiet --error-exitcode=1 --leak-check=no --partial-loads-ok=no" \
-	    cargo test --package hbfp --all-features --locked --test bounds memcheck
+	    cargo test --package hbfp --all-features --locked --test bounds --test convolutions --test keeping memcheck
 
 memcheck: HOST = $(shell rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)
 

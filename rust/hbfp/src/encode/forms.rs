@@ -159,6 +159,7 @@ pub(crate) fn from_compact(kept: &[u8], layout: &PanelLayout, nibbles: bool, pan
     let (codes, ends) = panel.split_at_mut(at);
     let (kept, exponents) = kept.split_at(kept.len() - PANEL_ROWS);
     let Side::Left { correction, offset } = layout.side else { unreachable!("a left operand") };
+    debug_assert!(!(nibbles && correction == Correction::Wide), "wide panels are for codes of more than 4 bits");
     // Per line its codes 0 and 1 of each step, and 2 and 3.
     let mut sums = [0i32; 2 * PANEL_ROWS];
     let mut add = |row: &[u8; ROW]| {
@@ -202,5 +203,87 @@ pub(crate) fn from_compact(kept: &[u8], layout: &PanelLayout, nibbles: bool, pan
         };
         ends[4 * lane..4 * lane + 4].copy_from_slice(&correction.to_le_bytes());
         ends[16 + 4 * lane..20 + 4 * lane].copy_from_slice(&rider.to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arch::kernels::{Kernels, models};
+    use crate::encode::Context;
+    use crate::encode::blocks::RoundingMode;
+    use crate::encode::panels::{Form, Job, Panels, Source, fill};
+    use crate::format::{BlockFormat, BlockShape};
+    use crate::parallel::Serial;
+    use crate::shape::FloatTensor;
+    use crate::testing::Fill;
+
+    /// Panels of [4, k] floats of all kinds as the encoder writes them; and as lines and compact, in the same order.
+    fn encoded(kernels: &'static Kernels, format: BlockFormat, layouts: &[PanelLayout], k: usize) -> Vec<Vec<u8>> {
+        let mut values = Fill::Wide.values(4 * k, u64::from(format.bits()));
+        // A line of ordinary values, one of NaN, one of zeros.
+        values[..k].copy_from_slice(&Fill::Plain.values(k, 9));
+        values[k + k / 2] = f32::NAN;
+        values[2 * k..3 * k].fill(-0.0);
+        let ctx = Context { kernels, team: &Serial, threads: 1 };
+        let lines = FloatTensor::new(&values, &[4, k]).unwrap().lines(1).unwrap();
+        let source = Source::Floats(&lines, RoundingMode::NEAREST_EVEN);
+        let panels = |&layout: &PanelLayout| {
+            let mut panels = Panels::default();
+            let job = Job { source: &source, format, layout, panels: panels.reserve(&layout) };
+            fill(&ctx, job, &mut Vec::new()).unwrap();
+            // SAFETY: the first panel was written.
+            unsafe { std::slice::from_raw_parts(panels.bytes.as_ptr(), layout.panel_bytes()) }.to_vec()
+        };
+        layouts.iter().map(panels).collect()
+    }
+
+    #[test]
+    fn every_form_of_a_left_panel_gives_it_back() {
+        // Hunted: a step, a nibble or a correction that is lost on the way, at any width, length and correction.
+        for (kernels, bits) in
+            [models::avx2(), models::avx512vnni()].into_iter().flat_map(|x| (2..=8).map(move |b| (x, b)))
+        {
+            for block in (1..=40).chain([63, 64, 65, 100, 256]) {
+                for (correction, right) in [
+                    (Correction::Total, 2),
+                    (Correction::Total, 8),
+                    (Correction::Halves, 4),
+                    (Correction::Halves, 6),
+                    (Correction::Wide, 8),
+                ] {
+                    if correction == Correction::Wide && bits <= 4 {
+                        continue; // these fit narrower sums
+                    }
+                    let format = BlockFormat::new(bits, BlockShape::Line(block)).unwrap();
+                    let k = 2 * block + block / 2;
+                    let side = Side::Left { correction, offset: 1 << (right - 1) };
+                    let layout = PanelLayout::new([1, 4, k], block, PANEL_ROWS, side);
+                    // Kept without knowledge of the other operand, as a convolution keeps its image.
+                    let unaware = Side::Left { correction: Correction::Total, offset: 0 };
+                    let kept = PanelLayout::new([1, 4, k], block, PANEL_ROWS, unaware).compact(bits);
+                    let own = layout.compact(bits);
+                    let all = encoded(kernels, format, &[layout, layout.in_lines(), kept, own], k);
+                    let what = format!("{format} against {right} bits, {correction:?}");
+                    let [plain, lines, kept_bytes, own_bytes] = &all[..] else { unreachable!() };
+                    let mut panel = vec![0x5A; layout.block_bytes];
+                    for (b, plain) in plain.chunks_exact(layout.block_bytes).enumerate() {
+                        for (layout_kept, bytes) in [(kept, kept_bytes), (own, own_bytes)] {
+                            let Form::Compact { nibbles } = layout_kept.form else { unreachable!() };
+                            let from = &bytes[b * layout_kept.block_bytes..][..layout_kept.block_bytes];
+                            from_compact(from, &layout, nibbles, &mut panel);
+                            assert_eq!(panel, plain, "{what}: compact block {b}");
+                            panel.fill(0x5A);
+                        }
+                        let line = layout.block_bytes / PANEL_ROWS;
+                        let starts =
+                            std::array::from_fn(|lane| lines[(lane * layout.blocks + b) * line..][..line].as_ptr());
+                        // SAFETY: a quarter of the panel's block each.
+                        unsafe { from_lines(starts, layout.step(), &mut panel) };
+                        assert_eq!(panel, plain, "{what}: block {b} of lines");
+                    }
+                }
+            }
+        }
     }
 }

@@ -448,8 +448,10 @@ impl<'a> Filling<'a> {
         if let Some(own) = own {
             for (i, panel) in (strips.start * per_strip..strips.end * per_strip).enumerate() {
                 let to = layout.panel_at(matrix, panel);
+                // Past the last line there may be what an earlier call left: what is kept is the same for all callers.
+                let present = panel < layout.panels;
                 for (j, b) in blocks.clone().enumerate() {
-                    // SAFETY: the writers filled this panel's block.
+                    // SAFETY: the writers filled this panel's block, or nobody reads what is made of it.
                     let from = unsafe { std::slice::from_raw_parts(own.as_ptr().add(i * stride + j * plain), plain) };
                     // SAFETY: nobody else writes to the same block.
                     let block = |at: usize, len: usize| unsafe { panels.bytes.part(to + at, len) };
@@ -459,6 +461,9 @@ impl<'a> Filling<'a> {
                                 let at = (lane * layout.blocks + b) * (plain / PANEL_ROWS);
                                 forms::to_line(from, lane, layout.step(), block(at, plain / PANEL_ROWS));
                             }
+                        }
+                        Form::Compact { .. } if !present => {
+                            block(b * layout.block_bytes, layout.block_bytes).fill(0);
                         }
                         Form::Compact { nibbles } => {
                             forms::to_compact(

@@ -8,7 +8,7 @@
 
 use super::cache::Caches;
 use super::driver::{Buffer, Kernel, PanelBlocks, Place, Tiles};
-use super::{Coding, Epilogue, Workspace, fitting, general, offset};
+use super::{Coding, Epilogue, ROOM, Workspace, fitting, general, offset};
 use crate::arch::generic::encode::{ROW_PADDING, STRIP};
 use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
@@ -21,9 +21,9 @@ use crate::encode::{Context, check_size, forms};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
 use crate::mem::{AlignedBytes, SharedMut};
-use crate::parallel::{Serial, Stage, for_each_stage};
+use crate::parallel::{DefaultFloatMode, Serial, Stage, for_each_stage, for_each_task};
 use crate::rng::Seed;
-use crate::shape::{FloatLines, FloatTensor};
+use crate::shape::{FloatLines, FloatTensor, element_count};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -109,6 +109,15 @@ pub enum Input<'a> {
     Kept(&'a [u8]),
 }
 
+/// Rows of random bits are counted in 32 bits.
+fn check_rows(rows: usize, of: &str) -> Result<()> {
+    if rows as u64 > 1 << 32 {
+        let expected = format!("at most 2^32 rows of the {of} (the product of all dimensions but the last)");
+        return Err(Error::shape(expected, rows.to_string()));
+    }
+    Ok(())
+}
+
 fn product_of(sizes: [usize; 3]) -> usize {
     sizes.iter().product()
 }
@@ -117,6 +126,12 @@ impl Convolution {
     fn taps(&self) -> usize {
         product_of(self.kernel)
     }
+    fn input_image(&self) -> Image {
+        Image { batch: self.batch, pixels: self.input, channels: self.channels[0] }
+    }
+    fn output_image(&self) -> Image {
+        Image { batch: self.batch, pixels: self.output, channels: self.channels[1] }
+    }
     fn group_channels(&self) -> [usize; 2] {
         self.channels.map(|channels| channels / self.groups)
     }
@@ -124,16 +139,31 @@ impl Convolution {
     /// # Errors
     /// [`Error::Shape`] for sizes that describe no convolution.
     pub fn check(&self) -> Result<()> {
-        let positive = self.groups > 0 && [self.stride, self.dilation, self.kernel].iter().flatten().all(|&n| n > 0);
-        let pixels = [self.input, self.output].map(|sizes| sizes.iter().try_fold(1usize, |n, &d| n.checked_mul(d)));
-        let countable = pixels.iter().all(|n| n.is_some_and(|n| n < 1 << 31));
-        if positive && countable && self.channels.iter().all(|c| c % self.groups == 0) {
-            return Ok(());
+        let Self { batch, channels, groups, input, output, kernel, stride, padding, dilation } = *self;
+        let below = |n: usize| n < 1 << 31;
+        let positive = groups > 0 && [stride, dilation, kernel].iter().flatten().all(|&n| n > 0);
+        // Each by itself, too: a size of zero makes any product small.
+        let small = [input, output, kernel, stride, padding, dilation].iter().flatten().all(|&n| below(n))
+            && [input, output, kernel].iter().all(|sizes| element_count(sizes).is_ok_and(below));
+        if !(positive && small && below(batch) && channels.iter().all(|c| c % groups == 0)) {
+            let expected = "positive strides, dilations and taps, channels in whole groups, fewer than 2^31 samples, \
+                            pixels and taps, and strides, dilations and padding below 2^31";
+            return Err(Error::shape(expected, format!("{self:?}")));
         }
-        Err(Error::shape(
-            "positive strides, dilations and taps, channels in whole groups, and fewer than 2^31 pixels",
-            format!("{self:?}"),
-        ))
+        for (pixels, channels) in [(input, channels[0]), (output, channels[1])] {
+            element_count(&[batch, product_of(pixels), channels, ROOM])?;
+        }
+        element_count(&[channels[1], channels[0] / groups, product_of(kernel), ROOM])?;
+        Ok(())
+    }
+
+    fn check_kernel(&self, w: &FloatTensor<'_>) -> Result<()> {
+        let [k0, k1, k2] = self.kernel;
+        let expected = [self.channels[1], self.group_channels()[0], k0, k1, k2];
+        if w.shape() != expected {
+            return Err(Error::shape(format!("a kernel of shape {expected:?}"), format!("{:?}", w.shape())));
+        }
+        element_count(&expected[..4]).and_then(|rows| check_rows(rows, "kernel"))
     }
 
     /// From pixels of Y to those of X.
@@ -169,12 +199,7 @@ impl Convolution {
         out: &mut [f32],
         workspace: &mut Workspace,
     ) -> Result<()> {
-        self.check()?;
-        let [channels, columns] = self.group_channels();
-        let side = Image { batch: self.batch, pixels: self.input, channels: self.channels[0] };
-        let pixels = product_of(self.input);
-        let rows = Rows { reach: self.reach(), pixels, channels, out_channels: self.channels[1], columns };
-        self.by_pixels(ctx, x, side, &rows, w, Taps::Forward, codings, flatten, bias, out, workspace)
+        self.by_pixels(ctx, x, w, Taps::Forward, codings, flatten, bias, out, workspace)
     }
 
     /// dX [batch, input pixels, in channels] ← dY [batch, output pixels, out channels] with kernel w: also the forward
@@ -192,12 +217,7 @@ impl Convolution {
         out: &mut [f32],
         workspace: &mut Workspace,
     ) -> Result<()> {
-        self.check()?;
-        let [columns, channels] = self.group_channels();
-        let side = Image { batch: self.batch, pixels: self.output, channels: self.channels[1] };
-        let pixels = product_of(self.output);
-        let rows = Rows { reach: self.reverse(), pixels, channels, out_channels: self.channels[0], columns };
-        self.by_pixels(ctx, dy, side, &rows, w, Taps::Backward, codings, false, bias, out, workspace)
+        self.by_pixels(ctx, dy, w, Taps::Backward, codings, false, bias, out, workspace)
     }
 
     fn check_formats(codings: [Coding; 2], k: usize) -> Result<usize> {
@@ -219,8 +239,6 @@ impl Convolution {
         &self,
         ctx: &Context<'_>,
         x: &[f32],
-        image: Image,
-        rows: &Rows,
         w: &FloatTensor<'_>,
         direction: Taps,
         codings: [Coding; 2],
@@ -229,23 +247,44 @@ impl Convolution {
         out: &mut [f32],
         workspace: &mut Workspace,
     ) -> Result<()> {
-        let taps = self.taps();
-        let (row_pixels, pixels) = (rows.reach.rows, rows.pixels);
-        check_size("elements of the image", x.len(), self.batch * pixels * image.channels)?;
-        check_size("elements of out", out.len(), self.batch * row_pixels * rows.out_channels)?;
+        self.check()?;
         let [group_in, group_out] = self.group_channels();
-        let [k0, k1, k2] = self.kernel;
-        if w.shape() != [self.channels[1], group_in, k0, k1, k2] {
-            return Err(Error::shape(format!("a kernel for {self:?}"), format!("{:?}", w.shape())));
-        }
+        let ([from, to], [channels, columns]) = match direction {
+            Taps::Forward => ([0, 1], [group_in, group_out]),
+            Taps::Backward => ([1, 0], [group_out, group_in]),
+        };
+        let images = [self.input_image(), self.output_image()];
+        let (image, taps, out_channels) = (images[from], self.taps(), self.channels[to]);
+        let [pixels, row_pixels] = [from, to].map(|side| product_of(images[side].pixels));
+        check_size("elements of the image", x.len(), self.batch * pixels * image.channels)?;
+        check_size("elements of out", out.len(), self.batch * row_pixels * out_channels)?;
+        self.check_kernel(w)?;
         if let Some(bias) = bias {
-            check_size("elements of bias", bias.len(), rows.out_channels)?;
+            check_size("elements of bias", bias.len(), out_channels)?;
         }
-        let line = if flatten { taps * rows.channels } else { rows.channels };
+        let line = if flatten { taps * channels } else { channels };
         let block = Self::check_formats(codings, line)?;
+        if flatten {
+            element_count(&[self.batch, self.groups, row_pixels]).and_then(|rows| check_rows(rows, "patches"))?;
+        } else {
+            image.check_rows()?;
+        }
         if out.is_empty() {
             return Ok(());
         }
+        if line == 0 {
+            let _mode = DefaultFloatMode::enter();
+            for (i, out) in out.iter_mut().enumerate() {
+                *out = general::finish(0.0, bias.map(|bias| bias[i % out_channels]));
+            }
+            return Ok(());
+        }
+        // Only now: a table of the size of what the sizes promise.
+        let reach = match direction {
+            Taps::Forward => self.reach(),
+            Taps::Backward => self.reverse(),
+        };
+        let rows = &Rows { reach, pixels, channels, out_channels, columns };
         let [left, right] = codings;
         let epilogue = Epilogue { accumulate: false, bias };
         let Workspace { left: left_panels, groups, taps: tap_memory, planes: [w_plane, x_plane], scratch, .. } =
@@ -266,7 +305,7 @@ impl Convolution {
                 },
             },
         ];
-        let macs = self.batch * row_pixels * rows.out_channels * taps * rows.channels;
+        let macs = out.len().saturating_mul(taps * rows.channels);
         let workers = if macs < super::driver::SERIAL_MACS { 1 } else { ctx.threads.max(1) };
         for_each_stage(ctx.team, workers, &prepare);
 
@@ -515,36 +554,36 @@ impl Convolution {
         let pixels = rows.pixels;
         let (taps, columns) = (self.taps(), rows.columns);
         let bias = epilogue.bias.map(|bias| &bias[g * columns..][..columns]);
-        let mut patches = Vec::new();
-        let mut sums = vec![0.0; columns];
-        for sample in 0..self.batch {
-            for pixel in 0..row_pixels {
-                let flat;
-                let mut pieces = Vec::with_capacity(taps);
-                let left = match image {
-                    Some(image) => {
-                        let line = |&source: &i32| {
-                            (source != NOWHERE).then_some((sample * pixels + source as usize) * self.groups + g)
-                        };
-                        pieces.extend(rows.reach.of(pixel).iter().map(line));
-                        image
-                    }
-                    None => {
-                        let k = self.patch_rows(x, rows, sample, g, pixel..pixel + 1, &mut patches);
-                        let first_row = (sample * self.groups + g) * row_pixels + pixel;
-                        // SAFETY: one row of `k` elements.
-                        let lines = unsafe { FloatLines::of_rows(patches.as_ptr(), [1, k], k, true, first_row) };
-                        flat = Codes::from_floats(&Context::serial(), &lines, coding.format, coding.mode);
-                        pieces.push(Some(0));
-                        &flat
-                    }
-                };
-                general::row_of_pieces(left, &pieces, right, &mut sums, bias);
-                let at = (sample * row_pixels + pixel) * rows.out_channels + g * columns;
-                out[at..at + columns].copy_from_slice(&sums);
-            }
-        }
-        let _ = ctx;
+        let serial = Context { kernels: ctx.kernels, team: &Serial, threads: 1 };
+        let workers = ctx.workers(out.len().saturating_mul(taps * rows.channels));
+        let out = SharedMut::new(out);
+        for_each_task(ctx.team, workers, self.batch * row_pixels, &|_, row| {
+            let (sample, pixel) = (row / row_pixels, row % row_pixels);
+            let flat;
+            let mut pieces = Vec::with_capacity(taps);
+            let left = match image {
+                Some(image) => {
+                    let line = |&source: &i32| {
+                        (source != NOWHERE).then(|| (sample * pixels + source as usize) * self.groups + g)
+                    };
+                    pieces.extend(rows.reach.of(pixel).iter().map(line));
+                    image
+                }
+                None => {
+                    let mut patches = Vec::new();
+                    let k = self.patch_rows(x, rows, sample, g, pixel..pixel + 1, &mut patches);
+                    let first_row = (sample * self.groups + g) * row_pixels + pixel;
+                    // SAFETY: one row of `k` elements.
+                    let lines = unsafe { FloatLines::of_rows(patches.as_ptr(), [1, k], k, true, first_row) };
+                    flat = Codes::from_floats(&serial, &lines, coding.format, coding.mode);
+                    pieces.push(Some(0));
+                    &flat
+                }
+            };
+            // SAFETY: every row belongs to one task.
+            let out = unsafe { out.part(row * rows.out_channels + g * columns, columns) };
+            general::row_of_pieces(left, &pieces, right, out, bias);
+        });
     }
 
     // --- the weight gradient -----------------------------------------------------------------------------------------
@@ -591,6 +630,13 @@ impl Convolution {
         Some(layout.bytes() + layout.panel_count())
     }
 
+    fn expect_kept_bytes(&self, format: BlockFormat) -> Result<usize> {
+        self.kept_bytes(format).ok_or_else(|| {
+            let found = format!("{format}, and {} pixels of {} samples", product_of(self.input), self.batch);
+            Error::format("a format in blocks of up to 8 bits, and an image to keep that is not empty", found)
+        })
+    }
+
     fn compact_layout(&self, format: BlockFormat) -> PanelLayout {
         let side = Side::Left { correction: Correction::Total, offset: 0 };
         self.weight_left_layout(format.block_along(self.batch), side).compact(format.bits())
@@ -608,15 +654,14 @@ impl Convolution {
         bytes: &mut [u8],
         workspace: &mut Workspace,
     ) -> Result<()> {
+        self.check()?;
         check_size("elements of the image", x.len(), self.batch * product_of(self.input) * self.channels[0])?;
-        let Some(len) = self.kept_bytes(coding.format) else {
-            return Err(Error::format("a format in blocks of up to 8 bits, to keep", coding.format.to_string()));
-        };
-        check_size("bytes to keep the image in", bytes.len(), len)?;
+        self.input_image().check_rows()?;
+        check_size("bytes to keep the image in", bytes.len(), self.expect_kept_bytes(coding.format)?)?;
         let Workspace { planes, scratch, .. } = workspace;
         reserve_scratch(ctx, scratch);
         let scratch = &*scratch;
-        let plane = self.filled_plane(ctx, Side2::Input, coding, &mut planes[1], scratch);
+        let plane = self.filled_plane(ctx, self.input_image(), coding, &mut planes[1], scratch);
         let lines = self.weight_left_lines(x, &plane);
         let source = Source::Floats(&lines, coding.mode);
         let layout = self.compact_layout(coding.format);
@@ -629,16 +674,12 @@ impl Convolution {
     fn filled_plane<'w>(
         &self,
         ctx: &Context<'_>,
-        side: Side2,
+        image: Image,
         coding: Coding,
         memory: &'w mut AlignedBytes,
         scratch: &[Mutex<Scratch>],
     ) -> Plane {
-        let (pixels, channels) = match side {
-            Side2::Input => (self.input, self.channels[0]),
-            Side2::Output => (self.output, self.channels[1]),
-        };
-        let plane = Plane::new(Image { batch: self.batch, pixels, channels }, coding, true, memory);
+        let plane = Plane::new(image, coding, true, memory);
         let fill = |worker: usize, task: usize| {
             let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
             plane.fill(ctx, task, &mut scratch);
@@ -672,10 +713,11 @@ impl Convolution {
                 check_size("elements of the image", x.len(), self.batch * product_of(self.input) * self.channels[0])?;
             }
             Input::Kept(bytes) => {
-                let expected = self.kept_bytes(x_coding.format).unwrap_or(0);
-                check_size("bytes of a kept image", bytes.len(), expected)?;
+                check_size("bytes of a kept image", bytes.len(), self.expect_kept_bytes(x_coding.format)?)?;
             }
         }
+        self.input_image().check_rows()?;
+        self.output_image().check_rows()?;
         if out.is_empty() {
             return Ok(());
         }
@@ -686,9 +728,9 @@ impl Convolution {
         let Workspace { left: left_panels, groups, planes: [dy_plane, x_plane], scratch, .. } = workspace;
         reserve_scratch(ctx, scratch);
         let scratch = &*scratch;
-        let dy_plane = self.filled_plane(ctx, Side2::Output, dy_coding, dy_plane, scratch);
+        let dy_plane = self.filled_plane(ctx, self.output_image(), dy_coding, dy_plane, scratch);
         let x_plane = match x {
-            Input::Floats(_) => self.filled_plane(ctx, Side2::Input, x_coding, x_plane, scratch),
+            Input::Floats(_) => self.filled_plane(ctx, self.input_image(), x_coding, x_plane, scratch),
             Input::Kept(_) => Plane::none(),
         };
         let dy_image = (out_pixels * self.channels[1]) as isize;
@@ -706,22 +748,28 @@ impl Convolution {
         let by_panels =
             [x_coding, dy_coding].iter().all(|coding| coding.format.encodes_to_panels()) && block <= MAX_BLOCK;
         if !by_panels {
-            let Input::Floats(x) = x else { unreachable!("such formats are not kept") };
-            let lines = self.weight_left_lines(x, &x_plane);
-            let image = Codes::from_floats(ctx, &lines, x_coding.format, x_coding.mode);
+            let image = match x {
+                Input::Floats(x) => {
+                    Codes::from_floats(ctx, &self.weight_left_lines(x, &x_plane), x_coding.format, x_coding.mode)
+                }
+                Input::Kept(bytes) => self.codes_of_kept(bytes, x_coding.format),
+            };
             for g in 0..self.groups {
                 let right = Codes::from_floats(ctx, &dy_lines(g, false), dy_coding.format, dy_coding.mode);
-                let out = &mut out[g * taps * channels * columns..][..taps * channels * columns];
-                for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+                let out = SharedMut::new(&mut out[g * taps * channels * columns..][..taps * channels * columns]);
+                let workers = ctx.workers((taps * channels * columns).saturating_mul(out_pixels * self.batch));
+                for_each_task(ctx.team, workers, taps * channels, &|_, row| {
                     let (tap, c) = (row / channels, row % channels);
                     let pieces: Vec<Option<usize>> = (0..out_pixels)
                         .map(|o| {
                             let p = reach.of(o)[tap];
-                            (p != NOWHERE).then_some(p as usize * self.channels[0] + g * channels + c)
+                            (p != NOWHERE).then(|| p as usize * self.channels[0] + g * channels + c)
                         })
                         .collect();
+                    // SAFETY: every row belongs to one task.
+                    let out = unsafe { out.part(row * columns, columns) };
                     general::row_of_pieces(&image, &pieces, &right, out, None);
-                }
+                });
             }
             return Ok(());
         }
@@ -845,6 +893,33 @@ impl Convolution {
         run_stages(ctx, workers, &fillings, scratch, self.groups * row_tasks * column_tasks, &multiply)
     }
 
+    /// Codes from what was kept, for a product with a format that has no panels. Blocks of zeros come back with another
+    /// exponent, which no product can tell.
+    fn codes_of_kept(&self, kept: &[u8], format: BlockFormat) -> Codes {
+        let compact = self.compact_layout(format);
+        let Form::Compact { nibbles } = compact.form else { unreachable!("made compact") };
+        let layout = self.weight_left_layout(compact.block, compact.side);
+        let PanelLayout { matrices, lines, k, block, blocks, .. } = layout;
+        let mut codes = vec![0; matrices * lines * k];
+        let mut exponents = vec![0; matrices * lines * blocks];
+        let mut panel = vec![0; layout.block_bytes];
+        for (matrix, q) in (0..matrices).flat_map(|matrix| (0..layout.panels).map(move |q| (matrix, q))) {
+            let from = &kept[layout.panel(matrix, q) * compact.panel_bytes()..][..compact.panel_bytes()];
+            for (b, from) in from.chunks_exact(compact.block_bytes).enumerate() {
+                forms::from_compact(from, &layout, nibbles, &mut panel);
+                for lane in 0..PANEL_ROWS.min(lines - q * PANEL_ROWS) {
+                    let row = matrix * lines + q * PANEL_ROWS + lane;
+                    exponents[row * blocks + b] = from[compact.block_bytes - PANEL_ROWS + lane];
+                    let to = &mut codes[row * k..][b * block..(b * block + block).min(k)];
+                    for (j, to) in to.iter_mut().enumerate() {
+                        *to = i16::from(panel[4 * (j / 4 * PANEL_ROWS + lane) + j % 4] as i8);
+                    }
+                }
+            }
+        }
+        Codes { format, matrices, lines, k, block, codes, exponents }
+    }
+
     /// Left panels from what was kept.
     fn expand(&self, ctx: &Context<'_>, kept: &[u8], format: BlockFormat, layout: &PanelLayout, to: PanelsMut<'_>) {
         const TOGETHER: usize = 64;
@@ -869,12 +944,6 @@ impl Convolution {
         let stage = Stage { tasks: panels.div_ceil(TOGETHER), task: &task };
         for_each_stage(ctx.team, ctx.workers(4 * panels * layout.k), &[stage]);
     }
-}
-
-#[derive(Clone, Copy)]
-enum Side2 {
-    Input,
-    Output,
 }
 
 /// Fills, then multiplies, in one region.
@@ -910,6 +979,13 @@ struct Image {
     batch: usize,
     pixels: [usize; 3],
     channels: usize,
+}
+
+impl Image {
+    fn check_rows(&self) -> Result<()> {
+        let [p0, p1, _] = self.pixels;
+        element_count(&[self.batch, self.channels, p0, p1]).and_then(|rows| check_rows(rows, "image"))
+    }
 }
 
 /// Rows of a product by pixels.

@@ -16,7 +16,7 @@ use crate::encode::{Context, RoundingMode, check_size};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
 use crate::mem::AlignedBytes;
-use crate::shape::{FloatLines, FloatTensor, PlaneLayout};
+use crate::shape::{FloatLines, FloatTensor, PlaneLayout, element_count};
 use std::sync::Mutex;
 
 pub use strips::Coding;
@@ -209,7 +209,8 @@ impl<'a> Kept<'a> {
 #[must_use]
 pub fn kept_bytes(ctx: &Context<'_>, lines: usize, k: usize, format: BlockFormat) -> Option<usize> {
     let line = matches!(format.shape(), BlockShape::Line(n) if n <= MAX_BLOCK);
-    if !line || !format.encodes_to_panels() || lines.checked_mul(k)? == 0 {
+    // An element takes less than ROOM bytes, also where it is alone in its strip.
+    if !line || !format.encodes_to_panels() || element_count(&[lines, k, ROOM]).ok()? == 0 {
         return None;
     }
     let layout = kept_layout(format, [1, lines, k], ctx.kernels.columns);
@@ -297,6 +298,9 @@ pub struct Epilogue<'a> {
     /// Added last, one element per column.
     pub bias: Option<&'a [f32]>,
 }
+
+/// More bytes than panels of any form take for an element.
+const ROOM: usize = 1024;
 
 /// Offset that makes codes of `bits` bits unsigned.
 fn offset(bits: u8) -> i32 {

@@ -1,0 +1,711 @@
+//! The three products of convolutions against their definition: sums over taps or pixels, written out, of codes that the
+//! slow encoder makes of single lines. All levels, one to three threads, one workspace for calls of all sizes.
+
+mod operands;
+
+use hbfp::gemm::convolution::{Convolution, Input};
+use hbfp::gemm::{Coding, Workspace};
+use hbfp::parallel::Pool;
+use hbfp::reference::{self, Encoded};
+use hbfp::shape::FloatTensor;
+use hbfp::testing::{Fill, Guarded, TestRng};
+use hbfp::{BlockFormat, BlockShape, Context, Error, Kernels, Level, Rounding};
+use operands::memory::{Placement, Storage, Tensor};
+use operands::{ROUNDINGS, assert_same_bits, at_scale, contexts, line, mode, pick, serial};
+
+/// A convolution, its tensors and how each operand of each product is coded.
+#[derive(Debug)]
+struct Case {
+    sizes: Convolution,
+    x: Vec<f32>,
+    w: Tensor,
+    dy: Vec<f32>,
+    /// Of X, of Y's shape.
+    biases: [Option<Vec<f32>>; 2],
+    flatten: bool,
+    /// X and W; dY and W; dY and X.
+    codings: [[Coding; 2]; 3],
+}
+
+fn count(sizes: [usize; 3]) -> usize {
+    sizes.iter().product()
+}
+
+/// Row-major coordinates.
+fn coordinates(index: usize, [_, n1, n2]: [usize; 3]) -> [usize; 3] {
+    [index / (n1 * n2), index / n2 % n1, index % n2]
+}
+
+fn index(at: [usize; 3], [_, n1, n2]: [usize; 3]) -> usize {
+    (at[0] * n1 + at[1]) * n2 + at[2]
+}
+
+/// An image [batch, pixels, channels]; its random bits are those of [batch, channels, pixels…].
+struct Image<'a> {
+    values: &'a [f32],
+    pixels: [usize; 3],
+    channels: usize,
+    coding: Coding,
+}
+
+impl Image<'_> {
+    fn at(&self, sample: usize, pixel: usize, channel: usize) -> f32 {
+        self.values[(sample * count(self.pixels) + pixel) * self.channels + channel]
+    }
+    fn random(&self, sample: usize, pixel: usize, channel: usize) -> u16 {
+        let [p0, p1, _] = self.pixels;
+        let [i, j, column] = coordinates(pixel, self.pixels);
+        self.coding.mode.seed.bits((((sample * self.channels + channel) * p0 + i) * p1 + j) as u32, column)
+    }
+}
+
+/// Lines of `k` elements, each blocked by itself; `place` makes what an element and its random bits are found by.
+fn encode<P>(
+    coding: Coding,
+    lines: usize,
+    k: usize,
+    place: impl Fn(usize, usize) -> P,
+    element: impl Fn(P) -> f32,
+    random: impl Fn(P) -> u16,
+) -> Encoded {
+    let Coding { format, mode } = coding;
+    let sizes = (lines, k, format.block_along(k));
+    reference::encode(&format, sizes, |l, j| element(place(l, j)), mode.rounding, |l, j| random(place(l, j)))
+}
+
+/// Σ over segments, in order, of the products of a line of `a` (None: zeros) and one of `b`, on from +0.0.
+fn sum(a: &Encoded, b: &Encoded, segments: &[(Option<usize>, usize)], bias: Option<f32>) -> f32 {
+    let zeros = Encoded { lines: 1, codes: vec![0; a.k], exponents: vec![0; a.k.div_ceil(a.block)], ..*a };
+    let mut sum = 0.0;
+    for &(left, right) in segments {
+        let (a, left) = left.map_or((&zeros, 0), |left| (a, left));
+        sum = reference::product(a, b, left, right, sum, None);
+    }
+    let sum = bias.map_or(sum, |bias| sum + bias);
+    if sum.is_nan() { f32::from_bits(0x7FC0_0000) } else { sum }
+}
+
+impl Case {
+    fn image(&self, input: bool, coding: Coding) -> Image<'_> {
+        let Convolution { input: pixels, output, channels: [channels, out_channels], .. } = self.sizes;
+        match input {
+            true => Image { values: &self.x, pixels, channels, coding },
+            false => Image { values: &self.dy, pixels: output, channels: out_channels, coding },
+        }
+    }
+
+    /// Pixel of X under a tap of an output pixel.
+    fn source(&self, output: usize, tap: usize) -> Option<usize> {
+        let s = &self.sizes;
+        let (o, k) = (coordinates(output, s.output), coordinates(tap, s.kernel));
+        let mut at = [0; 3];
+        for d in 0..3 {
+            let p = (o[d] * s.stride[d] + k[d] * s.dilation[d]) as i64 - s.padding[d] as i64;
+            if !(0..s.input[d] as i64).contains(&p) {
+                return None;
+            }
+            at[d] = p as usize;
+        }
+        Some(index(at, s.input))
+    }
+
+    fn group_channels(&self) -> [usize; 2] {
+        self.sizes.channels.map(|channels| channels / self.sizes.groups)
+    }
+
+    /// Element and random bits of the kernel at output channel, input channel of the group, tap.
+    fn kernel(&self, coding: Coding) -> [Box<dyn Fn([usize; 3]) -> f32 + '_>; 2] {
+        let [k0, k1, k2] = self.sizes.kernel;
+        let [channels, _] = self.group_channels();
+        let values = self.w.values();
+        let taps = k0 * k1 * k2;
+        let element = move |[o, c, tap]: [usize; 3]| values[(o * channels + c) * taps + tap];
+        let random = move |[o, c, tap]: [usize; 3]| {
+            f32::from(coding.mode.seed.bits(((o * channels + c) * k0 * k1 + tap / k2) as u32, tap % k2))
+        };
+        [Box::new(element), Box::new(random)]
+    }
+
+    fn forward(&self) -> Vec<f32> {
+        let Convolution { batch, channels: [all, outs], groups, input, output, kernel, .. } = self.sizes;
+        let [channels, columns] = self.group_channels();
+        let (pixels, taps) = (count(output), count(kernel));
+        let [xc, wc] = self.codings[0];
+        let (image, [w, r]) = (self.image(true, xc), self.kernel(wc));
+        let bias = |o: usize| self.biases[1].as_ref().map(|bias| bias[o]);
+        let mut out = Vec::new();
+        if self.flatten {
+            // Patches [batch, groups, output pixels, taps · channels] with random bits of their own.
+            let patch = |line: usize, j: usize| (line, j);
+            let element = |(line, j): (usize, usize)| {
+                let (sample, g, o) = (line / pixels / groups, line / pixels % groups, line % pixels);
+                self.source(o, j / channels).map_or(0.0, |p| image.at(sample, p, g * channels + j % channels))
+            };
+            let random = |(line, j): (usize, usize)| xc.mode.seed.bits(line as u32, j);
+            let x = encode(xc, batch * groups * pixels, taps * channels, patch, element, random);
+            let place = |o: usize, j: usize| [o, j % channels, j / channels];
+            let w = encode(wc, outs, taps * channels, place, w, |at| r(at) as u16);
+            for i in 0..batch * pixels * outs {
+                let (sample, pixel, o) = (i / outs / pixels, i / outs % pixels, i % outs);
+                let line = (sample * groups + o / columns) * pixels + pixel;
+                out.push(sum(&x, &w, &[(Some(line), o)], bias(o)));
+            }
+            return out;
+        }
+        let place = |line: usize, j: usize| (line / groups, line % groups * channels + j);
+        let (inputs, lines) = (count(input), batch * count(input) * groups);
+        let x = encode(
+            xc,
+            lines,
+            channels,
+            place,
+            |(at, c)| image.at(at / inputs, at % inputs, c),
+            |(at, c)| image.random(at / inputs, at % inputs, c),
+        );
+        assert_eq!(all, image.channels);
+        let w = encode(wc, outs * taps, channels, |l, c| [l / taps, c, l % taps], w, |at| r(at) as u16);
+        for i in 0..batch * pixels * outs {
+            let (sample, pixel, o) = (i / outs / pixels, i / outs % pixels, i % outs);
+            let line = |p: usize| (sample * inputs + p) * groups + o / columns;
+            let segments: Vec<_> = (0..taps).map(|tap| (self.source(pixel, tap).map(line), o * taps + tap)).collect();
+            out.push(sum(&x, &w, &segments, bias(o)));
+        }
+        out
+    }
+
+    fn input_gradient(&self) -> Vec<f32> {
+        let Convolution { batch, channels: [all, outs], groups, input, output, kernel, .. } = self.sizes;
+        let [channels, columns] = self.group_channels();
+        let (pixels, inputs, taps) = (count(output), count(input), count(kernel));
+        let [yc, wc] = self.codings[1];
+        let (image, [w, r]) = (self.image(false, yc), self.kernel(wc));
+        let place = |line: usize, j: usize| (line / groups, line % groups * columns + j);
+        let dy = encode(
+            yc,
+            batch * pixels * groups,
+            columns,
+            place,
+            |(at, o)| image.at(at / pixels, at % pixels, o),
+            |(at, o)| image.random(at / pixels, at % pixels, o),
+        );
+        let place = |line: usize, j: usize| {
+            let (c, tap) = (line / taps, line % taps);
+            [c / channels * columns + j, c % channels, tap]
+        };
+        let w = encode(wc, all * taps, columns, place, w, |at| r(at) as u16);
+        assert_eq!(outs, image.channels);
+        // The output pixel that reads an input pixel through a tap: by search.
+        let reader = |p: usize, tap: usize| (0..pixels).find(|&o| self.source(o, tap) == Some(p));
+        let readers: Vec<Vec<_>> = (0..inputs).map(|p| (0..taps).map(|tap| reader(p, tap)).collect()).collect();
+        (0..batch * inputs * all)
+            .map(|i| {
+                let (sample, p, c) = (i / all / inputs, i / all % inputs, i % all);
+                let line = |o: usize| (sample * pixels + o) * groups + c / channels;
+                let segments: Vec<_> = (0..taps).map(|tap| (readers[p][tap].map(line), c * taps + tap)).collect();
+                sum(&dy, &w, &segments, self.biases[0].as_ref().map(|bias| bias[c]))
+            })
+            .collect()
+    }
+
+    fn weight_gradient(&self) -> Vec<f32> {
+        let Convolution { batch, channels: [all, outs], groups, input, output, kernel, .. } = self.sizes;
+        let [channels, columns] = self.group_channels();
+        let (pixels, taps) = (count(output), count(kernel));
+        let [yc, xc] = self.codings[2];
+        let along_batch = |image: &Image<'_>, lines: usize| {
+            let channels = image.channels;
+            encode(
+                image.coding,
+                lines,
+                batch,
+                |line, sample| (sample, line / channels, line % channels),
+                |(sample, pixel, c)| image.at(sample, pixel, c),
+                |(sample, pixel, c)| image.random(sample, pixel, c),
+            )
+        };
+        let dy = along_batch(&self.image(false, yc), pixels * outs);
+        let x = along_batch(&self.image(true, xc), count(input) * all);
+        (0..groups * taps * channels * columns)
+            .map(|i| {
+                let (g, tap) = (i / columns / channels / taps, i / columns / channels % taps);
+                let (c, o) = (g * channels + i / columns % channels, g * columns + i % columns);
+                let line = |p: usize| p * all + c;
+                let segments: Vec<_> =
+                    (0..pixels).map(|pixel| (self.source(pixel, tap).map(line), pixel * outs + o)).collect();
+                sum(&x, &dy, &segments, None)
+            })
+            .collect()
+    }
+
+    /// All products, and that from what was kept, in this order. Outputs stand between guard bands, and hold NaN before.
+    fn run(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> [Vec<f32>; 4] {
+        let Convolution { batch, channels: [all, outs], input, output, kernel, .. } = self.sizes;
+        let (sizes, w) = (self.sizes, self.w.view());
+        let out = |len: usize| Guarded::new(len, f32::NAN);
+        let bias = |i: usize| self.biases[i].as_deref();
+        let weights = count(kernel) * all / sizes.groups * outs;
+        let mut y = out(batch * count(output) * outs);
+        let (codings, flatten) = (self.codings, self.flatten);
+        sizes.forward(ctx, &self.x, &w, codings[0], flatten, bias(1), y.elements(), workspace).unwrap();
+        let mut dx = out(batch * count(input) * all);
+        sizes.input_gradient(ctx, &self.dy, &w, codings[1], bias(0), dx.elements(), workspace).unwrap();
+        let [mut from_floats, mut from_kept] = [out(weights), out(weights)];
+        let x = Input::Floats(&self.x);
+        sizes.weight_gradient(ctx, &self.dy, x, codings[2], from_floats.elements(), workspace).unwrap();
+        match self.keep(ctx, workspace) {
+            Some(kept) => {
+                let kept = Input::Kept(&kept);
+                sizes.weight_gradient(ctx, &self.dy, kept, codings[2], from_kept.elements(), workspace).unwrap();
+            }
+            None => from_kept.elements().copy_from_slice(from_floats.checked()),
+        }
+        [y, dx, from_floats, from_kept].map(|out| out.checked().to_vec())
+    }
+
+    /// What is kept of X: between bands that must stay, at any alignment.
+    fn keep(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> Option<Vec<u8>> {
+        let coding = self.codings[2][1];
+        let len = self.sizes.kept_bytes(coding.format)?;
+        let mut bytes = vec![0xA5; len + 130];
+        self.sizes.keep(ctx, &self.x, coding, &mut bytes[65..65 + len], workspace).unwrap();
+        assert!(bytes[..65].iter().chain(&bytes[65 + len..]).all(|&b| b == 0xA5), "a write outside the kept bytes");
+        Some(bytes[65..65 + len].to_vec())
+    }
+
+    fn expected(&self) -> [Vec<f32>; 4] {
+        let dw = self.weight_gradient();
+        [self.forward(), self.input_gradient(), dw.clone(), dw]
+    }
+
+    #[track_caller]
+    fn check(&self, found: &[Vec<f32>; 4], expected: &[Vec<f32>; 4], what: &dyn Fn() -> String) {
+        let [channels, columns] = [self.sizes.channels, self.group_channels()].map(|channels| channels[1]);
+        let names = ["forward", "input gradient", "weight gradient", "weight gradient from what was kept"];
+        for (i, name) in names.into_iter().enumerate() {
+            let columns = [channels, self.sizes.channels[0], columns, columns][i];
+            assert_same_bits(&found[i], &expected[i], columns, &|| {
+                let formats =
+                    self.codings.map(|pair| pair.map(|Coding { format, mode }| (format.to_string(), mode.rounding)));
+                format!("{}: {name} of {:?}, flatten {}, {formats:?}", what(), self.sizes, self.flatten)
+            });
+        }
+    }
+}
+
+/// Fills whose blocks have scales around the ends of the fast range of two formats.
+fn border_values(rng: &mut TestRng, n: usize, bits: u8) -> Vec<f32> {
+    let scales: [i32; 3] = if rng.below(2) == 0 { [-64, -63, -62] } else { [51, 52, 53] };
+    let code = |rng: &mut TestRng| rng.below(1 << bits) as i32 - (1 << (bits - 1)) + 1;
+    // Few changes of scale: tiles of both kinds side by side.
+    let runs: Vec<i32> = (0..n.div_ceil(24)).map(|_| pick(rng, &scales)).collect();
+    (0..n).map(|i| at_scale(code(rng), runs[i / 24])).collect()
+}
+
+fn values(rng: &mut TestRng, n: usize, bits: u8) -> Vec<f32> {
+    let fill = match rng.below(10) {
+        0 => return border_values(rng, n, bits.min(8)),
+        1 => Fill::NonFinite,
+        2 => Fill::Extreme,
+        3 => Fill::Ties,
+        4 | 5 => Fill::Wide,
+        _ => Fill::Plain,
+    };
+    let mut values = fill.values(n, rng.next_u64());
+    if n > 0 && rng.below(6) == 0 {
+        values[rng.below(n)] = f32::NAN;
+    }
+    values
+}
+
+/// Everything drawn at random. `widths` are those of the operands.
+fn draw(rng: &mut TestRng, widths: &[u8], most: usize) -> Case {
+    let rank = 1 + rng.below(3);
+    let mut sizes = Convolution {
+        batch: 1 + rng.below(4),
+        channels: [1, 1],
+        groups: pick(rng, &[1, 1, 1, 2, 3, 5]),
+        input: [1; 3],
+        output: [1; 3],
+        kernel: [1; 3],
+        stride: [1; 3],
+        padding: [0; 3],
+        dilation: [1; 3],
+    };
+    let group = [pick(rng, &[1, 1, 2, 3, 4, 5, 8, 12, 16, 19, 20]), pick(rng, &[1, 2, 3, 4, 5, 8, 15, 16, 17, 32, 33])];
+    // Many groups of many channels would take long.
+    let most_channels = if sizes.groups > 1 { 9 } else { 64 };
+    sizes.channels = group.map(|n| n.min(most_channels) * sizes.groups);
+    for d in 3 - rank..3 {
+        sizes.kernel[d] = 1 + rng.below([5, 3, 2][rank - 1]);
+        sizes.stride[d] = 1 + rng.below(3);
+        sizes.dilation[d] = 1 + rng.below(2);
+        sizes.padding[d] = rng.below(4);
+        sizes.input[d] = 1 + rng.below([most, most / 2, most / 3][rank - 1].max(2));
+        let reach = (sizes.kernel[d] - 1) * sizes.dilation[d] + 1;
+        // Padding behind is whatever it is: pixels of Y may see nothing of X, and the last ones of X be seen by none.
+        let padded = sizes.input[d] + sizes.padding[d] + rng.below(3);
+        sizes.output[d] = (padded.max(reach) - reach) / sizes.stride[d] + 1;
+    }
+    let block = pick(rng, &[2, 3, 4, 7, 8, 16, 20, 32, 64]);
+    if rng.below(4) == 0 {
+        sizes.batch = pick(rng, &[block - 1, block, block + 1, 2 * block + 1]).min(20);
+    }
+    let mut coding = |stream| {
+        let format = line(pick(rng, widths), block);
+        Coding { format, mode: mode(pick(rng, &ROUNDINGS), stream) }
+    };
+    let codings = [[coding(1), coding(2)], [coding(3), coding(4)], [coding(5), coding(6)]];
+    let bits = |i: usize| codings[i][0].format.bits();
+    let [channels, outs] = sizes.channels;
+    let x = values(rng, sizes.batch * count(sizes.input) * channels, bits(0));
+    let dy = values(rng, sizes.batch * count(sizes.output) * outs, bits(1));
+    let [k0, k1, k2] = sizes.kernel;
+    let shape = [outs, channels / sizes.groups, k0, k1, k2];
+    let w = values(rng, shape.iter().product(), codings[0][1].format.bits());
+    let placements: Vec<_> = Placement::ALL.into_iter().filter(|placement| !placement.repeated).collect();
+    let w = Tensor::new(&w, &shape, pick(rng, &placements), Storage::Poisoned);
+    let mut bias = |n: usize| (rng.below(2) == 0).then(|| Fill::Wide.values(n, rng.next_u64()));
+    Case { sizes, x, w, dy, biases: [bias(channels), bias(outs)], flatten: rng.below(3) == 0, codings }
+}
+
+/// A case of plain values, nearest-even where not stochastic.
+fn plain(sizes: Convolution, flatten: bool, formats: [BlockFormat; 2], rounding: Rounding) -> Case {
+    let Convolution { batch, channels: [channels, outs], groups, input, output, kernel: [k0, k1, k2], .. } = sizes;
+    let coding = |i: usize, stream| Coding { format: formats[i], mode: mode(rounding, stream) };
+    let shape = [outs, channels / groups, k0, k1, k2];
+    let w = Fill::Plain.values(shape.iter().product(), 1);
+    Case {
+        sizes,
+        x: Fill::Plain.values(batch * count(input) * channels, 2),
+        w: Tensor::new(&w, &shape, Placement::DENSE, Storage::Poisoned),
+        dy: Fill::Plain.values(batch * count(output) * outs, 3),
+        biases: [None, Some(Fill::Plain.values(outs, 4))],
+        flatten,
+        codings: [[coding(0, 1), coding(1, 2)], [coding(0, 3), coding(1, 4)], [coding(1, 5), coding(0, 6)]],
+    }
+}
+
+const SQUARE: Convolution = Convolution {
+    batch: 2,
+    channels: [16, 32],
+    groups: 1,
+    input: [1, 6, 6],
+    output: [1, 6, 6],
+    kernel: [1, 3, 3],
+    stride: [1; 3],
+    padding: [0, 1, 1],
+    dilation: [1; 3],
+};
+
+/// Every level's results against the definition's, in one workspace a level.
+fn check_cases(levels: &[(&str, Context<'_>)], cases: impl Iterator<Item = Case>) {
+    let mut workspaces: Vec<_> = levels.iter().map(|_| Workspace::default()).collect();
+    for (number, case) in cases.enumerate() {
+        let expected = case.expected();
+        for ((name, ctx), workspace) in levels.iter().zip(&mut workspaces) {
+            case.check(&case.run(ctx, workspace), &expected, &|| format!("{name}: case {number}"));
+        }
+    }
+}
+
+#[test]
+fn equals_the_definition_with_everything_drawn_at_random() {
+    // Hunted: any index that is off, and whatever an earlier, larger call left in the workspace.
+    let mut rng = TestRng(51);
+    check_cases(&contexts(), (0..150).map(|_| draw(&mut rng, &[2, 3, 4, 4, 5, 6, 7, 8], 9)));
+}
+
+#[test]
+fn formats_without_panels_equal_the_definition() {
+    let mut rng = TestRng(52);
+    check_cases(&contexts(), (0..40).map(|_| draw(&mut rng, &[4, 8, 9, 12, 16], 5)));
+    // Narrow exponents clamp from above, which panels cannot.
+    let narrow = line(4, 8).with_exponent(5, None).unwrap();
+    let sizes = Convolution { channels: [6, 4], groups: 2, ..SQUARE };
+    check_cases(
+        &contexts(),
+        [false, true].map(|flatten| plain(sizes, flatten, [narrow; 2], Rounding::Stochastic)).into_iter(),
+    );
+}
+
+#[test]
+fn all_pairs_of_widths_along_every_reduction() {
+    // Hunted: what is kept of 8-bit X for the AVX2 level's 16-bit codes, and corrections of every kind.
+    let levels = contexts();
+    let sizes = Convolution { batch: 9, channels: [20, 19], input: [1, 3, 3], output: [1, 3, 3], ..SQUARE };
+    let pairs = (2..=8).flat_map(|a| (2..=8).map(move |b| [line(a, 8), line(b, 8)]));
+    check_cases(&levels, pairs.map(|pair| plain(sizes, false, pair, Rounding::NearestEven)));
+    // Blocks whose sums fit no accumulator with an exponent: the general product of panels.
+    let sizes = Convolution { batch: 2, channels: [300, 5], input: [1, 2, 2], output: [1, 2, 2], ..SQUARE };
+    check_cases(
+        &levels,
+        [[8, 8], [7, 8]].map(|pair| plain(sizes, false, pair.map(|b| line(b, 300)), Rounding::NearestEven)).into_iter(),
+    );
+}
+
+#[test]
+fn passes_over_more_taps_and_pixels_than_a_cache_holds() {
+    // Hunted: a pass that begins at the wrong piece, and NaN and exponents of one pass that are lost in the next.
+    let levels = contexts();
+    let sizes = Convolution { batch: 1, channels: [64, 17], kernel: [1, 7, 7], padding: [0, 3, 3], ..SQUARE };
+    let sizes = Convolution { input: [1, 4, 3], output: [1, 4, 3], ..sizes };
+    let along_batch = Convolution {
+        batch: 70,
+        channels: [5, 17],
+        input: [1, 8, 9],
+        output: [1, 8, 9],
+        kernel: [1, 2, 1],
+        padding: [0; 3],
+        ..SQUARE
+    };
+    let along_batch = Convolution { output: [1, 7, 9], ..along_batch };
+    let deep = line(4, 64);
+    let mut cases = Vec::new();
+    for sizes in [sizes, along_batch] {
+        for at in [None, Some(0), Some(1), Some(2)] {
+            let mut case = plain(sizes, false, [deep; 2], Rounding::NearestEven);
+            if let Some(third) = at {
+                let at = |n: usize| (n - 1) * third / 2;
+                let ([x, y], value) = ([at(case.x.len()), at(case.dy.len())], [f32::NAN, 3e38, 1e-36][third]);
+                (case.x[x], case.dy[y]) = (value, value);
+            }
+            cases.push(case);
+        }
+    }
+    check_cases(&levels, cases.into_iter());
+}
+
+#[test]
+fn teams_of_any_size_give_the_same_bits() {
+    // Large enough that all of it is shared out.
+    let pool = Pool::new();
+    let sizes = Convolution { channels: [32, 64], input: [1, 12, 12], output: [1, 12, 12], ..SQUARE };
+    let cases = [
+        plain(sizes, false, [line(4, 64), line(6, 64)], Rounding::Stochastic),
+        plain(
+            Convolution { batch: 5, channels: [24, 48], groups: 2, ..sizes },
+            true,
+            [line(4, 32); 2],
+            Rounding::Stochastic,
+        ),
+        plain(Convolution { channels: [12, 8], ..sizes }, true, [line(12, 16); 2], Rounding::Stochastic),
+    ];
+    for (number, case) in cases.iter().enumerate() {
+        let expected = case.expected();
+        for (name, ctx) in contexts() {
+            let kept = case.keep(&ctx, &mut Workspace::default());
+            let mut workspace = Workspace::default();
+            for threads in [1, 3, 2] {
+                let ctx = Context { team: &pool, threads, ..ctx };
+                let what = || format!("{name}, {threads} threads: case {number}");
+                case.check(&case.run(&ctx, &mut workspace), &expected, &what);
+                assert!(case.keep(&ctx, &mut workspace) == kept, "{}: other bytes kept", what());
+            }
+        }
+    }
+}
+
+#[test]
+fn kept_bytes_are_the_same_after_any_call() {
+    // Hunted: places that no product reads and nobody writes. (Levels differ in how many panels they flag.)
+    let mut rng = TestRng(53);
+    let levels = contexts();
+    let mut workspaces: Vec<_> = levels.iter().map(|_| Workspace::default()).collect();
+    for number in 0..60 {
+        let case = draw(&mut rng, &[2, 3, 4, 5, 6, 7, 8], 9);
+        for ((name, ctx), workspace) in levels.iter().zip(&mut workspaces) {
+            let expected = case.keep(ctx, &mut Workspace::default());
+            assert!(case.keep(ctx, workspace) == expected, "{name}: case {number}, {:?}", case.sizes);
+        }
+    }
+}
+
+#[test]
+fn kept_bytes_of_any_content_are_read_inside_their_bounds() {
+    // Hunted: an index, a shift or a sum that trusts a file. What comes out is anybody's guess.
+    let mut rng = TestRng(54);
+    for _ in 0..60 {
+        let mut case = draw(&mut rng, &[2, 3, 4, 5, 6, 7, 8], 5);
+        case.x.clear();
+        let [coding, kept] = case.codings[2];
+        let len = case.sizes.kept_bytes(kept.format).unwrap();
+        let bytes: Box<[u8]> = (0..len).map(|_| rng.next_u64() as u8).collect();
+        let [channels, columns] = case.group_channels();
+        for (_, ctx) in contexts() {
+            let mut out = Guarded::new(case.sizes.groups * count(case.sizes.kernel) * channels * columns, f32::NAN);
+            let (codings, mut workspace) = ([coding, kept], Workspace::default());
+            let x = Input::Kept(&bytes);
+            case.sizes.weight_gradient(&ctx, &case.dy, x, codings, out.elements(), &mut workspace).unwrap();
+            let _ = out.checked();
+            let x = Input::Kept(&bytes[1..]);
+            let error = case.sizes.weight_gradient(&ctx, &case.dy, x, codings, out.elements(), &mut workspace);
+            assert!(matches!(error, Err(Error::Shape { .. })), "{error:?}");
+        }
+    }
+}
+
+#[test]
+fn empty_tensors() {
+    let levels = contexts();
+    let sizes = Convolution { channels: [8, 8], ..SQUARE };
+    let cases = [
+        Convolution { batch: 0, ..sizes },
+        // No input pixels: all of Y is the bias, through taps that see padding alone.
+        Convolution { input: [1, 0, 3], ..sizes },
+        Convolution { output: [1, 6, 0], ..sizes },
+        // An empty reduction.
+        Convolution { channels: [0, 8], ..sizes },
+        Convolution { channels: [8, 0], ..sizes },
+    ];
+    for sizes in cases {
+        for bits in [4, 12] {
+            for flatten in [false, true] {
+                let mut case = plain(sizes, flatten, [line(bits, 16); 2], Rounding::Stochastic);
+                case.biases[0] = Some(Fill::Plain.values(sizes.channels[0], 5));
+                check_cases(&levels, [case].into_iter());
+            }
+        }
+    }
+}
+
+#[test]
+fn sizes_that_fit_nothing_are_errors() {
+    // Hunted: products of sizes that wrap around, and tables that are made before anything was checked.
+    let ctx = Context::serial();
+    let coding = Coding { format: line(4, 16), mode: mode(Rounding::Stochastic, 1) };
+    let sizes = Convolution { channels: [8, 8], ..SQUARE };
+    let huge = 1usize << 40;
+    let geometries = [
+        Convolution { groups: 0, ..sizes },
+        Convolution { groups: 3, ..sizes },
+        Convolution { stride: [1, 0, 1], ..sizes },
+        Convolution { dilation: [0, 1, 1], ..sizes },
+        Convolution { kernel: [1, 3, 0], ..sizes },
+        Convolution { stride: [1, usize::MAX, 1], ..sizes },
+        Convolution { padding: [usize::MAX, 0, 0], ..sizes },
+        Convolution { dilation: [1, 1, huge], ..sizes },
+        Convolution { kernel: [huge, huge, 1], ..sizes },
+        Convolution { kernel: [1 << 30, 3, 3], ..sizes },
+        Convolution { kernel: [1 << 20, 1 << 20, 1 << 24], ..sizes },
+        Convolution { input: [huge, 0, 1], ..sizes },
+        Convolution { input: [1 << 20, 1 << 20, 1 << 24], ..sizes },
+        Convolution { output: [1, huge, 0], ..sizes },
+        Convolution { output: [1 << 16, 1 << 16, 1], ..sizes },
+        Convolution { batch: huge, ..sizes },
+        Convolution { batch: (1 << 31) - 1, channels: [1 << 40, 0], ..sizes },
+        Convolution { batch: 1 << 30, channels: [1 << 62, 1 << 62], ..sizes },
+        // Sizes that are fine, but not those of the tensors.
+        Convolution { batch: 3, ..sizes },
+        Convolution { output: [1 << 10, 1 << 10, 1 << 10], ..sizes },
+        Convolution { kernel: [1 << 10, 1 << 10, 1 << 10], ..sizes },
+        Convolution { channels: [8, 16], ..sizes },
+    ];
+    let image = vec![0.0; 2 * 36 * 8];
+    let kernel = vec![0.0; 8 * 8 * 9];
+    let w = FloatTensor::new(&kernel, &[8, 8, 1, 3, 3]).unwrap();
+    for (i, sizes) in geometries.into_iter().enumerate() {
+        let mut workspace = Workspace::default();
+        let shape_error =
+            |result: hbfp::Result<()>| assert!(matches!(result, Err(Error::Shape { .. })), "{i}: {result:?}");
+        // Tensors of the usual sizes, and empty ones, to which a product that wraps around might be equal.
+        for (image, out) in [(&image[..], image.len()), (&[][..], 0)] {
+            let mut out = vec![7.0; out];
+            shape_error(sizes.forward(&ctx, image, &w, [coding; 2], false, None, &mut out, &mut workspace));
+            shape_error(sizes.forward(&ctx, image, &w, [coding; 2], true, None, &mut out, &mut workspace));
+            shape_error(sizes.input_gradient(&ctx, image, &w, [coding; 2], None, &mut out, &mut workspace));
+            let x = Input::Floats(image);
+            shape_error(sizes.weight_gradient(&ctx, image, x, [coding; 2], &mut out, &mut workspace));
+            assert!(out.iter().all(|&x| x == 7.0), "{i}: a write before an error");
+        }
+        let kept = sizes.kept_bytes(coding.format);
+        let result =
+            sizes.keep(&ctx, &image, coding, &mut vec![0; kept.filter(|&n| n < 1 << 20).unwrap_or(0)], &mut workspace);
+        assert!(result.is_err() || sizes.check().is_ok(), "{i}");
+    }
+}
+
+#[test]
+fn operands_that_do_not_fit_are_errors() {
+    let ctx = Context::serial();
+    let case = plain(Convolution { channels: [8, 8], ..SQUARE }, false, [line(4, 16); 2], Rounding::NearestEven);
+    let coding = |format| Coding { format, mode: mode(Rounding::NearestEven, 1) };
+    let (sizes, w, mut workspace) = (case.sizes, case.w.view(), Workspace::default());
+    let mut out = vec![0.0; case.dy.len()];
+    let mut forward = |codings: [BlockFormat; 2], bias: Option<&[f32]>| {
+        sizes.forward(&ctx, &case.x, &w, codings.map(coding), false, bias, &mut out, &mut workspace)
+    };
+    let tile = BlockFormat::new(4, BlockShape::Tile(4)).unwrap();
+    assert!(matches!(forward([tile, line(4, 4)], None), Err(Error::Format { .. })));
+    assert!(matches!(forward([line(4, 4), line(4, 3)], None), Err(Error::Shape { .. })));
+    assert!(matches!(forward([line(4, 4); 2], Some(&[0.0; 7])), Err(Error::Shape { .. })));
+    assert!(forward([line(4, 8), line(4, 16)], Some(&[0.0; 8])).is_ok(), "one block of 8 channels either way");
+    // Wide codes are not kept, nor can somebody claim to have kept them.
+    let (wide, mut dw) = (coding(line(12, 16)), vec![0.0; 8 * 8 * 9]);
+    assert!(matches!(sizes.keep(&ctx, &case.x, wide, &mut [], &mut workspace), Err(Error::Format { .. })));
+    let kept = Input::Kept(&[]);
+    let result = sizes.weight_gradient(&ctx, &case.dy, kept, [wide; 2], &mut dw, &mut workspace);
+    assert!(matches!(result, Err(Error::Format { .. })), "{result:?}");
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, reason = "the floating-point mode is a register")]
+fn the_callers_floating_point_mode_plays_no_part() {
+    // Hunted: a path outside the team's regions, where the caller's flushing of subnormals is still in force.
+    let with_flushing = |run: &mut dyn FnMut()| {
+        let (mut saved, flushing) = (0u32, 0x9FC0u32);
+        // SAFETY: flush to zero and denormals are zero, until the end of the call.
+        unsafe {
+            std::arch::asm!("stmxcsr [{}]", in(reg) &raw mut saved, options(nostack));
+            std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const flushing, options(nostack));
+        }
+        run();
+        // SAFETY: what was read above.
+        unsafe { std::arch::asm!("ldmxcsr [{}]", in(reg) &raw const saved, options(nostack)) }
+    };
+    for (bits, channels) in [(4, [8, 8]), (12, [8, 8]), (4, [0, 8]), (12, [0, 8])] {
+        for flatten in [false, true] {
+            let mut case =
+                plain(Convolution { channels, ..SQUARE }, flatten, [line(bits, 16); 2], Rounding::NearestEven);
+            for values in [&mut case.x, &mut case.dy, case.biases[1].as_mut().unwrap()] {
+                values.iter_mut().for_each(|x| *x *= 2f32.powi(-126));
+            }
+            let expected = case.expected();
+            assert!(expected[0].iter().any(|x| x.is_subnormal()), "the case hunts nothing");
+            for (name, ctx) in contexts() {
+                let mut found = None;
+                with_flushing(&mut || found = Some(case.run(&ctx, &mut Workspace::default())));
+                case.check(&found.unwrap(), &expected, &|| format!("{name}, subnormals flushed"));
+            }
+        }
+    }
+}
+
+/// The levels themselves, for valgrind: models check their indices.
+fn levels() -> Vec<(&'static str, Context<'static>)> {
+    let levels = Level::ALL.into_iter().filter(|level| level.is_available());
+    levels.map(|level| (level.name(), serial(Kernels::of(level)))).collect()
+}
+
+#[test]
+fn memcheck_convolutions() {
+    let mut rng = TestRng(55);
+    let levels = levels();
+    // A workspace of its own for each case: its buffers are of just the size that is asked for.
+    for _ in 0..12 {
+        check_cases(&levels, [draw(&mut rng, &[2, 4, 4, 6, 8], 4)].into_iter());
+    }
+    check_cases(&levels, [draw(&mut rng, &[12], 3)].into_iter());
+}
+
+#[test]
+fn memcheck_threads() {
+    let pool = Pool::new();
+    let case =
+        plain(Convolution { channels: [24, 36], groups: 2, ..SQUARE }, false, [line(4, 16); 2], Rounding::Stochastic);
+    let expected = case.expected();
+    for (name, ctx) in levels() {
+        let ctx = Context { team: &pool, threads: 3, ..ctx };
+        case.check(&case.run(&ctx, &mut Workspace::default()), &expected, &|| format!("{name}, three threads"));
+    }
+}

@@ -1,0 +1,206 @@
+//! Operands kept beside a product: the codes along another axis that [`Keep`] writes in the same pass, and products that
+//! read them, against the definition.
+
+mod operands;
+
+use hbfp::gemm::{Epilogue, Keep, Kept, Right, Workspace, kept_bytes, product, product_keeping};
+use hbfp::parallel::Pool;
+use hbfp::testing::{Fill, Guarded, TestRng};
+use hbfp::{BlockFormat, BlockShape, Context, Error, Kernels, Level, Rounding};
+use operands::memory::{Placement, Storage};
+use operands::{ROUNDINGS, TestOperand, assert_same_bits, contexts, line, mode, pick, products, serial};
+
+/// A · Wᵀ, beside which the tensor of A is kept in the codes of `kept`; then D · keptᵀ.
+struct Case {
+    a: TestOperand,
+    w: TestOperand,
+    /// The tensor of A in other codes.
+    kept: TestOperand,
+    d: TestOperand,
+    bias: Vec<f32>,
+}
+
+impl Case {
+    fn draw(rng: &mut TestRng, most: usize, storage: Storage) -> Self {
+        let (m, n, k) = (1 + rng.below(most), 1 + rng.below(most), 1 + rng.below(most));
+        let [block, kept_block] = [(); 2].map(|()| pick(rng, &[1, 3, 4, 8, 16, 20, 32, 64]));
+        let (by_line, kept_by_line) = (rng.below(2) == 0, rng.below(2) == 0);
+        let fill =
+            |rng: &mut TestRng| pick(rng, &[Fill::Plain, Fill::Plain, Fill::Wide, Fill::Extreme, Fill::NonFinite]);
+        let placements: Vec<_> = Placement::ALL.into_iter().filter(|placement| !placement.repeated).collect();
+        // Now and then a left operand that no panel holds.
+        let widths = [2, 3, 4, 4, 5, 6, 7, 8, 12];
+        let coded = |rng: &mut TestRng, widths: &[u8], block: usize, stream: u64| {
+            (line(pick(rng, widths), block), mode(pick(rng, &ROUNDINGS), stream))
+        };
+        let operand = |rng: &mut TestRng, lines: usize, k: usize, block: usize, stream: u64| {
+            let (format, mode) = coded(rng, &widths, block, stream);
+            TestOperand::new((lines, k), rng.below(2) == 0, format, fill(rng), mode, rng.next_u64())
+                .placed(pick(rng, &placements), storage)
+        };
+        let w = operand(rng, n, k, block, 2);
+        let (format, rounding) = coded(rng, &widths, block, 1);
+        let placement = pick(rng, &placements);
+        let a =
+            TestOperand::new((m, k), by_line, format, fill(rng), rounding, rng.next_u64()).placed(placement, storage);
+        // Its own lines again, or its columns.
+        let (format, rounding) = coded(rng, &widths[..8], kept_block, 3);
+        let values = a.tensor.values();
+        let along = by_line == kept_by_line;
+        let (lines, length) = if along { (m, k) } else { (k, m) };
+        let kept = TestOperand::of(&values, &[], (lines, length), kept_by_line, format, rounding);
+        let few = pick(rng, &[1, 2, 5, 8, 9, 13]);
+        let d = operand(rng, few, length, kept_block, 4);
+        Self { a, w, kept, d, bias: Fill::Plain.values(n, 5) }
+    }
+
+    /// Both products, and the kept bytes.
+    fn run(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> ([Vec<f32>; 2], Vec<u8>) {
+        let (lines, k, format) = (self.kept.lines(), self.kept.k(), self.kept.format);
+        let len = kept_bytes(ctx, lines, k, format).unwrap();
+        let mut bytes = vec![0xA5; len + 130];
+        let keep = Keep { axis: self.kept.axis(), format, mode: self.kept.mode, bytes: &mut bytes[65..65 + len] };
+        let mut out = Guarded::new(self.a.lines() * self.w.lines(), f32::NAN);
+        let epilogue = Epilogue { accumulate: false, bias: Some(&self.bias) };
+        let w = Right::Operand(self.w.operand());
+        product_keeping(ctx, &self.a.operand(), Some(keep), &w, out.elements(), epilogue, workspace).unwrap();
+        assert!(bytes[..65].iter().chain(&bytes[65 + len..]).all(|&b| b == 0xA5), "a write outside the kept bytes");
+        let bytes = bytes[65..65 + len].to_vec();
+        let mut later = Guarded::new(self.d.lines() * lines, f32::NAN);
+        let kept = Right::Kept(Kept { lines, k, format, bytes: &bytes });
+        product(ctx, &self.d.operand(), &kept, later.elements(), Epilogue::default(), workspace).unwrap();
+        ([out, later].map(|out| out.checked().to_vec()), bytes)
+    }
+
+    fn expected(&self) -> [Vec<f32>; 2] {
+        [products(&self.a, &self.w, None, Some(&self.bias)), products(&self.d, &self.kept, None, None)]
+    }
+
+    #[track_caller]
+    fn check(&self, found: &[Vec<f32>; 2], expected: &[Vec<f32>; 2], what: &dyn Fn() -> String) {
+        let columns = [self.w.lines(), self.kept.lines()];
+        for (i, name) in ["the product", "the later product"].into_iter().enumerate() {
+            let operands = [&self.a, &self.w, &self.kept, &self.d];
+            assert_same_bits(&found[i], &expected[i], columns[i], &|| {
+                let text = |x: &TestOperand| {
+                    format!("{}×{} {} by line {} {:?}", x.lines(), x.k(), x.format, x.by_line, x.mode.rounding)
+                };
+                format!("{}: {name} of {:?}", what(), operands.map(text))
+            });
+        }
+    }
+}
+
+#[test]
+fn what_is_kept_multiplies_as_the_tensor_would() {
+    // Hunted: kept codes of the wrong axis, stream or format; tails of lines and blocks; a workspace used before.
+    let mut rng = TestRng(61);
+    let levels = contexts();
+    let mut workspaces: Vec<_> = levels.iter().map(|_| Workspace::default()).collect();
+    for number in 0..250 {
+        let case = Case::draw(&mut rng, 80, Storage::Poisoned);
+        let expected = case.expected();
+        for ((name, ctx), workspace) in levels.iter().zip(&mut workspaces) {
+            case.check(&case.run(ctx, workspace).0, &expected, &|| format!("{name}: case {number}"));
+        }
+    }
+}
+
+#[test]
+fn teams_of_any_size_keep_the_same() {
+    // Hunted: jobs that take turns over one tensor, of which one gets a task twice and another never.
+    let pool = Pool::new();
+    let coded = |bits, stream| (line(bits, 64), mode(Rounding::Stochastic, stream));
+    let operand = |lines, k, by_line, (format, mode), seed| {
+        TestOperand::new((lines, k), by_line, format, Fill::Plain, mode, seed)
+    };
+    let (m, n, k) = (300, 130, 950);
+    for kept_bits in [4, 6] {
+        for by_line in [true, false] {
+            let a = operand(m, k, by_line, coded(4, 1), 1);
+            let (format, rounding) = coded(kept_bits, 3);
+            let kept = TestOperand::of(&a.tensor.values(), &[], (k, m), !by_line, format, rounding);
+            let d = operand(5, m, false, coded(6, 4), 3);
+            let case = Case { a, w: operand(n, k, true, coded(5, 2), 2), kept, d, bias: vec![0.5; n] };
+            let expected = case.expected();
+            for (name, ctx) in contexts() {
+                let mut workspace = Workspace::default();
+                for threads in [1, 3, 2] {
+                    let ctx = Context { team: &pool, threads, ..ctx };
+                    let (found, _) = case.run(&ctx, &mut workspace);
+                    case.check(&found, &expected, &|| format!("{name}, {threads} threads"));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn bytes_of_any_content_are_read_inside_their_bounds() {
+    // Hunted: an index, a shift or a sum that trusts a file. What comes out is anybody's guess.
+    let mut rng = TestRng(62);
+    for _ in 0..150 {
+        let case = Case::draw(&mut rng, 50, Storage::Poisoned);
+        let (lines, k, format) = (case.kept.lines(), case.kept.k(), case.kept.format);
+        for (_, ctx) in contexts() {
+            let len = kept_bytes(&ctx, lines, k, format).unwrap();
+            let bytes: Box<[u8]> = (0..len).map(|_| rng.next_u64() as u8).collect();
+            let mut out = Guarded::new(case.d.lines() * lines, f32::NAN);
+            let mut multiply = |bytes| {
+                let kept = Right::Kept(Kept { lines, k, format, bytes });
+                product(&ctx, &case.d.operand(), &kept, out.elements(), Epilogue::default(), &mut Workspace::default())
+            };
+            multiply(&bytes).unwrap();
+            let error = multiply(&bytes[1..]);
+            assert!(matches!(error, Err(Error::Shape { .. })), "{error:?}");
+            let _ = out.checked();
+        }
+    }
+}
+
+#[test]
+fn what_cannot_be_kept_is_an_error() {
+    let ctx = Context::serial();
+    for format in
+        [line(9, 16), BlockFormat::new(4, BlockShape::Tile(4)).unwrap(), line(4, 16).with_exponent(5, None).unwrap()]
+    {
+        assert_eq!(kept_bytes(&ctx, 8, 8, format), None, "{format}");
+    }
+    assert_eq!(kept_bytes(&ctx, 0, 8, line(4, 16)), None);
+    for n in [1 << 30, 1 << 31, 1 << 40] {
+        assert_eq!(kept_bytes(&ctx, n, n, line(4, 1)), None, "more bytes than can be counted");
+    }
+    let case = Case::draw(&mut TestRng(63), 20, Storage::Poisoned);
+    let len = kept_bytes(&ctx, case.kept.lines(), case.kept.k(), case.kept.format).unwrap();
+    for (axis, len) in [(case.kept.axis(), len - 1), (case.kept.axis(), len + 1), (2, len)] {
+        let mut bytes = vec![0; len];
+        let keep = Keep { axis, format: case.kept.format, mode: case.kept.mode, bytes: &mut bytes };
+        let mut out = vec![7.0; case.a.lines() * case.w.lines()];
+        let w = Right::Operand(case.w.operand());
+        let error = product_keeping(
+            &ctx,
+            &case.a.operand(),
+            Some(keep),
+            &w,
+            &mut out,
+            Epilogue::default(),
+            &mut Workspace::default(),
+        );
+        assert!(matches!(error, Err(Error::Shape { .. })), "{error:?}");
+        assert!(out.iter().all(|&x| x == 7.0), "a write before an error");
+    }
+}
+
+#[test]
+fn memcheck_keeping() {
+    let mut rng = TestRng(64);
+    let levels = Level::ALL.into_iter().filter(|level| level.is_available());
+    let levels: Vec<_> = levels.map(|level| (level.name(), serial(Kernels::of(level)))).collect();
+    for number in 0..25 {
+        let case = Case::draw(&mut rng, 40, Storage::Bare);
+        let expected = case.expected();
+        for (name, ctx) in &levels {
+            case.check(&case.run(ctx, &mut Workspace::default()).0, &expected, &|| format!("{name}: case {number}"));
+        }
+    }
+}
