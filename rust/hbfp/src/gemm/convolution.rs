@@ -671,12 +671,12 @@ impl Convolution {
         run_stages(ctx, ctx.workers(x.len()), &fillings, scratch, 0, &|_, _| {})
     }
 
-    fn filled_plane<'w>(
+    fn filled_plane(
         &self,
         ctx: &Context<'_>,
         image: Image,
         coding: Coding,
-        memory: &'w mut AlignedBytes,
+        memory: &mut AlignedBytes,
         scratch: &[Mutex<Scratch>],
     ) -> Plane {
         let plane = Plane::new(image, coding, true, memory);

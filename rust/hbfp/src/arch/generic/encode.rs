@@ -514,6 +514,7 @@ pub(crate) unsafe fn quantize_row<S: Simd, const R: u8>(
 /// - row k, `x + k * stride`, is valid for reading `strips * STRIP` elements, k < `n`; `strips` ≤ [`STRIPS_STAGED`];
 /// - `staging` is valid for writing `strips * between` elements, n · STRIP ≤ `between`, and `amax` for `strips * STRIP`.
 #[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "two places in memory, and how both are cut")]
 pub(crate) unsafe fn stage_strips<S: Simd>(
     s: S,
     x: *const f32,
