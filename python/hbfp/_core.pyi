@@ -28,9 +28,13 @@ __all__ = [
     "attention",
     "attention_backward",
     "column_sums",
+    "convolution_forward",
+    "convolution_input_gradient",
+    "convolution_weight_gradient",
     "decode",
     "encode",
     "info",
+    "kept_product",
     "lay_out",
     "multiply_adds",
     "pack",
@@ -83,6 +87,9 @@ class Format:
     def exponent_bits(self) -> int: ...
     @property
     def exponent_bias(self) -> int: ...
+    @property
+    def encodes_to_panels(self) -> bool:
+        """Whether the kernels take it straight from floats: lines of at most 8 bits under a full range of exponents."""
     def plane_shapes(self, shape: tuple[int, ...], axis: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of the exponent and the mantissa plane of a tensor."""
     def __eq__(self, other: object, /) -> bool: ...

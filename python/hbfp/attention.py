@@ -6,16 +6,15 @@ reaches the softmax from elsewhere, a loss on the weights, is added to what reac
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hbfp import ops
 from hbfp.autograd import Role
-from hbfp.policy import Backend, Recipe
+from hbfp.backends import arithmetic
+from hbfp.policy import Recipe
 
 __all__ = ["ContextFunction", "WeightsFunction"]
 
@@ -36,11 +35,12 @@ class WeightsFunction(torch.autograd.Function):
         source: object,
     ) -> Tensor:
         policy = recipe.forward
-        scores = _multiply(recipe)(
+        by = arithmetic(recipe.backend)
+        scores = by.product(
             q, -1, k, -1, policy.formats, policy.roundings, seed,
             (stream | Role.Q_FORWARD, stream | Role.K_FORWARD), name="scores", source=source,
         )  # fmt: skip
-        p = ops.softmax(scores, scale, False, None if mask is None else mask.expand(scores.shape), reuse=True)
+        p = by.softmax(scores, scale, False, None if mask is None else mask.expand(scores.shape), reuse=True)
         need_q, need_k, need_mask = ctx.needs_input_grad[:3]
         ctx.save_for_backward(
             q if need_k else None, k if need_q else None, p if any((need_q, need_k, need_mask)) else None
@@ -55,21 +55,21 @@ class WeightsFunction(torch.autograd.Function):
         q, k, p = ctx.saved_tensors
         need_q, need_k, need_mask = ctx.needs_input_grad[:3]
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
-        multiply = _multiply(recipe)
+        by = arithmetic(recipe.backend)
         dq = dk = dmask = None
         if need_mask:
-            dmask = ops.softmax_backward(p, dp, 1.0).sum_to_size(ctx.mask_shape)
+            dmask = by.softmax_backward(p, dp, 1.0).sum_to_size(ctx.mask_shape)
         if need_q or need_k:
-            ds = ops.softmax_backward(p, dp, ctx.scale)
+            ds = by.softmax_backward(p, dp, ctx.scale)
         if need_q:
             policy = recipe.input_gradient
-            dq = multiply(
+            dq = by.product(
                 ds, -1, k, -2, policy.formats, policy.roundings, seed,
                 (stream | Role.DS_FOR_DQ, stream | Role.QKV_BACKWARD), name="gradient of Q", source=source,
             )  # fmt: skip
         if need_k:
             policy = recipe.weight_gradient
-            dk = multiply(
+            dk = by.product(
                 ds, -2, q, -2, policy.formats, policy.roundings, seed,
                 (stream | Role.DS_FOR_DK, stream | Role.QKV_BACKWARD), name="gradient of K", source=source,
             )  # fmt: skip
@@ -85,7 +85,7 @@ class ContextFunction(torch.autograd.Function):
         need_p, need_v = ctx.needs_input_grad[:2]
         ctx.save_for_backward(p if need_v else None, v if need_p else None)
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
-        return _multiply(recipe)(
+        return arithmetic(recipe.backend).product(
             p, -1, v, -2, policy.formats, policy.roundings, seed,
             (stream | Role.P_FORWARD, stream | Role.V_FORWARD), name="context", source=source,
         )  # fmt: skip
@@ -96,22 +96,18 @@ class ContextFunction(torch.autograd.Function):
         p, v = ctx.saved_tensors
         need_p, need_v = ctx.needs_input_grad[:2]
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
-        multiply = _multiply(recipe)
+        by = arithmetic(recipe.backend)
         dp = dv = None
         if need_p:
             policy = recipe.input_gradient
-            dp = multiply(
+            dp = by.product(
                 do, -1, v, -1, policy.formats, policy.roundings, seed,
                 (stream | Role.DO_FOR_DP, stream | Role.QKV_BACKWARD), name="gradient of P", source=source,
             )  # fmt: skip
         if need_v:
             policy = recipe.weight_gradient
-            dv = multiply(
+            dv = by.product(
                 p, -2, do, -2, policy.formats[::-1], policy.roundings[::-1], seed,
                 (stream | Role.P_FOR_DV, stream | Role.DO_FOR_DV), name="gradient of V", source=source,
             )  # fmt: skip
         return dp, dv, None, None, None, None
-
-
-def _multiply(recipe: Recipe) -> Callable[..., Tensor]:
-    return ops.product if recipe.backend is Backend.INTEGER else ops.reference_product

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hbfp import ops
+from hbfp.emulation import emulating
 from hbfp.errors import HBFPError
 from hbfp.nn.report import table
 from hbfp.policy import RootState, layer_states
@@ -170,6 +171,8 @@ class _FloatProducts(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if emulating():
+            return out  # told by `ops.recorders`, as the product that it stands for
         operator = func._overloadpacket
         if operator in _FORMULAS:
             self.enter(operator.__name__, _FORMULAS[operator](*args, **kwargs, out_val=out))

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from hbfp import ops
+from hbfp.backends import Arithmetic, arithmetic
 from hbfp.errors import HBFPError, ShapeError
 from hbfp.policy import Backend, Recipe
 
@@ -81,19 +82,15 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
-def _multiply(recipe: Recipe) -> Callable[..., Tensor]:
-    return ops.product if recipe.backend is _INTEGER else ops.reference_product
-
-
-def _sum_to(gradient: Tensor, shape: Sequence[int]) -> Tensor:
-    """`gradient` summed over the dimensions that `shape` was broadcast along, the same for any number of threads."""
+def _sum_to(gradient: Tensor, shape: Sequence[int], by: Arithmetic) -> Tensor:
+    """`gradient` summed over the dimensions that `shape` was broadcast along, as bias gradients are."""
     if gradient.shape == torch.Size(shape):
         return gradient
     extra = gradient.dim() - len(shape)
     summed = [d for d in range(gradient.dim()) if d < extra or (shape[d - extra] == 1 and gradient.shape[d] != 1)]
     kept = [d for d in range(gradient.dim()) if d not in summed]
     rows, columns = (prod(gradient.shape[d] for d in dims) for dims in (summed, kept))
-    return ops.column_sums(gradient.permute(summed + kept).reshape(rows, columns)).reshape(shape)
+    return by.column_sums(gradient.permute(summed + kept).reshape(rows, columns)).reshape(shape)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -124,7 +121,7 @@ class LinearFunction(torch.autograd.Function):
                 x, weight, policy.formats, policy.roundings, seed, streams, bias, keep, name="forward", source=source
             )
         else:
-            out = _multiply(recipe)(
+            out = arithmetic(recipe.backend).product(
                 x, -1, weight, -1, policy.formats, policy.roundings, seed, streams, bias, name="forward", source=source
             )
         ctx.kept, ctx.columns = kept is not None, x.shape[-1]
@@ -137,11 +134,11 @@ class LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
-        multiply = _multiply(recipe)
+        by = arithmetic(recipe.backend)
         dx = dweight = dbias = None
         if need_x:
             policy = recipe.input_gradient
-            dx = multiply(
+            dx = by.product(
                 dy, -1, weight, -2, policy.formats, policy.roundings, seed, (stream | _DY_X, stream | _W_X),
                 name="input gradient", source=source,
             )  # fmt: skip
@@ -154,12 +151,12 @@ class LinearFunction(torch.autograd.Function):
             )  # fmt: skip
         elif need_weight:
             policy = recipe.weight_gradient
-            dweight = multiply(
+            dweight = by.product(
                 rows, -2, x.flatten(0, -2), -2, policy.formats, policy.roundings, seed,
                 (stream | _DY_W, stream | _X_W), name="weight gradient", source=source,
             )  # fmt: skip
         if need_bias:
-            dbias = ops.column_sums(rows)
+            dbias = by.column_sums(rows)
         return dx, dweight, dbias, None, None, None, None
 
 
@@ -180,7 +177,7 @@ class MatmulFunction(torch.autograd.Function):
             batch = _batch_of(a, b)
             a, b = _expand(a, batch), _expand(b, batch)
         policy = recipe.forward
-        return _multiply(recipe)(
+        return arithmetic(recipe.backend).product(
             a, -1, b, -2, policy.formats, policy.roundings, seed, (stream | _X, stream | _W),
             name="forward", source=source,
         )  # fmt: skip
@@ -192,17 +189,17 @@ class MatmulFunction(torch.autograd.Function):
         a_shape, b_shape = ctx.shapes
         need_a, need_b = ctx.needs_input_grad[:2]
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
-        multiply = _multiply(recipe)
+        by = arithmetic(recipe.backend)
         batch = dc.shape[:-2]
         da = db = None
         if need_a:
             policy = recipe.input_gradient
-            da = multiply(
+            da = by.product(
                 dc, -1, _expand(b, batch) if b.dim() > 2 else b, -1, policy.formats, policy.roundings, seed,
                 (stream | _DY_X, stream | _W_X),
                 name="input gradient", source=source,
             )  # fmt: skip
-            da = _sum_to(da, a_shape)
+            da = _sum_to(da, a_shape, by)
         if need_b:
             if len(b_shape) == 2:
                 a, dc = a.flatten(0, -2), dc.flatten(0, -2)
@@ -210,11 +207,11 @@ class MatmulFunction(torch.autograd.Function):
                 a = _expand(a, batch)
             # The recipe speaks of dYᵀ X; this is its transpose, Aᵀ dC.
             policy = recipe.weight_gradient
-            db = multiply(
+            db = by.product(
                 a, -2, dc, -2, policy.formats[::-1], policy.roundings[::-1], seed, (stream | _X_W, stream | _DY_W),
                 name="weight gradient", source=source,
             )  # fmt: skip
-            db = _sum_to(db, b_shape)
+            db = _sum_to(db, b_shape, by)
         return da, db, None, None, None, None
 
 
@@ -242,17 +239,17 @@ class AttentionFunction(torch.autograd.Function):
         source: object,
     ) -> Tensor:
         policy = recipe.forward
-        multiply = _multiply(recipe)
+        by = arithmetic(recipe.backend)
         batch = _batch_of(q, k, v)
-        scores = multiply(
+        scores = by.product(
             _expand(q, batch), -1, _expand(k, batch), -1, policy.formats, policy.roundings, seed,
             (stream | _Q, stream | _K),
             name="scores", source=source,
         )  # fmt: skip
         wide_mask = None if mask is None else _additive(mask).expand(scores.shape)
-        p = ops.softmax(scores, scale, causal, wide_mask, reuse=True)
+        p = by.softmax(scores, scale, causal, wide_mask, reuse=True)
         keep = _kept(p, dropout)
-        out = multiply(
+        out = by.product(
             _drop(p, keep, dropout), -1, _expand(v, batch), -2, policy.formats, policy.roundings, seed,
             (stream | _P, stream | _V),
             name="context", source=source,
@@ -280,37 +277,37 @@ class AttentionFunction(torch.autograd.Function):
         need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
         scale, dropout = ctx.scale, ctx.dropout
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
-        multiply = _multiply(recipe)
+        by = arithmetic(recipe.backend)
         towards_input, towards_right = recipe.input_gradient, recipe.weight_gradient
         dq = dk = dv = dmask = None
         if need_v:
-            dv = multiply(
+            dv = by.product(
                 _drop(p, keep, dropout), -2, do, -2, towards_right.formats[::-1], towards_right.roundings[::-1], seed,
                 (stream | _P_V, stream | _DO_V), name="gradient of V", source=source,
             )  # fmt: skip
-            dv = _sum_to(dv, v_shape)
+            dv = _sum_to(dv, v_shape, by)
         if need_q or need_k or need_mask:
-            dp = multiply(
+            dp = by.product(
                 do, -1, _expand(v, batch), -1, towards_input.formats, towards_input.roundings, seed, (stream | _DO_P,
                 stream | _QKV), name="gradient of P", source=source,
             )  # fmt: skip
             dp = _drop(dp, keep, dropout)
             if need_mask:
-                dmask = _sum_to(ops.softmax_backward(p, dp, 1.0), mask_shape)
+                dmask = _sum_to(by.softmax_backward(p, dp, 1.0), mask_shape, by)
             if need_q or need_k:
-                ds = ops.softmax_backward(p, dp, scale, reuse=True)
+                ds = by.softmax_backward(p, dp, scale, reuse=True)
             if need_q:
-                dq = multiply(
+                dq = by.product(
                     ds, -1, _expand(k, batch), -2, towards_input.formats, towards_input.roundings, seed,
                     (stream | _DS_Q, stream | _QKV), name="gradient of Q", source=source,
                 )  # fmt: skip
-                dq = _sum_to(dq, q_shape)
+                dq = _sum_to(dq, q_shape, by)
             if need_k:
-                dk = multiply(
+                dk = by.product(
                     ds, -2, _expand(q, batch), -2, towards_right.formats, towards_right.roundings, seed,
                     (stream | _DS_K, stream | _QKV), name="gradient of K", source=source,
                 )  # fmt: skip
-                dk = _sum_to(dk, k_shape)
+                dk = _sum_to(dk, k_shape, by)
         return dq, dk, dv, dmask, None, None, None, None, None, None, None
 
 
@@ -357,7 +354,7 @@ class FusedAttentionFunction(torch.autograd.Function):
             [stream | role for role in roles], ctx.needs_input_grad[:3], source=ctx.source,
         )  # fmt: skip
         dq, dk, dv = (
-            None if gradient is None else _sum_to(gradient, x.shape)
+            None if gradient is None else _sum_to(gradient, x.shape, ops)
             for gradient, x in zip(gradients, (q, k, v), strict=True)
         )
         return dq, dk, dv, None, None, None, None, None, None, None
@@ -378,7 +375,7 @@ def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
         and dropout == 0.0
         and not (mask is not None and mask.requires_grad and is_grad_enabled())
         and all(
-            format.block is not None and format.bits <= 8
+            format.core.encodes_to_panels
             for policy in (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
             for format in policy.formats
         )

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hbfp import ops
+from hbfp import emulation, ops
 from hbfp.autograd import Role
+from hbfp.backends import arithmetic
 from hbfp.errors import FormatError, HBFPError, ShapeError
 from hbfp.ops import Geometry
 from hbfp.policy import Backend, Recipe
@@ -51,6 +52,12 @@ def _products(recipe: Recipe) -> tuple[Callable[..., Tensor], Callable[..., Tens
     """The products that give Y, dX and dW of an ordinary convolution."""
     if recipe.backend is Backend.INTEGER:
         return ops.convolution, ops.convolution_input_gradient, ops.convolution_weight_gradient
+    if recipe.backend is Backend.EMULATE:
+        return (
+            emulation.convolution,
+            emulation.convolution_input_gradient,
+            emulation.convolution_weight_gradient,
+        )
     return (
         ops.reference_convolution,
         ops.reference_convolution_input_gradient,
@@ -58,9 +65,9 @@ def _products(recipe: Recipe) -> tuple[Callable[..., Tensor], Callable[..., Tens
     )
 
 
-def _bias_gradient(dy: Tensor) -> Tensor:
+def _bias_gradient(dy: Tensor, recipe: Recipe) -> Tensor:
     """Sums over the rows (sample, pixel) of dY [N, Co, *So]: [Co]."""
-    return ops.column_sums(dy.movedim(1, -1).flatten(0, -2))
+    return arithmetic(recipe.backend).column_sums(dy.movedim(1, -1).flatten(0, -2))
 
 
 class ConvolutionFunction(torch.autograd.Function):
@@ -107,6 +114,8 @@ class ConvolutionFunction(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         geometry, source = ctx.geometry, ctx.source
         recipe, seed, stream = ctx.recipe, ctx.seed, ctx.stream
+        # Once for both products.
+        dy = ops.channels_together(dy)
         _, input_gradient, weight_gradient = _products(recipe)
         dx = dweight = dbias = None
         if need_x:
@@ -128,7 +137,7 @@ class ConvolutionFunction(torch.autograd.Function):
                 geometry=geometry, name="weight gradient", source=source,
             )  # fmt: skip
         if need_bias:
-            dbias = _bias_gradient(dy)
+            dbias = _bias_gradient(dy, recipe)
         return dx, dweight, dbias, None, None, None, None, None
 
 
@@ -171,6 +180,8 @@ class TransposedConvolutionFunction(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         geometry, source = ctx.geometry, ctx.source
         recipe, seed, stream = ctx.recipe, ctx.seed, ctx.stream
+        # Once for both products.
+        dy = ops.channels_together(dy)
         convolve, _, weight_gradient = _products(recipe)
         dx = dweight = dbias = None
         if need_x:
@@ -187,7 +198,7 @@ class TransposedConvolutionFunction(torch.autograd.Function):
                 geometry=geometry, name="weight gradient", source=source,
             )  # fmt: skip
         if need_bias:
-            dbias = _bias_gradient(dy)
+            dbias = _bias_gradient(dy, recipe)
         return dx, dweight, dbias, None, None, None, None, None, None
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "Recorder",
     "attention",
     "attention_backward",
+    "channels_together",
     "column_sums",
     "convolution",
     "convolution_input_gradient",
@@ -45,6 +46,7 @@ __all__ = [
     "kept_product",
     "product",
     "product_keeping",
+    "product_shape",
     "quantize",
     "quick_product",
     "recorders",
@@ -105,7 +107,8 @@ def _float32(x: Tensor) -> Tensor:
     if not x.is_cpu or x.layout is not torch.strided:
         raise DTypeError(
             f"expected a dense tensor on the CPU; found layout {x.layout} on device {x.device}: "
-            "the integer kernels run on CPUs, move it with .cpu() or .to_dense()"
+            "the integer kernels run on CPUs, move it with .cpu() or .to_dense(), or take a recipe whose backend is "
+            "'emulate'"
         )
     # A lazily negated view (the imaginary part of a conjugate) holds the wrong signs in memory.
     return x.resolve_neg() if x.is_neg() else x
@@ -132,7 +135,7 @@ def _format(text: str) -> HBFP:
     return HBFP.parse(text)
 
 
-def _product_shape(a: Tensor, a_axis: int, b: Tensor, b_axis: int) -> list[int]:
+def product_shape(a: Tensor, a_axis: int, b: Tensor, b_axis: int) -> list[int]:
     """Shape of the product: batch dimensions of `a`, then rows of `a` and columns of `b`."""
     if a.dim() < 2 or b.dim() < 2:
         raise ShapeError(
@@ -159,7 +162,7 @@ def _run_product(
     streams: tuple[int, int],
     bias: Tensor | None,
 ) -> Tensor:
-    shape = _product_shape(a, a_axis, b, b_axis)
+    shape = product_shape(a, a_axis, b, b_axis)
     a, b = _float32(a), _float32(b)
     out = target = torch.empty(shape, dtype=torch.float32, device="cpu")
     if len(shape) > 2 and b.dim() == 2:
@@ -340,7 +343,7 @@ def reference_product(
     # Imported here because nothing but this function needs it.
     from hbfp import reference
 
-    shape = _product_shape(a, a_axis, b, b_axis)
+    shape = product_shape(a, a_axis, b, b_axis)
     flatten = len(shape) > 2 and b.dim() == 2
     left, right = (
         reference.encode(_to_numpy(x), formats[i], axis, _ROUNDINGS[roundings[i]], seed, streams[i])
@@ -670,8 +673,8 @@ def convolution(
         result: [N, Co, *So], float32, the channels of one pixel together in memory.
 
     Args:
-        formats, roundings, streams: of X and of W; the formats are lines of one length.
-        seed, streams: choose the random bits of stochastic rounding; 64-bit words.
+        formats, roundings: of X and of W; the formats are lines of one length.
+        seed, streams: of X and of W; they choose the random bits of stochastic rounding; 64-bit words.
         outputs: So where fewer output pixels are wanted than fit, the first of each dimension.
         name, source: told to the recorders, no part of the result.
 
@@ -884,9 +887,20 @@ def reference_convolution_weight_gradient(
 # --- convolutions as the core takes them: images [N, p0, p1, p2, C], three pixel dimensions always -------------------
 
 
+_TOGETHER = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_together(x: Tensor) -> Tensor:
+    """x [N, C, *S] with the channels of one pixel side by side in memory; a copy only where they are not."""
+    if x.dim() in _TOGETHER:
+        # torch has a faster copy for this than for a permuted tensor. Sizes of 1 make several layouts look alike.
+        x = x.contiguous(memory_format=_TOGETHER[x.dim()])
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def _image(x: Tensor) -> Tensor:
     """x [N, C, *S] with the channels of one pixel together; a copy only where they are not."""
-    image = _float32(x).movedim(1, -1).contiguous()
+    image = channels_together(_float32(x)).movedim(1, -1)
     return image[(slice(None), *(None,) * (5 - x.dim()))] if x.dim() < 5 else image
 
 
@@ -1247,7 +1261,7 @@ def _product_fake(
     seed: int,
     bias: Tensor | None,
 ) -> Tensor:
-    return a.new_empty(_product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
+    return a.new_empty(product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
 
 
 @torch.library.register_fake("hbfp::quantize", lib=_LIBRARY)  # type: ignore[untyped-decorator]

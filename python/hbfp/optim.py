@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hbfp import ops
+from hbfp import emulation, ops
 from hbfp.errors import ConversionError
 from hbfp.format import HBFP
 from hbfp.policy import layer_states, weights_of
@@ -62,6 +62,8 @@ def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int =
                 if id(parameter) in weights:
                     _, axis = weights[id(parameter)]
                     with torch.no_grad():
-                        parameter.copy_(ops.quantize(parameter.detach(), format, axis))
+                        # The same bits either way; the core reads the memory of CPUs.
+                        quantize = ops.quantize if parameter.is_cpu else emulation.quantize
+                        parameter.copy_(quantize(parameter.detach(), format, axis))
 
     return optimizer.register_step_post_hook(widen)

@@ -42,12 +42,15 @@ __all__ = [
 
 
 class Backend(str, Enum):
-    """Who computes the products. The bits are the same."""
+    """Who computes the products. Their operands have the same codes, bit for bit, whoever it is."""
 
     INTEGER = "integer"
-    """The compiled kernels."""
+    """The compiled kernels: integers inside each block, the same bits on every CPU."""
+    EMULATE = "emulate"
+    """torch, on the device of the tensors, a GPU for one: decoded codes are multiplied in float32. The codes are the
+    contract; the sums are the device's, close to those of the integer kernels and not bit-identical with them."""
     REFERENCE = "reference"
-    """The exact-arithmetic oracle: for checking, some 10^5 times slower."""
+    """The exact-arithmetic oracle, with the bits of the kernels: for checking, some 10^5 times slower."""
 
     def __str__(self) -> str:
         return self.value

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hbfp import ops
 from hbfp.autograd import Role
-from hbfp.policy import Backend, MatmulPolicy, Recipe
+from hbfp.backends import arithmetic
+from hbfp.policy import MatmulPolicy, Recipe
 from hbfp.stationary import StationaryWeight
 
 __all__ = ["Run", "SequenceFunction"]
@@ -157,10 +157,11 @@ class SequenceFunction(torch.autograd.Function):
         if need_hr:
             assert projected is not None
             dw_hr = _over_rows(run, "weight gradient", gradient, 2, projected, -2, cell.hidden, -2, roles)
+        by = arithmetic(run.recipe.backend)
         if need_b_ih:
-            db_ih = ops.column_sums(dgates)
+            db_ih = by.column_sums(dgates)
         if need_b_hh:
-            db_hh = db_ih.clone() if db_ih is not None and dproducts is dgates else ops.column_sums(dproducts)
+            db_hh = db_ih.clone() if db_ih is not None and dproducts is dgates else by.column_sums(dproducts)
         dh0 = state if need_h0 else None
         return dx, dh0, cell.dc if need_c0 else None, dw_ih, dw_hh, db_ih, db_hh, dw_hr, None
 
@@ -181,9 +182,8 @@ def _over_rows(
     bias: Tensor | None = None,
 ) -> Tensor:
     """One product over the rows of all steps, at index 0."""
-    multiply = ops.product if run.recipe.backend is Backend.INTEGER else ops.reference_product
     left, right = (run.streams[part] | role for role in roles)
-    return multiply(
+    return arithmetic(run.recipe.backend).product(
         a, a_axis, b, b_axis, policy.formats, policy.roundings, run.seed, (left, right), bias,
         name=name, source=run.source,
     )  # fmt: skip

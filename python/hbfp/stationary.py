@@ -1,7 +1,7 @@
 """Products that share their right operand: a weight that stays while step after step of a sequence meets it.
 
 Where the codes of the weight do not depend on the step, that is, unless it is rounded stochastically, it is encoded and
-laid out once. The bits are those of `ops.product` either way.
+laid out once. The bits are those of the backend's `product` either way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from hbfp import _core, ops
+from hbfp import _core, emulation, ops
+from hbfp.backends import arithmetic
 from hbfp.format import Rounding
 from hbfp.policy import Backend, MatmulPolicy
 
@@ -47,6 +48,7 @@ class StationaryWeight:
         self.seed, self.streams, self.name, self.source = seed, streams, name, source
         self.threads = torch.get_num_threads()
         self.packed = self._lay_out()
+        self.decoded = self._decode()
 
     def _lay_out(self) -> _core.Packed | None:
         """None: every step goes through `ops.product`, which knows about all that is not as usual."""
@@ -65,6 +67,14 @@ class StationaryWeight:
         operand = _core.Floats(weight.resolve_neg(), self.axis, right.format.core, right.rounding.code)
         return _core.prepack(operand, self.threads)
 
+    def _decode(self) -> Tensor | None:
+        """[K, N], what the codes stand for, where the emulation multiplies; None: every step encodes anew."""
+        right = self.policy.right
+        if self.backend is not Backend.EMULATE or right.rounding is Rounding.STOCHASTIC:
+            return None
+        decoded = emulation.quantize(self.weight, right.format, self.axis, right.rounding.code)
+        return decoded.mT if self.axis == -1 else decoded
+
     def multiply(self, x: Tensor, index: int, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [M, K] times the weight, plus bias [N], into `out`, contiguous, [M, N], at step `index`.
 
@@ -73,15 +83,18 @@ class StationaryWeight:
         step = (index & 0xFF) << 4
         left, right = self.streams
         formats, roundings = self.policy.formats, self.policy.roundings
-        if self.packed is None:
-            multiply = ops.product if self.backend is Backend.INTEGER else ops.reference_product
-            result = multiply(
+        if self.decoded is not None:
+            coded = emulation.quantize(x, formats[0], -1, roundings[0], self.seed, left | step)
+            emulation.multiply(coded, self.decoded, bias, out=out)
+        elif self.packed is None:
+            result = arithmetic(self.backend).product(
                 x, -1, self.weight, self.axis, formats, roundings, self.seed, (left | step, right | step), bias,
                 name=self.name, source=self.source,
             )  # fmt: skip
             return out.copy_(result)
-        operand = _core.Floats(x, -1, formats[0].core, roundings[0], self.seed, left | step)
-        _core.product(operand, self.packed, out, bias, False, self.threads)
+        else:
+            operand = _core.Floats(x, -1, formats[0].core, roundings[0], self.seed, left | step)
+            _core.product(operand, self.packed, out, bias, False, self.threads)
         if ops.recorders:
             report = ops.Product(self.name, self.source, out.numel() * x.shape[-1], *formats)
             for recorder in tuple(ops.recorders):

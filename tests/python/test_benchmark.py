@@ -16,8 +16,23 @@ torch = pytest.importorskip("torch")
 
 import hbfp  # noqa: E402
 from hbfp import _core  # noqa: E402
-from hbfp.benchmark import CASES, cases, ceilings, checks, gates, ggml, peers, plot, report, suite, timing  # noqa: E402
+from hbfp.benchmark import (  # noqa: E402
+    CASES,
+    cases,
+    ceilings,
+    checks,
+    gates,
+    ggml,
+    layers,
+    memory,
+    peers,
+    plot,
+    report,
+    suite,
+    timing,
+)
 from hbfp.benchmark.cases import Bench  # noqa: E402
+from hbfp.benchmark.checks import WrongAnswer  # noqa: E402
 from hbfp.benchmark.gates import Gate, Outcome, evaluate  # noqa: E402
 from hbfp.benchmark.results import Missing, NotMeasured, NotRun, Results, Row, cpu_name, rows_from_csv  # noqa: E402
 from hbfp.benchmark.timing import Effort  # noqa: E402
@@ -322,8 +337,60 @@ def test_a_full_run_measures_every_gate(monkeypatch):
     monkeypatch.setattr(cases, "sweep", lambda bench, sizes: None)
     tops = (ceilings.PEAK, ceilings.L3, ceilings.DRAM)
     monkeypatch.setattr(cases, "measure_ceilings", record(ceilings.CASE, lambda: "", tops))
+    networks = {
+        "convolution": ("convolution", lambda channels, pixels: f"32x{channels}x{pixels}x{pixels}"),
+        "attention": ("attention", lambda context: f"4x8x{context}x64"),
+        "lstm": ("lstm", lambda: "100x32x512"),
+        "gpt": ("gpt", lambda: "6x384, 12x256"),
+        "resnet20": ("resnet20", lambda: "128x3x32x32"),
+    }
+    for name, (case, shape) in networks.items():
+        monkeypatch.setattr(layers, name, record(case, shape, steps))
+    for name in ("saved_activations", "peak_memory"):
+        monkeypatch.setattr(layers, name, lambda bench: None)
     suite.run(results, suite.plan((1, 2)))
+    amounts = ("peak memory", "saved activations")
+    for count in (1, 2):
+        for case, shape in ((case, shape) for case in amounts for shape in ("attention 2048", "gpt", "linear 1024")):
+            results.rows += [row(case, name, (1.0,), shape=shape, threads=count, unit="MiB") for name in steps]
     assert [each.gate for each in evaluate(results, (1, 2)) if each.figure is None] == []
+
+
+def test_cases_of_layers_name_their_rows_as_the_gates_do(monkeypatch):
+    # Tiny sizes through the real cases: each measures ours and FP32, and a memory is an amount and no rate.
+    results = Results("avx2", "cpu")
+    bench = Bench(results, 1, Effort(rounds=1, calls=1, sample=1e-6, slow_rounds=1))
+    torch.set_num_threads(1)
+    layers.convolution(bench, 16, 4, batch=2)
+    layers.lstm(bench, 16, 3, 2)
+    layers.attention(bench, 16, 1, 2, 16)
+    layers.gpt(bench, 1, 64, 16, 2)
+    layers.resnet20(bench, 2)
+    layers.saved_activations(bench, 1, 64, 16, 2)
+    assert {row.case for row in results.rows} == {
+        "convolution", "lstm", "attention", "gpt", "resnet20", "saved activations"
+    }  # fmt: skip
+    assert results.find("saved activations", "linear 1024", "torch fp32", 1).figure == 4.0
+    assert 7.0 < 4.0 / results.find("saved activations", "linear 1024", "hbfp4", 1).figure < 8.0
+    assert (
+        results.find("convolution", "2x16x4x4", "hbfp4", 1).times_as_fast_as(
+            results.find("convolution", "2x16x4x4", "torch fp32", 1)
+        )
+        > 0
+    )
+
+
+def test_a_layer_whose_bits_depend_on_threads_is_a_wrong_answer():
+    bench = Bench(Results("avx2", "cpu"), 1)
+    with pytest.raises(WrongAnswer, match="different bits"):
+        layers._measure(bench, "x", "y", 1, lambda name: [torch.full((2,), torch.get_num_threads())], lambda name: None)
+    with pytest.raises(WrongAnswer, match="away from FP32"):
+        layers._measure(bench, "x", "y", 1, lambda name: [torch.ones(2) * (1 if name == "torch fp32" else 3)], None)
+
+
+def test_peak_memory_is_that_of_a_process():
+    found = memory.peak("attention 2048", "torch fp32", 1)
+    assert found is None or 10 < found < 1000
 
 
 @pytest.mark.parametrize(

@@ -103,10 +103,15 @@ def test_twice_is_refused_and_the_model_is_as_it_was():
     assert formats(model) == found
 
 
-def test_what_is_not_supported_yet_is_reported_with_the_reason():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 4), nn.Conv1d(4, 4, 1))
+def test_a_layer_of_ones_own_with_a_weight_is_reported_with_the_reason():
+    class Own(nn.modules.conv._ConvNd):
+        pass
+
+    model = nn.Sequential(
+        nn.Linear(16, 4), Own(3, 4, (3,), (1,), (0,), (1,), False, (0,), 1, True, "zeros", None, None)
+    )
     report = str(hbfp.convert_(model, "hbfp4"))
-    assert report.count("not supported yet") == 2
+    assert report.count("multiplies by weight itself") == 1
 
 
 def test_a_subclass_with_its_own_forward_is_left_alone():
@@ -215,7 +220,7 @@ def test_a_lazy_layer_is_refused():
 
 def test_nothing_to_convert_is_refused():
     with pytest.raises(hbfp.ConversionError, match="nothing to convert"):
-        hbfp.convert_(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()))
+        hbfp.convert_(nn.Sequential(nn.BatchNorm2d(1), nn.ReLU()))
 
 
 def test_the_trace_leaves_no_trace():

@@ -320,3 +320,11 @@ def test_bits_do_not_depend_on_threads(threads):
         finally:
             torch.set_num_threads(before)
         assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_formats_that_the_kernels_cannot_encode_are_not_fused():
+    # A narrow exponent needs values clamped before they are rounded: the fused core refuses it, and so must the choice.
+    q = 1000 * values(1, 2, 8, 16)
+    narrow = Recipe(*(MatmulPolicy(OperandPolicy("hbfp4b64-e3"), OperandPolicy("hbfp4b64-e3")) for _ in range(3)))
+    assert not autograd._fuses(q, q, q, None, 0.0, narrow)
+    assert attention(q, q, q, recipe=narrow).isfinite().all()

@@ -14,6 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import hbfp
 from hbfp.errors import FileError, HBFPError
 from hbfp.tools.cli import main
 from hbfp.training.data import UNKNOWN, Corpus, Digits, Windows
@@ -28,6 +29,7 @@ from hbfp.training.loop import (
     save_checkpoint,
     train,
 )
+from hbfp.training.resnet import Block, ResNet, ResNetShape
 
 TEXT = "".join(f"line {number}: the quick brown fox\n" for number in range(200))
 
@@ -161,6 +163,44 @@ def test_impossible_sizes_are_refused(sizes):
         GPTShape(10, **sizes)
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"channels": 0}, {"classes": 0}, {"blocks": 0}, {"widths": ()}, {"widths": (0, 8)}, {"widths": (16, 8)}]
+)
+def test_impossible_residual_networks_are_refused(sizes):
+    with pytest.raises(HBFPError, match=next(iter(sizes))):
+        ResNetShape(**sizes)
+
+
+def test_resnet20_is_the_published_network():
+    """270 thousand parameters and 40.6 million multiply-accumulates in the paper; a stride or a stage off is others."""
+    shape = ResNetShape()
+    model = ResNet(shape)
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    assert len(weights) == shape.layers == 20
+    assert sum(parameter.numel() for parameter in model.parameters()) == 269_722
+    images = torch.randn(2, 3, 32, 32)
+    assert model(images).shape == (2, 10)
+    forward = [row.macs for row in hbfp.audit(model, images).rows if not row.product.endswith("backward")]
+    assert sum(forward) == 2 * 40_551_040
+
+
+def test_a_shortcut_keeps_every_second_pixel_and_adds_empty_channels():
+    block = Block(2, 5, 2)
+    torch.nn.init.zeros_(block.second_norm.weight)  # the branch adds nothing
+    x = torch.rand(1, 2, 5, 5)
+    y = block(x)
+    assert torch.equal(y[:, :2], x[:, :, ::2, ::2])
+    assert y.shape == (1, 5, 3, 3)
+    assert not y[:, 2:].any()
+
+
+def test_the_classifier_reads_images_row_by_row():
+    # Pixels taken as channels, or columns for rows, would train as well on shuffled pixels.
+    model = DigitsClassifier((4,)).eval()
+    pixels = torch.rand(3, 64)
+    assert torch.equal(model(pixels), model.network(torch.stack([row.view(8, 8) for row in pixels])[:, None]))
+
+
 # --- the loop
 
 
@@ -204,7 +244,7 @@ def test_cut_and_resumed_run_equals_the_uncut_one(recipe, windows, tmp_path):
 def test_the_loss_falls(recipe):
     digits = Digits.load()
     torch.manual_seed(0)
-    run = Run(DigitsClassifier(64), Plan(recipe, 60, learning_rate=5e-3), digits.batch(0, 0)[0])
+    run = Run(DigitsClassifier((16, 32)), Plan(recipe, 60, learning_rate=5e-3), digits.batch(0, 0)[0])
     before = run.evaluate(digits.validation())
     for step in range(60):
         run.advance(digits.batch(0, step))

@@ -5,5 +5,17 @@
 the table of ratios to reach; `report` and `plot` show it all.
 """
 
-CASES = ("ceilings", "packed", "forward", "few-rows", "cold-row", "encode", "training", "scaling", "overhead", "sweep")
+CASES = (
+    "ceilings",
+    "packed",
+    "forward",
+    "few-rows",
+    "cold-row",
+    "encode",
+    "training",
+    "scaling",
+    "overhead",
+    "layers",
+    "sweep",
+)
 """What can be asked for one by one. Here because this file imports nothing: the rest needs torch."""

@@ -171,6 +171,15 @@ def above(case: str, shape: str, own: str, baseline: str) -> Figure:
     return figure
 
 
+def fraction(case: str, shape: str, own: str, other: str) -> Figure:
+    """What of another row's amount."""
+
+    def figure(results: Results, threads: int) -> float:
+        return results.find(case, shape, own, threads).figure / results.find(case, shape, other, threads).figure
+
+    return figure
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 _CUBE = "1024x1024x1024"
@@ -228,6 +237,18 @@ def _speed_up(size: int) -> Gate:
     return Gate(f"packed product {size}³, times as fast as one thread", figure, bars, threads="several", loosened=False)
 
 
+def _layer(label: str, case: str, shape: str, avx2: tuple[float, float], vnni: tuple[float, float]) -> Gate:
+    figure = ratio(case, shape, "hbfp4", _FP32)
+    # These bars are those of two threads.
+    return Gate(f"{label} / FP32", figure, _bars(avx2, vnni), loosened=False)
+
+
+def _memory(label: str, case: str, shape: str, must: float, stretch: float) -> Gate:
+    figure = fraction(case, shape, "hbfp4", _FP32)
+    bars = dict.fromkeys(("scalar", "avx2", "avx512vnni"), (must, stretch))
+    return Gate(label, figure, bars, at_most=True, loosened=False)
+
+
 GATES: tuple[Gate, ...] = (
     _packed("HBFP4", _H4, (3.0, 3.3), (4.2, 4.8)),
     _packed("HBFP6", "hbfp6b64", (2.8, 3.1), (4.2, 4.8)),
@@ -275,4 +296,29 @@ GATES: tuple[Gate, ...] = (
     _overhead("hbfp.nn.functional.linear"),
     _overhead("converted Linear, no grad"),
     _overhead("converted Linear, grad", barred=False),
+    _layer("GPT step, 6 layers of 384", "gpt", "6x384, 12x256", (1.6, 2.1), (2.0, 2.8)),
+    Gate(
+        "GPT step, 6 layers of 384 / bf16 autocast",
+        ratio("gpt", "6x384, 12x256", "hbfp4", "torch bf16 autocast"),
+        _bars(None, (1.1, 1.4)),
+        loosened=False,
+    ),
+    *(
+        _layer(
+            f"3x3 convolution {channels} at {pixels}², forward and backward",
+            "convolution",
+            f"32x{channels}x{pixels}x{pixels}",
+            (1.5, 2.2),
+            (2.0, 3.0),
+        )
+        for channels, pixels in ((64, 56), (128, 28), (256, 14))
+    ),
+    _layer("ResNet20 step", "resnet20", "128x3x32x32", (1.1, 1.5), (1.3, 1.8)),
+    _layer("causal attention, context 512", "attention", "4x8x512x64", (1.0, 1.5), (1.0, 1.5)),
+    _layer("causal attention, context 2048", "attention", "4x8x2048x64", (1.0, 1.5), (1.0, 1.5)),
+    _layer("LSTM 512, 100 steps", "lstm", "100x32x512", (1.0, 1.5), (1.0, 1.5)),
+    _memory("peak memory of attention, context 2048, of FP32's", "peak memory", "attention 2048", 1.0, 0.9),
+    _memory("peak memory of a GPT step, of FP32's", "peak memory", "gpt", 1.0, 0.7),
+    _memory("saved activations of a linear layer, of FP32's", "saved activations", "linear 1024", 1 / 7, 1 / 7.5),
+    _memory("saved activations of a GPT, of FP32's", "saved activations", "gpt", 1.0, 0.7),
 )

@@ -51,7 +51,7 @@ def row_table(results: Results) -> str:
                 row.shape,
                 row.contestant,
                 str(row.threads),
-                f"{1e3 * row.seconds:.4g}",
+                "" if row.unit == "MiB" else f"{1e3 * row.seconds:.4g}",
                 f"{row.figure:.4g}",
                 row.unit,
                 f"{row.times_as_fast_as(base):.2f}" if base else "",

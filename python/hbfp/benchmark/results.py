@@ -36,9 +36,9 @@ class Row:
     work: float
     """Of one call: operations (two per multiply-accumulate), elements or bytes, as `unit` says; 0 for µs."""
     unit: str
-    """GOP/s, Gelem/s or GB/s; µs for a time."""
+    """GOP/s, Gelem/s or GB/s; µs for a time; MiB for an amount of memory."""
     rounds: tuple[float, ...]
-    """Seconds of the best call of each round."""
+    """Seconds of the best call of each round, or MiB."""
     note: str = ""
     """What is inside the timing, where the name does not say it."""
 
@@ -50,6 +50,8 @@ class Row:
     @property
     def figure(self) -> float:
         """In `unit`."""
+        if self.unit == "MiB":
+            return median(self.rounds)
         return 1e6 * self.seconds if self.unit == "µs" else self.work / self.seconds / 1e9
 
     @property

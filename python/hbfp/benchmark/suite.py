@@ -12,7 +12,7 @@ from importlib import metadata
 import torch
 
 import hbfp
-from hbfp.benchmark import cases
+from hbfp.benchmark import cases, layers
 from hbfp.benchmark.cases import Bench
 from hbfp.benchmark.results import Results, cpu_name
 from hbfp.benchmark.timing import Effort
@@ -20,6 +20,8 @@ from hbfp.benchmark.timing import Effort
 __all__ = ["Step", "default_threads", "new_results", "plan", "run"]
 
 _QUICK = Effort(rounds=5, calls=5, slow_rounds=1)
+_LAYERS = Effort(rounds=5, calls=1, slow_rounds=3)
+"""Calls of a tenth of a second and more: five in turn."""
 _PLOT = Effort(rounds=3, calls=2, slow_rounds=1)
 """The sweep feeds a plot, no gate."""
 
@@ -69,7 +71,19 @@ def plan(threads: Sequence[int], *, quick: bool = False, only: Sequence[str] = (
         if first:
             for m, n, k in ((1, 8, 8), (8, 64, 64)):
                 add("overhead", f"overhead {m}x{n}x{k}", count, partial(cases.overhead, m=m, n=n, k=k))
+        if not quick:
+            add("layers", "GPT step", count, layers.gpt, _LAYERS)
+            for channels, pixels in layers.CONVOLUTIONS:
+                work = partial(layers.convolution, channels=channels, pixels=pixels)
+                add("layers", f"convolution {channels} at {pixels}²", count, work, _LAYERS)
+            add("layers", "ResNet20 step", count, layers.resnet20, _LAYERS)
+            for context in (512, 2048):
+                add("layers", f"attention {context}", count, partial(layers.attention, context=context), _LAYERS)
+            add("layers", "LSTM", count, layers.lstm, _LAYERS)
     most = max(threads)
+    if not quick:
+        add("layers", "saved activations", most, layers.saved_activations)
+        add("layers", "peak memory", most, layers.peak_memory)
     if most > 1 and 1 in threads:
         for size in (1024,) if quick else (1024, 2048):
             add("scaling", f"threads, {size}³", most, partial(cases.scaling, size=size, thread_counts=(1, most)))

@@ -80,7 +80,8 @@ class _Recurrent(nn.RNNBase):
         widths = [self.proj_size or self.hidden_size, self.hidden_size][: 2 if self.mode == "LSTM" else 1]
         shapes = [(layers, sequences, width) if batched else (layers, width) for width in widths]
         if given is None:
-            given = tuple(torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in shapes)
+            device = cast(Tensor, self.weight_ih_l0).device
+            given = tuple(torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
         if [tuple(x.shape) for x in given] != shapes:
             raise ShapeError(
                 f"initial states of {type(self).__name__}: expected {' and '.join(map(str, shapes))}; found "
@@ -188,7 +189,7 @@ class _Cell(nn.RNNCellBase):
         return of_input, autograd.linear(states[0], self.weight_hh, b_hh, recipe, seed, state.stream(index, 1), state)
 
     def _zeros(self, x: Tensor) -> Tensor:
-        return torch.zeros(*x.shape[:-1], self.hidden_size, dtype=torch.float32, device="cpu")
+        return torch.zeros(*x.shape[:-1], self.hidden_size, dtype=torch.float32, device=x.device)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {'FP32' if self.hbfp_state is None else self.hbfp_state.recipe.formats}"

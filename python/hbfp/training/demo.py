@@ -20,6 +20,7 @@ from hbfp.training.gpt import GPT, GPTShape
 from hbfp.training.loop import Plan, Run, grade
 from hbfp.training.progress import Progress
 from hbfp.training.report import DemoReport, Packed, RunReport, TaskReport, environment
+from hbfp.training.resnet import ResNetShape
 
 NAMES = ("fp32", "hbfp4", "hbfp6", "booster")
 TASKS = ("digits", "text")
@@ -44,18 +45,20 @@ class Task:
 
 
 def digits(quick: bool) -> Task:
-    """Handwritten digits, a perceptron."""
+    """Handwritten digits, a residual network."""
     data = Digits.load()
+    widths = (32, 64, 128)
+    layers = ResNetShape(channels=1, widths=widths, blocks=1).layers
     counts = f"{len(data.train[0])} training and {len(data.held_out[0])} validation images of 8 × 8 pixels"
     return Task(
         name="digits",
         title="Handwritten digits",
-        model="Three linear layers, 64 → 256 → 256 → 10",
+        model=f"A ResNet-{layers} of 3 × 3 convolutions, {', '.join(map(str, widths))} channels wide",
         source=f"scikit-learn's digits: {counts}, {data.size} a batch",
-        steps=100 if quick else 500,
+        steps=40 if quick else 250,
         learning_rate=2e-3,
         data=data,
-        build=DigitsClassifier,
+        build=partial(DigitsClassifier, widths),
     )
 
 

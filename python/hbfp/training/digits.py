@@ -1,19 +1,20 @@
-"""A classifier of handwritten digits: the smallest network that still has a first, a middle and a last layer."""
+"""A classifier of handwritten digits: a residual network small enough to train in seconds."""
 
 from torch import Tensor, nn
 
+from hbfp.training.resnet import ResNet, ResNetShape
+
+SIDE = 8
+"""Pixels of an image's side."""
+
 
 class DigitsClassifier(nn.Module):
-    """Pixels [batch, 64] -> scores [batch, 10] through two hidden layers."""
+    """Pixels [batch, 64], row by row -> scores [batch, 10]: one residual block of 3×3 convolutions for each width."""
 
-    def __init__(self, width: int = 256) -> None:
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128)) -> None:
         super().__init__()
-        self.first = nn.Linear(64, width)
-        self.middle = nn.Linear(width, width)
-        self.last = nn.Linear(width, 10)
+        self.network = ResNet(ResNetShape(channels=1, widths=widths, blocks=1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        hidden = self.first(pixels).relu()
-        hidden = self.middle(hidden).relu()
-        scores: Tensor = self.last(hidden)
+        scores: Tensor = self.network(pixels.unflatten(-1, (1, SIDE, SIDE)))
         return scores

@@ -55,6 +55,11 @@ impl Format {
         text.parse().map(|inner| Self { inner }).map_err(|e| to_python(&e))
     }
 
+    /// Whether the kernels take it straight from floats.
+    #[getter]
+    fn encodes_to_panels(&self) -> bool {
+        self.inner.encodes_to_panels()
+    }
     #[getter]
     fn bits(&self) -> u8 {
         self.inner.bits()

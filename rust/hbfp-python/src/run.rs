@@ -140,7 +140,7 @@ pub(crate) fn run_here<T>(work: impl FnOnce(&Context<'_>) -> Result<T, Error>) -
 /// Bytes of a kept right operand, where its format can be kept.
 pub(crate) fn kept_bytes(lines: usize, k: usize, format: hbfp::format::BlockFormat) -> PyResult<Option<usize>> {
     let ctx = Context { kernels: kernels()?, team: &Serial, threads: 1 };
-    Ok(hbfp::gemm::kept_bytes(&ctx, lines, k, format))
+    Ok(gemm::kept_bytes(&ctx, lines, k, format))
 }
 
 fn guarded<T>(ctx: &Context<'_>, work: impl FnOnce(&Context<'_>) -> Result<T, Error>) -> PyResult<T> {

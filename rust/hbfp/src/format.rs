@@ -204,6 +204,14 @@ impl BlockFormat {
         [self.min_scale(), self.max_scale()]
     }
 
+    /// Whether encoders write the kernels' panels straight from f32. They clamp codes and not values, four times as many at
+    /// a time, and every rounding gives the same then; it takes magnitudes below 2^15 steps, so no block may want a larger
+    /// scale than the exponents can say.
+    #[must_use]
+    pub fn encodes_to_panels(&self) -> bool {
+        self.bits() <= 8 && matches!(self.shape, BlockShape::Line(_)) && self.scale_range()[1] == 127
+    }
+
     /// Length of the blocks along a reduction of `k` elements when this format takes part in a product.
     #[must_use]
     pub fn block_along(&self, k: usize) -> usize {

@@ -9,7 +9,7 @@
 use super::cache::Caches;
 use super::driver::{Buffer, Kernel, PanelBlocks, Place, Tiles};
 use super::{Coding, Epilogue, ROOM, Workspace, fitting, general, offset};
-use crate::arch::generic::encode::{ROW_PADDING, STRIP, encodes_to_panels};
+use crate::arch::generic::encode::{ROW_PADDING, STRIP};
 use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::encode::blocks::Scratch;
@@ -351,7 +351,7 @@ impl Convolution {
                 )
             }
         };
-        let by_panels = codings.iter().all(|coding| encodes_to_panels(coding.format)) && block <= MAX_BLOCK;
+        let by_panels = codings.iter().all(|coding| coding.format.encodes_to_panels()) && block <= MAX_BLOCK;
         if !by_panels {
             let image = (!flatten).then(|| Codes::from_floats(ctx, &image_lines(), left.format, left.mode));
             for g in 0..self.groups {
@@ -623,7 +623,7 @@ impl Convolution {
     #[must_use]
     pub fn kept_bytes(&self, format: BlockFormat) -> Option<usize> {
         let line = matches!(format.shape(), BlockShape::Line(n) if n <= MAX_BLOCK);
-        if !line || !encodes_to_panels(format) || self.check().is_err() || self.batch * product_of(self.input) == 0 {
+        if !line || !format.encodes_to_panels() || self.check().is_err() || self.batch * product_of(self.input) == 0 {
             return None;
         }
         let layout = self.compact_layout(format);
@@ -746,7 +746,7 @@ impl Convolution {
         };
         let reach = self.reach();
         let by_panels =
-            [x_coding, dy_coding].iter().all(|coding| encodes_to_panels(coding.format)) && block <= MAX_BLOCK;
+            [x_coding, dy_coding].iter().all(|coding| coding.format.encodes_to_panels()) && block <= MAX_BLOCK;
         if !by_panels {
             let image = match x {
                 Input::Floats(x) => {

@@ -7,7 +7,6 @@ mod driver;
 mod general;
 pub(crate) mod strips;
 
-use crate::arch::generic::encode::encodes_to_panels;
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::arch::kernels::TileKernel;
 use crate::encode::blocks::Scratch;
@@ -74,7 +73,7 @@ impl Operand<'_> {
         match self {
             Self::Floats { x, axis, format, mode } => {
                 let lines = x.lines(*axis)?;
-                if panels && lines_format && encodes_to_panels(*format) {
+                if panels && format.encodes_to_panels() {
                     return Ok(Resolved::Floats(lines, *mode));
                 }
                 // Tiles and whole tensors are encoded as they are held, whatever the reduction: the same planes serve both.
@@ -211,7 +210,7 @@ impl<'a> Kept<'a> {
 pub fn kept_bytes(ctx: &Context<'_>, lines: usize, k: usize, format: BlockFormat) -> Option<usize> {
     let line = matches!(format.shape(), BlockShape::Line(n) if n <= MAX_BLOCK);
     // An element takes less than ROOM bytes, also where it is alone in its strip.
-    if !line || !encodes_to_panels(format) || element_count(&[lines, k, ROOM]).ok()? == 0 {
+    if !line || !format.encodes_to_panels() || element_count(&[lines, k, ROOM]).ok()? == 0 {
         return None;
     }
     let layout = kept_layout(format, [1, lines, k], ctx.kernels.columns);

@@ -4,14 +4,13 @@
 
 use super::cache::Caches;
 use super::{fitting, general, offset};
-use crate::arch::generic::encode::encodes_to_panels;
 use crate::arch::generic::product::{Correction, PANEL_ROWS, Tile};
 use crate::arch::kernels::{Kernels, TileFn};
 use crate::encode::blocks::Scratch;
 use crate::encode::panels::{Filling, Job, PanelLayout, Panels, Side, Source};
 use crate::encode::{Context, RoundingMode};
 use crate::error::{Error, Result};
-use crate::format::{BlockFormat, BlockShape};
+use crate::format::BlockFormat;
 use crate::mem::AlignedBytes;
 use crate::shape::FloatLines;
 use std::sync::atomic::Ordering;
@@ -122,7 +121,7 @@ impl Pair {
     pub(crate) fn new(kernels: &'static Kernels, codings: [Coding; 2], k: usize) -> Result<Self> {
         let formats = codings.map(|coding| coding.format);
         for format in formats {
-            if !encodes_to_panels(format) || !matches!(format.shape(), BlockShape::Line(_)) {
+            if !format.encodes_to_panels() {
                 let expected = "blocks in lines, of 8 bits or fewer, whose exponents are not cut short";
                 return Err(Error::format(expected, format.to_string()));
             }

@@ -62,12 +62,6 @@ fn code<S: Simd, const R: u8>(s: S, x: S::V, inverse: S::V, limit: S::V, minus_l
     round::<S, R>(s, s.max_f32(s.min_f32(s.mul_f32(x, inverse), limit), minus_limit), random)
 }
 
-/// Whether the kernels that write panels can encode the format. They clamp codes and not values, four times as many at a
-/// time; every rounding gives the same then. It takes |y| < 2^15, so no block may want a larger scale than it gets.
-pub(crate) fn encodes_to_panels(format: BlockFormat) -> bool {
-    format.bits() <= 8 && format.scale_range()[1] == 127
-}
-
 /// Largest |x| of `n` contiguous elements, as bits.
 ///
 /// # Safety
@@ -129,7 +123,7 @@ impl PanelCoding {
         let (carry, up) = format.exponent_carry();
         let shift = up - 127 - (i32::from(format.bits()) - 1);
         let limit = format.max_code();
-        debug_assert!(encodes_to_panels(format));
+        debug_assert!(format.encodes_to_panels());
         Self { format, carry, shift, clamp: format.scale_range(), limit, offset, correction }
     }
 }
@@ -514,7 +508,7 @@ pub(crate) unsafe fn quantize_row<S: Simd, const R: u8>(
 /// - row k, `x + k * stride`, is valid for reading `strips * STRIP` elements, k < `n`; `strips` ≤ [`STRIPS_STAGED`];
 /// - `staging` is valid for writing `strips * between` elements, n · STRIP ≤ `between`, and `amax` for `strips * STRIP`.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "two places in memory, and how both are cut")]
+#[allow(clippy::too_many_arguments, reason = "a rectangle, and where it goes")]
 pub(crate) unsafe fn stage_strips<S: Simd>(
     s: S,
     x: *const f32,
