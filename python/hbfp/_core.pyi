@@ -198,7 +198,7 @@ def tensor_product(
     """The same in one call that allocates: the product of two torch tensors, [.., M, N], or None.
 
     With keep = (format, rounding, stream), for a right operand b without batch dimensions: a pair, the product and what
-    `kept_product` takes, a uint8 tensor. It holds the codes of `a` along its rows (axis -2 of the flattened matrix),
+    `kept_product` takes, a uint8 tensor, or None where that would be no smaller than the floats. It holds the codes of `a` along its rows (axis -2 of the flattened matrix),
     made in the same pass.
 
     None says that something is not as usual (a subclass, a dtype, a device, a layout, an empty dimension, shapes that

@@ -224,7 +224,8 @@ def product_keeping(
 
     Returns:
         The product, and a uint8 tensor for `kept_product`: about half a byte an element at 4 bits, one at more. None
-        where nothing could be kept: under torch.compile and dispatch modes, for subclasses, wide formats and tiles.
+        where nothing could be kept, or no memory saved: under torch.compile and dispatch modes, for subclasses, wide
+        formats, tiles, and tensors of a few columns.
     """
     if not is_compiling() and not _dispatch_modes():
         left, right = formats
@@ -242,7 +243,7 @@ def product_keeping(
         if both is not None:
             if recorders:
                 _record(a, -1, both[0], formats, name, source)
-            kept: tuple[Tensor, Tensor] = both
+            kept: tuple[Tensor, Tensor | None] = both
             return kept
     return product(a, -1, b, -1, formats, roundings, seed, streams, bias, name=name, source=source), None
 

@@ -75,3 +75,24 @@ def test_bytes_of_another_size_are_refused():
     with pytest.raises(hbfp.HBFPError, match="uint8"):
         ops.kept_product(dy, kept.to(torch.float32), 32, formats, (0, 0), 0, (0, 0))
     ops.kept_product(dy, torch.full_like(kept, 255), 32, formats, (0, 0), 0, (0, 0))
+
+
+def test_nothing_is_kept_that_is_larger_than_the_floats():
+    # Codes of a few columns, or of depthwise channels, are padded to whole strips: keeping them would waste memory.
+    layer, convolution = torch.nn.Linear(3, 8), torch.nn.Conv2d(32, 32, 3, groups=32)
+    hbfp.convert_(layer, "hbfp4")
+    hbfp.convert_(convolution, "hbfp4")
+    x, image = torch.randn(256, 3), torch.randn(4, 32, 12, 12)
+    assert saved_bytes(lambda: layer(x)) <= 4 * x.numel()
+    assert saved_bytes(lambda: convolution(image)) <= 4 * image.numel()
+    layer(x).sum().backward()
+    convolution(image).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+    assert convolution.weight.grad.abs().sum() > 0
+
+
+def test_a_convolution_saves_codes():
+    convolution = torch.nn.Conv2d(32, 32, 3, padding=1)
+    hbfp.convert_(convolution, "hbfp4")
+    image = torch.randn(64, 32, 8, 8)
+    assert saved_bytes(lambda: convolution(image)) <= 4 * image.numel() / 7

@@ -252,11 +252,17 @@ pub(crate) fn tensor_product<'py>(
     let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
     let work = rows.saturating_mul(n).saturating_mul(k);
     let small = work <= SMALL_MACS && left.count() + right.count() <= SMALL_ELEMENTS;
-    let mut kept = match &keep {
+    let asked = keep;
+    let mut kept = match &asked {
         None => None,
         Some((format, rounding, stream)) => {
             let Some(len) = kept_bytes(k, rows, format.inner)? else { return Ok(None) };
-            Some((BytesView::new(py, len)?, format.inner, mode(*rounding, seed, *stream)?))
+            // A few columns pad so much that the floats are smaller.
+            if len < 4 * left.count() {
+                Some((BytesView::new(py, len)?, format.inner, mode(*rounding, seed, *stream)?))
+            } else {
+                None
+            }
         }
     };
     let a = Operand::Floats { x: left.tensor(), axis: a_axis, format: a_format.inner, mode: a_mode };
@@ -277,9 +283,10 @@ pub(crate) fn tensor_product<'py>(
     } else {
         run_with_workspace(py, threads, multiply)?;
     }
-    match kept {
-        None => Ok(Some(out)),
-        Some((bytes, ..)) => Ok(Some(PyTuple::new(py, [out, bytes.into_tensor()])?.into_any())),
+    match (kept, &asked) {
+        (_, None) => Ok(Some(out)),
+        (None, Some(_)) => Ok(Some(PyTuple::new(py, [out, py.None().into_bound(py)])?.into_any())),
+        (Some((bytes, ..)), _) => Ok(Some(PyTuple::new(py, [out, bytes.into_tensor()])?.into_any())),
     }
 }
 
