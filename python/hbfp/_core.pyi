@@ -198,12 +198,8 @@ def tensor_product(
     """The same in one call that allocates: the product of two torch tensors, [.., M, N], or None.
 
     With keep = (format, rounding, stream), for a right operand b without batch dimensions: a pair, the product and what
-    `kept_product` takes, a uint8 tensor, or None where that would be no smaller than the floats. It holds the codes of `a` along its rows (axis -2 of the flattened matrix),
-    made in the same pass.
-
-    None says that something is not as usual (a subclass, a dtype, a device, a layout, an empty dimension, shapes that
-    do not fit), and nothing about what: the caller takes the way that knows. Batch dimensions as for `product`, but
-    that a contiguous `a` is flattened here."""
+    `kept_product` takes, a uint8 tensor, or None where that would be no smaller than the floats. It holds the codes of
+    `a` along its rows (axis -2 of the flattened matrix), made in the same pass."""
 
 def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: int) -> None:
     """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` kept of an [K, N] tensor in
