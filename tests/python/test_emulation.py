@@ -317,7 +317,18 @@ class Bilinear(torch.nn.Module):
         return self.layer(x, x)
 
 
+class Cells(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.gru, self.rnn = (getattr(torch.nn, f"{kind}Cell")(12, 12) for kind in ("LSTM", "GRU", "RNN"))
+
+    def forward(self, x):
+        rows = x.flatten(0, 1)
+        return self.rnn(self.gru(self.lstm(rows)[0]))
+
+
 MODELS = {
+    "cells": Cells,
     "perceptron": lambda: torch.nn.Sequential(torch.nn.Linear(12, 40), torch.nn.Tanh(), torch.nn.Linear(40, 3)),
     "bilinear": Bilinear,
     "attention": Attentive,
