@@ -50,7 +50,7 @@ def test_compiled_products_are_bit_equal():
 
 def test_other_devices_and_layouts_are_refused_by_name():
     with pytest.raises(hbfp.DTypeError, match="move it with"):
-        ops._run_column_sums(torch.ones(3, 3).to_sparse())
+        ops.products._run_column_sums(torch.ones(3, 3).to_sparse())
 
 
 STRIDED = {

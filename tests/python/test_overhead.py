@@ -123,7 +123,7 @@ def test_the_short_way_gives_the_same_bits(name):
         rest = (format, format), (rounding, rounding), 2**64 - 1, (2**63 + 16, 7), bias
         short = ops.quick_product(a, a_axis, b, b_axis, *rest)
         assert short is not None, "nothing here is unusual"
-        full = ops._run_product(a.detach(), a_axis, b.detach(), b_axis, *rest)
+        full = ops.products._run_product(a.detach(), a_axis, b.detach(), b_axis, *rest)
         assert (short.shape, short.stride(), short.requires_grad) == (full.shape, full.stride(), False)
         assert torch.equal(short, full)
 

@@ -1,0 +1,76 @@
+"""The one door from torch tensors to the compiled core.
+
+Every function here comes in two forms that give the same bits:
+
+- called eagerly on plain CPU tensors it goes straight to `_core`, which costs a few microseconds;
+- under `torch.compile`, under a dispatch mode and for tensor subclasses it goes through `torch.ops.hbfp.*`, which other
+  parts of torch can see, trace and replace.
+
+Rules of the door: float16, bfloat16 and float64 are cast to float32 on the way in (float64 rounds to nearest-even),
+other dtypes and devices raise; results are fresh float32 tensors, never views; nothing is remembered between calls, so
+seed and streams are arguments. There are no derivatives at this level: `hbfp.autograd` builds them from these.
+"""
+
+from hbfp.ops.convolutions import (
+    Geometry,
+    channels_together,
+    convolution,
+    convolution_input_gradient,
+    convolution_keeping,
+    convolution_weight_gradient,
+    kept_convolution_weight_gradient,
+    reference_convolution,
+    reference_convolution_input_gradient,
+    reference_convolution_weight_gradient,
+)
+from hbfp.ops.entrance import (
+    Product,
+    Recorder,
+    recorders,
+    require_real,
+)
+from hbfp.ops.products import (
+    column_sums,
+    kept_product,
+    product,
+    product_keeping,
+    product_shape,
+    quantize,
+    quick_product,
+    reference_product,
+)
+from hbfp.ops.softmax_attention import (
+    attention,
+    attention_backward,
+    softmax,
+    softmax_backward,
+)
+
+__all__ = [
+    "Geometry",
+    "Product",
+    "Recorder",
+    "attention",
+    "attention_backward",
+    "channels_together",
+    "column_sums",
+    "convolution",
+    "convolution_input_gradient",
+    "convolution_keeping",
+    "convolution_weight_gradient",
+    "kept_convolution_weight_gradient",
+    "kept_product",
+    "product",
+    "product_keeping",
+    "product_shape",
+    "quantize",
+    "quick_product",
+    "recorders",
+    "reference_convolution",
+    "reference_convolution_input_gradient",
+    "reference_convolution_weight_gradient",
+    "reference_product",
+    "require_real",
+    "softmax",
+    "softmax_backward",
+]

@@ -1,0 +1,566 @@
+"""Convolutions and their gradients; what a kernel meets is told by a `Geometry`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from hbfp import _core
+from hbfp.format import HBFP, Rounding
+from hbfp.ops.entrance import (
+    LIBRARY,
+    ROUNDINGS,
+    WORD,
+    Formats,
+    Product,
+    Roundings,
+    codings,
+    direct,
+    float32,
+    format_of,
+    numpy_of,
+    operator,
+    pairs,
+    recorders,
+    signed,
+    threads,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Which input pixel p a tap k of the kernel reads for an output pixel o: p = o · stride − before + k · dilation.
+
+    All but `groups` and `flatten` have one entry for each spatial dimension. A transposed convolution has the geometry
+    of the ordinary one whose input gradient it is.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    """Zeros before and after the input pixels."""
+    dilation: tuple[int, ...]
+    groups: int = 1
+    flatten: bool = False
+    """Forward blocks run over the patch, taps row-major and then channels, and not over the channels at one tap."""
+
+    @property
+    def rank(self) -> int:
+        """Spatial dimensions."""
+        return len(self.kernel)
+
+    def outputs(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """Output pixels that fit the input pixels `spatial`; less than 1 where the kernel is larger than the input."""
+        return tuple(
+            (size + sum(pad) - d * (k - 1) - 1) // s + 1
+            for size, pad, d, k, s in zip(spatial, self.padding, self.dilation, self.kernel, self.stride, strict=True)
+        )
+
+
+def _pixels(like: Tensor, channels: int, spatial: Sequence[int]) -> Tensor:
+    """Memory for [N, channels, *spatial] of the samples of `like`, the channels of one pixel together."""
+    # Strides of its own: autograd would refuse to change a permuted view in place, as activations do.
+    strides = [channels]
+    for size in reversed(spatial):
+        strides.append(strides[-1] * size)
+    sample, *inner = reversed(strides)
+    return like.new_empty_strided((like.shape[0], channels, *spatial), (sample, 1, *inner), dtype=torch.float32)
+
+
+def _record_convolution(outputs: Tensor, weight: Sequence[int], formats: Formats, name: str, source: object) -> None:
+    """Tells of one product of a convolution with these output pixels and this shape of the kernel.
+
+    All three have the same number: every tap of every output pixel, whether it meets an input pixel or not.
+    """
+    macs = outputs.shape[0] * prod(outputs.shape[2:]) * prod(weight)
+    for recorder in tuple(recorders):
+        recorder(Product(name, source, macs, formats[0], formats[1]))
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    geometry: Geometry,
+    outputs: Sequence[int] | None = None,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """Y of X and W (docs/spec.md, 6.14 to 6.17), plus a bias.
+
+    Shapes:
+        x: [N, C, *S]; weight: [Co, C/g, *kernel]; bias: [Co]; one to three spatial dimensions.
+        result: [N, Co, *So], float32, the channels of one pixel together in memory.
+
+    Args:
+        formats, roundings: of X and of W; the formats are lines of one length.
+        seed, streams: of X and of W; they choose the random bits of stochastic rounding; 64-bit words.
+        outputs: So where fewer output pixels are wanted than fit, the first of each dimension.
+        name, source: told to the recorders, no part of the result.
+
+    Raises:
+        DTypeError: a tensor is not real, dense and on the CPU. Shapes and formats are the caller's to check.
+    """
+    spatial = tuple(outputs) if outputs is not None else geometry.outputs(x.shape[2:])
+    if direct(x, weight):
+        out = _run_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, spatial)
+    else:
+        out = torch.ops.hbfp.convolution(
+            x, weight, bias, *_crossing(formats, roundings, seed, streams, geometry), geometry.flatten, spatial
+        )
+    if recorders and not is_compiling():
+        _record_convolution(out, weight.shape, formats, name, source)
+    return out
+
+
+def convolution_input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    spatial: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """dX of dY and W (docs/spec.md, 6.14 to 6.17); with a bias, the transposed convolution of an X in dY's place.
+
+    Shapes:
+        dy: [N, Co, *So]; weight: [Co, C/g, *kernel]; bias: [C].
+        result: [N, C, *spatial], float32, the channels of one pixel together in memory.
+
+    Args: as for `convolution`, of dY and of W.
+    """
+    if direct(dy, weight):
+        out = _run_convolution_input_gradient(dy, weight, spatial, formats, roundings, seed, streams, bias, geometry)
+    else:
+        out = torch.ops.hbfp.convolution_input_gradient(
+            dy, weight, bias, *_crossing(formats, roundings, seed, streams, geometry), list(spatial)
+        )
+    if recorders and not is_compiling():
+        _record_convolution(dy, weight.shape, formats, name, source)
+    return out
+
+
+def convolution_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """dW of dY and X (docs/spec.md, 6.14 to 6.17).
+
+    Shapes:
+        dy: [N, Co, *So]; x: [N, C, *S].
+        result: [Co, C/g, *kernel], float32, contiguous.
+
+    Args: as for `convolution`, of dY and of X.
+    """
+    if direct(dy, x):
+        out = _run_convolution_weight_gradient(dy, x, formats, roundings, seed, streams, geometry)
+    else:
+        out = torch.ops.hbfp.convolution_weight_gradient(dy, x, *_crossing(formats, roundings, seed, streams, geometry))
+    if recorders and not is_compiling():
+        _record_convolution(dy, out.shape, formats, name, source)
+    return out
+
+
+def _oracle_convolution(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+    outputs: Sequence[int],
+) -> Tensor:
+    from hbfp import reference
+
+    y = reference.convolution(
+        numpy_of(x), numpy_of(weight), None if bias is None else numpy_of(bias), formats, _named(roundings), seed,
+        streams, **_for_oracle(geometry), flatten=geometry.flatten,
+    )  # fmt: skip
+    wanted = torch.from_numpy(y[tuple(map(slice, (*y.shape[:2], *outputs)))])
+    return _pixels(x, weight.shape[0], outputs).copy_(wanted)
+
+
+def _oracle_input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    spatial: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    from hbfp import reference
+
+    dx = reference.convolution_input_gradient(
+        numpy_of(dy), numpy_of(weight), tuple(spatial), formats, _named(roundings), seed, streams,
+        **_for_oracle(geometry), bias=None if bias is None else numpy_of(bias),
+    )  # fmt: skip
+    return _pixels(dy, weight.shape[1] * geometry.groups, spatial).copy_(torch.from_numpy(dx))
+
+
+def _oracle_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    geometry: Geometry,
+) -> Tensor:
+    from hbfp import reference
+
+    dw = reference.convolution_weight_gradient(
+        numpy_of(dy), numpy_of(x), geometry.kernel, formats, _named(roundings), seed, streams,
+        **_for_oracle(geometry),
+    )  # fmt: skip
+    return torch.from_numpy(dw)
+
+
+def _named(roundings: Roundings) -> tuple[Rounding, Rounding]:
+    return ROUNDINGS[roundings[0]], ROUNDINGS[roundings[1]]
+
+
+def _for_oracle(geometry: Geometry) -> dict[str, Any]:
+    return {name: getattr(geometry, name) for name in ("stride", "padding", "dilation", "groups")}
+
+
+def reference_convolution(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    geometry: Geometry,
+    outputs: Sequence[int] | None = None,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """The same bits as `convolution`, computed by the exact-arithmetic oracle."""
+    spatial = tuple(outputs) if outputs is not None else geometry.outputs(x.shape[2:])
+    out = _oracle_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, spatial)
+    if recorders:
+        _record_convolution(out, weight.shape, formats, name, source)
+    return out
+
+
+def reference_convolution_input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    spatial: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None = None,
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """The same bits as `convolution_input_gradient`, computed by the exact-arithmetic oracle."""
+    out = _oracle_input_gradient(dy, weight, spatial, formats, roundings, seed, streams, bias, geometry)
+    if recorders:
+        _record_convolution(dy, weight.shape, formats, name, source)
+    return out
+
+
+def reference_convolution_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """The same bits as `convolution_weight_gradient`, computed by the exact-arithmetic oracle."""
+    out = _oracle_weight_gradient(dy, x, formats, roundings, seed, streams, geometry)
+    if recorders:
+        _record_convolution(dy, out.shape, formats, name, source)
+    return out
+
+
+# --- convolutions as the core takes them: images [N, p0, p1, p2, C], three pixel dimensions always -------------------
+
+
+_TOGETHER = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_together(x: Tensor) -> Tensor:
+    """x [N, C, *S] with the channels of one pixel side by side in memory; a copy only where they are not."""
+    if x.dim() in _TOGETHER:
+        # torch has a faster copy for this than for a permuted tensor. Sizes of 1 make several layouts look alike.
+        x = x.contiguous(memory_format=_TOGETHER[x.dim()])
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _image(x: Tensor) -> Tensor:
+    """x [N, C, *S] with the channels of one pixel together; a copy only where they are not."""
+    image = channels_together(float32(x)).movedim(1, -1)
+    return image[(slice(None), *(None,) * (5 - x.dim()))] if x.dim() < 5 else image
+
+
+def _threes(sizes: Sequence[int], fill: int) -> tuple[int, int, int]:
+    first, second, third = (fill,) * (3 - len(sizes)) + tuple(sizes)
+    return first, second, third
+
+
+def _convolution_sizes(
+    geometry: Geometry, inputs: Sequence[int], outputs: Sequence[int]
+) -> tuple[int, list[tuple[int, int, int]]]:
+    before = [pad[0] for pad in geometry.padding]
+    sizes = ((inputs, 1), (outputs, 1), (geometry.kernel, 1), (geometry.stride, 1), (before, 0), (geometry.dilation, 1))
+    return geometry.groups, [_threes(size, fill) for size, fill in sizes]
+
+
+def _kernel(weight: Tensor) -> Tensor:
+    weight = float32(weight)
+    return weight[(slice(None), slice(None), *(None,) * (5 - weight.dim()))] if weight.dim() < 5 else weight
+
+
+def _run_convolution(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+    outputs: Sequence[int],
+) -> Tensor:
+    return _run_convolution_keeping(x, weight, formats, roundings, seed, streams, bias, geometry, outputs, None)[0]
+
+
+def _run_convolution_keeping(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+    outputs: Sequence[int],
+    keep: tuple[HBFP, int, int] | None,
+) -> tuple[Tensor, Tensor | None]:
+    out = _pixels(x, weight.shape[0], outputs)
+    kept = _core.convolution_forward(
+        _image(x), _kernel(weight), _image(out), _convolution_sizes(geometry, x.shape[2:], outputs),
+        codings(formats, roundings, streams), geometry.flatten, None if bias is None else float32(bias).contiguous(),
+        seed, threads(), None if keep is None else (keep[0].core, keep[1], keep[2]),
+    )  # fmt: skip
+    return out, kept
+
+
+def _run_convolution_input_gradient(
+    dy: Tensor,
+    weight: Tensor,
+    spatial: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+) -> Tensor:
+    out = _pixels(dy, weight.shape[1] * geometry.groups, spatial)
+    _core.convolution_input_gradient(
+        _image(dy), _kernel(weight), _image(out), _convolution_sizes(geometry, spatial, dy.shape[2:]),
+        codings(formats, roundings, streams), None if bias is None else float32(bias).contiguous(), seed, threads(),
+    )  # fmt: skip
+    return out
+
+
+def _run_convolution_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    geometry: Geometry,
+) -> Tensor:
+    return _weight_gradient(dy, _image(x), False, x.shape[1:], formats, roundings, seed, streams, geometry)
+
+
+def _weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    kept: bool,
+    shape: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    geometry: Geometry,
+) -> Tensor:
+    channels, groups, taps = shape[0], geometry.groups, prod(geometry.kernel)
+    out = torch.empty(groups, taps, channels // groups, dy.shape[1] // groups, dtype=torch.float32, device="cpu")
+    _core.convolution_weight_gradient(
+        _image(dy), x, kept, channels, out, _convolution_sizes(geometry, shape[1:], dy.shape[2:]),
+        codings(formats, roundings, streams), seed, threads(),
+    )  # fmt: skip
+    return out.permute(0, 3, 2, 1).reshape(dy.shape[1], channels // groups, *geometry.kernel)
+
+
+def convolution_keeping(
+    x: Tensor,
+    weight: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    keep: tuple[HBFP, int, int],
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`convolution`, which also keeps the codes of X along the batch.
+
+    Args:
+        keep: format, rounding and stream of the codes that are kept.
+
+    Returns:
+        Y, and a uint8 tensor for `kept_convolution_weight_gradient`, or None where nothing could be kept.
+    """
+    if not direct(x, weight):
+        out = convolution(
+            x, weight, formats, roundings, seed, streams, bias, geometry=geometry, name=name, source=source
+        )
+        return out, None
+    outputs = geometry.outputs(x.shape[2:])
+    out, kept = _run_convolution_keeping(x, weight, formats, roundings, seed, streams, bias, geometry, outputs, keep)
+    if recorders:
+        _record_convolution(out, weight.shape, formats, name, source)
+    return out, kept
+
+
+def kept_convolution_weight_gradient(
+    dy: Tensor,
+    kept: Tensor,
+    shape: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """`convolution_weight_gradient` from what `convolution_keeping` kept of an X of `shape` [C, *S]."""
+    out = _weight_gradient(dy, kept, True, shape, formats, roundings, seed, streams, geometry)
+    if recorders:
+        _record_convolution(dy, out.shape, formats, name, source)
+    return out
+
+
+# --- behind torch's dispatcher ---------------------------------------------------------------------------------------
+
+
+_CODED = (
+    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, int[] kernel, int[] stride, int[] padding, "
+    "int[] dilation, int groups"
+)
+"""How the arguments of `_crossing` are declared."""
+
+
+def _crossing(
+    formats: Formats, roundings: Roundings, seed: int, streams: tuple[int, int], geometry: Geometry
+) -> tuple[Any, ...]:
+    """Formats, random bits and geometry as a schema holds them; paddings before and after lie in one list."""
+    return (
+        [str(format) for format in formats], list(roundings), [signed(stream) for stream in streams], signed(seed),
+        list(geometry.kernel), list(geometry.stride), [size for pair in geometry.padding for size in pair],
+        list(geometry.dilation), geometry.groups,
+    )  # fmt: skip
+
+
+def _crossed(
+    formats: list[str],
+    roundings: list[int],
+    streams: list[int],
+    seed: int,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    flatten: bool = False,
+) -> tuple[Formats, Roundings, int, tuple[int, int], Geometry]:
+    """The same on the other side."""
+    geometry = Geometry(tuple(kernel), tuple(stride), pairs(padding), tuple(dilation), groups, flatten)
+    words = (streams[0] & WORD, streams[1] & WORD)
+    return pairs(map(format_of, formats))[0], pairs(roundings)[0], seed & WORD, words, geometry
+
+
+@operator(f"convolution(Tensor x, Tensor weight, Tensor? bias, {_CODED}, bool flatten, SymInt[] outputs) -> Tensor")
+def _convolution_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *coded: Any) -> Tensor:
+    formats, roundings, seed, streams, geometry = _crossed(*coded[:-1])
+    return _run_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, coded[-1])
+
+
+@operator(f"convolution_input_gradient(Tensor dy, Tensor weight, Tensor? bias, {_CODED}, SymInt[] spatial) -> Tensor")
+def _convolution_input_gradient_kernel(dy: Tensor, weight: Tensor, bias: Tensor | None, *coded: Any) -> Tensor:
+    formats, roundings, seed, streams, geometry = _crossed(*coded[:-1])
+    return _run_convolution_input_gradient(dy, weight, coded[-1], formats, roundings, seed, streams, bias, geometry)
+
+
+@operator(f"convolution_weight_gradient(Tensor dy, Tensor x, {_CODED}) -> Tensor")
+def _convolution_weight_gradient_kernel(dy: Tensor, x: Tensor, *coded: Any) -> Tensor:
+    return _run_convolution_weight_gradient(dy, x, *_crossed(*coded))
+
+
+@torch.library.register_fake("hbfp::convolution", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _convolution_fake(x: Tensor, weight: Tensor, *coded: Any) -> Tensor:
+    return _pixels(x, weight.shape[0], coded[-1])
+
+
+@torch.library.register_fake("hbfp::convolution_input_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _convolution_input_gradient_fake(dy: Tensor, weight: Tensor, *coded: Any) -> Tensor:
+    groups, spatial = coded[-2:]
+    return _pixels(dy, weight.shape[1] * groups, spatial)
+
+
+@torch.library.register_fake("hbfp::convolution_weight_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _convolution_weight_gradient_fake(dy: Tensor, x: Tensor, *coded: Any) -> Tensor:
+    kernel, groups = coded[4], coded[-1]
+    return dy.new_empty((dy.shape[1], x.shape[1] // groups, *kernel), dtype=torch.float32)

@@ -1,0 +1,360 @@
+"""Products of matrices, encoding, and sums over rows."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from hbfp import _core
+from hbfp.errors import ShapeError
+from hbfp.format import HBFP
+from hbfp.ops.entrance import (
+    LIBRARY,
+    ROUNDINGS,
+    WORD,
+    Product,
+    direct,
+    dispatch_modes,
+    float32,
+    format_of,
+    numpy_of,
+    operator,
+    recorders,
+    signed,
+    threads,
+)
+
+
+def product_shape(a: Tensor, a_axis: int, b: Tensor, b_axis: int) -> list[int]:
+    """Shape of the product: batch dimensions of `a`, then rows of `a` and columns of `b`."""
+    if a.dim() < 2 or b.dim() < 2:
+        raise ShapeError(
+            f"a product takes tensors of two dimensions or more; found {tuple(a.shape)} and {tuple(b.shape)}: "
+            "give a vector a dimension of size 1"
+        )
+    if b.dim() > 2 and b.shape[:-2] != a.shape[:-2]:
+        raise ShapeError(f"batch dimensions differ: {tuple(a.shape)} and {tuple(b.shape)}: expand one to the other's")
+    if b.dim() == 2 and a.dim() > 2 and a_axis != -1:
+        raise ShapeError(f"{tuple(a.shape)} reduced along axis -2 needs as many batch dimensions in {tuple(b.shape)}")
+    rows = a.shape[-2] if a_axis == -1 else a.shape[-1]
+    columns = b.shape[-2] if b_axis == -1 else b.shape[-1]
+    return [*a.shape[:-2], rows, columns]
+
+
+def _run_product(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+) -> Tensor:
+    shape = product_shape(a, a_axis, b, b_axis)
+    a, b = float32(a), float32(b)
+    out = target = torch.empty(shape, dtype=torch.float32, device="cpu")
+    if len(shape) > 2 and b.dim() == 2:
+        a, target = a.flatten(0, -2), out.view(prod(shape[:-1]), shape[-1])
+    _core.product(
+        _core.Floats(a, a_axis, formats[0].core, roundings[0], seed, streams[0]),
+        _core.Floats(b, b_axis, formats[1].core, roundings[1], seed, streams[1]),
+        target,
+        None if bias is None else float32(bias),
+        False,
+        threads(),
+    )
+    return out
+
+
+def quick_product(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+) -> Tensor | None:
+    """`product` in one call of the core, told to no recorder; None where anything is not as usual, errors included.
+
+    Not for code that torch.compile traces.
+    """
+    if dispatch_modes():
+        return None
+    left, right = formats
+    out: Tensor | None = _core.tensor_product(
+        a, a_axis, left.core, roundings[0], streams[0],
+        b, b_axis, right.core, roundings[1], streams[1],
+        seed, bias, threads(),
+    )  # fmt: skip
+    return out
+
+
+def product_keeping(
+    a: Tensor,
+    b: Tensor,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    keep: tuple[HBFP, int, int],
+    *,
+    name: str = "product",
+    source: object = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`product` of a [..., M, K] and b [N, K], which also keeps the codes of `a` along its rows, in the same pass.
+
+    Args:
+        keep: format, rounding and stream of the codes that are kept.
+
+    Returns:
+        The product, and a uint8 tensor for `kept_product`: about half a byte an element at 4 bits, one at more. None
+        where nothing could be kept, or no memory saved: under torch.compile and dispatch modes, for subclasses, wide
+        formats, tiles, and tensors of a few columns.
+    """
+    if not is_compiling() and not dispatch_modes():
+        left, right = formats
+        rest = (seed, bias, threads(), (keep[0].core, keep[1], keep[2]))
+        both = _core.tensor_product(
+            a, -1, left.core, roundings[0], streams[0], b, -1, right.core, roundings[1], streams[1], *rest
+        )
+        if both is None and direct(a, b):
+            # Another dtype, or batch dimensions that are no rows of one matrix as they lie.
+            dense, wide = float32(a).contiguous(), float32(b)
+            rest = (seed, None if bias is None else float32(bias), *rest[2:])
+            both = _core.tensor_product(
+                dense, -1, left.core, roundings[0], streams[0], wide, -1, right.core, roundings[1], streams[1], *rest
+            )
+        if both is not None:
+            if recorders:
+                _record(a, -1, both[0], formats, name, source)
+            kept: tuple[Tensor, Tensor | None] = both
+            return kept
+    return product(a, -1, b, -1, formats, roundings, seed, streams, bias, name=name, source=source), None
+
+
+def kept_product(
+    a: Tensor,
+    kept: Tensor,
+    columns: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    *,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """aᵀ X, float32 [M, columns], of a [K, M] and what `product_keeping` kept of an X [K, columns].
+
+    The formats, roundings and streams are those of a and X; X's have had their effect when it was kept.
+    """
+    a = float32(a)
+    out = torch.empty(a.shape[1], columns, dtype=torch.float32, device="cpu")
+    floats = _core.Floats(a, -2, formats[0].core, roundings[0], seed, streams[0])
+    _core.kept_product(floats, kept, formats[1].core, out, threads())
+    if recorders:
+        _record(a, -2, out, formats, name, source)
+    return out
+
+
+def _record(a: Tensor, a_axis: int, out: Tensor, formats: tuple[HBFP, HBFP], name: str, source: object) -> None:
+    macs = out.numel() * a.shape[a_axis]
+    report = Product(name, source, macs, formats[0], formats[1])
+    for recorder in tuple(recorders):
+        recorder(report)
+
+
+def product(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int] = (0, 0),
+    seed: int = 0,
+    streams: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
+    *,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """The product of two tensors, each encoded along its own reduction axis, summed as FORMAT section 5 lays down.
+
+    Shapes:
+        a: [..., M, K] with `a_axis` -1, or [..., K, M] with -2.
+        b: [..., N, K] with `b_axis` -1, or [..., K, N] with -2; the same batch dimensions as `a`, or none.
+        bias: [N], added last in float32.
+        result: [..., M, N], float32, contiguous.
+
+    Args:
+        roundings: of a and b, as the core numbers them (`Rounding.code`).
+        seed, streams: choose the random bits of stochastic rounding; 64-bit words.
+        name, source: told to the recorders, no part of the result.
+
+    Raises:
+        ShapeError: the shapes do not fit; FormatError: the formats cut the reduction at different places;
+        DTypeError: a tensor is not real, dense and on the CPU.
+    """
+    compiling = is_compiling()
+    out = None if compiling else quick_product(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
+    if out is None and direct(a, b):
+        out = _run_product(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
+    elif out is None:
+        out = torch.ops.hbfp.product(
+            a, a_axis, str(formats[0]), roundings[0], signed(streams[0]),
+            b, b_axis, str(formats[1]), roundings[1], signed(streams[1]),
+            signed(seed), bias,
+        )  # fmt: skip
+    if recorders and not compiling:
+        _record(a, a_axis, out, formats, name, source)
+    return out
+
+
+def reference_product(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int] = (0, 0),
+    seed: int = 0,
+    streams: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
+    *,
+    name: str = "product",
+    source: object = None,
+) -> Tensor:
+    """The same bits as `product`, computed by the exact-arithmetic oracle: for checking, some 10^5 times slower."""
+    # Imported here because nothing but this function needs it.
+    from hbfp import reference
+
+    shape = product_shape(a, a_axis, b, b_axis)
+    flatten = len(shape) > 2 and b.dim() == 2
+    left, right = (
+        reference.encode(numpy_of(x), formats[i], axis, ROUNDINGS[roundings[i]], seed, streams[i])
+        for i, (x, axis) in enumerate(((a.flatten(0, -2) if flatten else a, a_axis), (b, b_axis)))
+    )
+    result = reference.product(
+        left if a_axis == -1 else left.mT,
+        right if b_axis == -2 else right.mT,
+        None,
+        None if bias is None else numpy_of(bias),
+    )
+    out = torch.empty(shape, dtype=torch.float32, device="cpu")
+    out.copy_(torch.from_numpy(result).reshape(shape))
+    if recorders:
+        _record(a, a_axis, out, formats, name, source)
+    return out
+
+
+def quantize(x: Tensor, format: HBFP, axis: int = -1, rounding: int = 0, seed: int = 0, stream: int = 0) -> Tensor:
+    """decode(encode(x)): `x` rounded to the grid of `format`, float32 in the shape of `x`, contiguous.
+
+    Args:
+        axis: the blocked axis; plays no part with tiles.
+        rounding: as the core numbers it (`Rounding.code`).
+
+    Raises:
+        ShapeError: no such axis; DTypeError: `x` is not real, dense and on the CPU.
+    """
+    if direct(x):
+        return _run_quantize(x, format, axis, rounding, seed, stream)
+    out: Tensor = torch.ops.hbfp.quantize(x, str(format), axis, rounding, signed(seed), signed(stream))
+    return out
+
+
+def _run_quantize(x: Tensor, format: HBFP, axis: int, rounding: int, seed: int, stream: int) -> Tensor:
+    x = float32(x)
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    _core.quantize(x, out, format.core, axis, rounding, seed, stream, False, threads())
+    return out
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Sums over the rows of x [rows, n] in blocks of 64, the same for any number of threads: [n]."""
+    if x.dim() != 2:
+        raise ShapeError(f"column sums are taken of a matrix [rows, n]; found shape {tuple(x.shape)}")
+    if direct(x):
+        return _run_column_sums(x)
+    out: Tensor = torch.ops.hbfp.column_sums(x)
+    return out
+
+
+def _run_column_sums(x: Tensor) -> Tensor:
+    x = float32(x).contiguous()
+    out = torch.empty(x.shape[1], dtype=torch.float32, device="cpu")
+    _core.column_sums(x, out, threads())
+    return out
+
+
+# --- behind torch's dispatcher ---------------------------------------------------------------------------------------
+
+
+@operator(
+    "product(Tensor a, int a_axis, str a_format, int a_rounding, SymInt a_stream, "
+    "Tensor b, int b_axis, str b_format, int b_rounding, SymInt b_stream, SymInt seed, Tensor? bias) -> Tensor"
+)
+def _product_kernel(
+    a: Tensor,
+    a_axis: int,
+    a_format: str,
+    a_rounding: int,
+    a_stream: int,
+    b: Tensor,
+    b_axis: int,
+    b_format: str,
+    b_rounding: int,
+    b_stream: int,
+    seed: int,
+    bias: Tensor | None,
+) -> Tensor:
+    formats, roundings = (format_of(a_format), format_of(b_format)), (a_rounding, b_rounding)
+    streams = (a_stream & WORD, b_stream & WORD)
+    return _run_product(a, a_axis, b, b_axis, formats, roundings, seed & WORD, streams, bias)
+
+
+@operator("quantize(Tensor x, str format, int axis, int rounding, SymInt seed, SymInt stream) -> Tensor")
+def _quantize_kernel(x: Tensor, format: str, axis: int, rounding: int, seed: int, stream: int) -> Tensor:
+    return _run_quantize(x, format_of(format), axis, rounding, seed & WORD, stream & WORD)
+
+
+@operator("column_sums(Tensor x) -> Tensor")
+def _column_sums_kernel(x: Tensor) -> Tensor:
+    return _run_column_sums(x)
+
+
+@torch.library.register_fake("hbfp::product", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _product_fake(
+    a: Tensor,
+    a_axis: int,
+    a_format: str,
+    a_rounding: int,
+    a_stream: int,
+    b: Tensor,
+    b_axis: int,
+    b_format: str,
+    b_rounding: int,
+    b_stream: int,
+    seed: int,
+    bias: Tensor | None,
+) -> Tensor:
+    return a.new_empty(product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::quantize", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _quantize_fake(x: Tensor, format: str, axis: int, rounding: int, seed: int, stream: int) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::column_sums", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _column_sums_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[1], dtype=torch.float32)

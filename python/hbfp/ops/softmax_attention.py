@@ -1,0 +1,320 @@
+"""Scaled dot product attention: the fused products, and the softmax between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from hbfp import _core
+from hbfp.ops.entrance import (
+    LIBRARY,
+    WORD,
+    Formats,
+    Product,
+    Roundings,
+    codings,
+    direct,
+    float32,
+    format_of,
+    operator,
+    pairs,
+    recorders,
+    signed,
+    threads,
+)
+
+
+def softmax(
+    scores: Tensor, scale: float, causal: bool = False, mask: Tensor | None = None, *, reuse: bool = False
+) -> Tensor:
+    """Row softmax of scale * scores (+ mask) over the last dimension, by the library's own exponential.
+
+    Args:
+        scores: [..., rows, columns].
+        causal: element (i, j) is masked where j > i, whatever the numbers of rows and columns.
+        mask: float32 of the shape of `scores` (strides of 0 are fine), added after scaling; a row that is masked
+            everywhere gives 0.
+        reuse: the caller has no more use of `scores`, whose memory may then hold the result.
+    """
+    if direct(scores) and (mask is None or direct(mask)):
+        return _run_softmax(scores, scale, causal, mask, reuse)
+    out: Tensor = torch.ops.hbfp.softmax(scores, scale, causal, mask)
+    return out
+
+
+def _run_softmax(scores: Tensor, scale: float, causal: bool, mask: Tensor | None, reuse: bool) -> Tensor:
+    scores = float32(scores).contiguous()
+    out = scores if reuse else torch.empty(scores.shape, dtype=torch.float32, device="cpu")
+    mask = None if mask is None else float32(mask).contiguous()
+    _core.softmax(scores, out, scale, causal, mask, threads())
+    return out
+
+
+def softmax_backward(p: Tensor, dp: Tensor, scale: float, *, reuse: bool = False) -> Tensor:
+    """Gradient of `softmax` for its scores: scale * p * (dp - rowsum(p * dp)).
+
+    Args:
+        p, dp: [..., rows, columns], the softmax and the gradient that reaches it.
+        reuse: the caller has no more use of `dp`, whose memory may then hold the result.
+    """
+    if direct(p, dp):
+        return _run_softmax_backward(p, dp, scale, reuse)
+    out: Tensor = torch.ops.hbfp.softmax_backward(p, dp, scale)
+    return out
+
+
+def _run_softmax_backward(p: Tensor, dp: Tensor, scale: float, reuse: bool) -> Tensor:
+    p, dp = float32(p).contiguous(), float32(dp).contiguous()
+    out = dp if reuse else torch.empty(dp.shape, dtype=torch.float32, device="cpu")
+    _core.softmax_backward(p, dp, out, scale, threads())
+    return out
+
+
+def _record_attention(q: Tensor, k: Tensor, depth: int, formats: Formats, name: str, source: object) -> None:
+    """Tells of one product of attention, whose multiply-accumulates are those of all rows with all columns."""
+    macs = prod(q.shape[:-1]) * k.shape[-2] * depth
+    for recorder in tuple(recorders):
+        recorder(Product(name, source, macs, formats[0], formats[1]))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: Sequence[int],
+    *,
+    source: object = None,
+) -> Tensor:
+    """softmax(scale Q Kᵀ + mask) V without the L x S matrix in memory: the bits of two `product`s and `softmax`.
+
+    Shapes:
+        q: [..., L, E]; k: [..., S, E]; v: [..., S, Ev]; mask: float32 [..., L, S], added to the scaled scores. All with
+            the same batch dimensions, and strides of 0 where something is shared; L, S, E and Ev are not 0.
+        result: [..., L, Ev], float32, contiguous.
+
+    Args:
+        causal: row i sees columns 0 … i.
+        formats, roundings: of Q and P on the left, of K and V on the right; lines of at most 8 bits.
+        seed, streams: of Q, K, P and V.
+        source: told to the recorders, no part of the result.
+
+    Raises:
+        ShapeError: the shapes do not fit; FormatError: the formats are others;
+        DTypeError: a tensor is not real, dense and on the CPU.
+    """
+    if direct(q, k, v) and (mask is None or direct(mask)):
+        out = _run_attention(q, k, v, mask, causal, scale, formats, roundings, seed, streams)
+    else:
+        out = torch.ops.hbfp.attention(
+            q, k, v, mask, causal, scale, [str(format) for format in formats], list(roundings),
+            [signed(stream) for stream in streams], signed(seed),
+        )  # fmt: skip
+    if recorders and not is_compiling():
+        _record_attention(q, k, q.shape[-1], formats, "scores", source)
+        _record_attention(q, k, v.shape[-1], formats, "context", source)
+    return out
+
+
+def _run_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: Sequence[int],
+) -> Tensor:
+    q, k, v = float32(q), float32(k), float32(v)
+    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32, device="cpu")
+    scores, context = (codings(formats, roundings, streams[i : i + 2]) for i in (0, 2))
+    _core.attention(
+        q,
+        k,
+        v,
+        None if mask is None else float32(mask),
+        out,
+        causal,
+        scale,
+        scores,
+        context,
+        seed,
+        threads(),
+    )
+    return out
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: tuple[Formats, Formats, Formats],
+    roundings: tuple[Roundings, Roundings, Roundings],
+    seed: int,
+    streams: Sequence[int],
+    needs: tuple[bool, bool, bool],
+    *,
+    source: object = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k and v, as far as `needs` says so, from that of the output; nothing but the inputs is kept.
+
+    Shapes: as for `attention`; do: [..., L, Ev]; results: the shapes of q, k and v, one matrix for each of the batch.
+
+    Args:
+        formats, roundings: of the forward products; of dP = dO Vᵀ and dQ = dS K; of dK = dSᵀ Q and of dV = (dOᵀ P)ᵀ.
+        seed, streams: of Q, K (scores); dO, V (dP); dS, K (dQ); dS, Q (dK); P, dO (dV).
+
+    Raises: as `attention`.
+    """
+    if direct(do, q, k, v) and (mask is None or direct(mask)):
+        out = _run_attention_backward(do, q, k, v, mask, causal, scale, formats, roundings, seed, streams, needs)
+    else:
+        found = torch.ops.hbfp.attention_backward(
+            do, q, k, v, mask, causal, scale, [str(format) for pair in formats for format in pair],
+            [rounding for pair in roundings for rounding in pair], [signed(stream) for stream in streams],
+            signed(seed), list(needs),
+        )  # fmt: skip
+        dq, dk, dv = (x if needed else None for x, needed in zip(found, needs, strict=True))
+        out = dq, dk, dv
+    if recorders and not is_compiling():
+        _, towards_input, towards_right = formats
+        if needs[2]:
+            _record_attention(q, k, v.shape[-1], towards_right[::-1], "gradient of V", source)
+        if needs[0] or needs[1]:
+            _record_attention(q, k, v.shape[-1], towards_input, "gradient of P", source)
+        if needs[0]:
+            _record_attention(q, k, q.shape[-1], towards_input, "gradient of Q", source)
+        if needs[1]:
+            _record_attention(q, k, q.shape[-1], towards_right, "gradient of K", source)
+    return out
+
+
+def _run_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: tuple[Formats, Formats, Formats],
+    roundings: tuple[Roundings, Roundings, Roundings],
+    seed: int,
+    streams: Sequence[int],
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    do, q, k, v = float32(do), float32(q), float32(k), float32(v)
+    dq, dk, dv = (
+        torch.empty(x.shape, dtype=torch.float32, device="cpu") if needed else None
+        for x, needed in zip((q, k, v), needs, strict=True)
+    )
+    chosen = [(formats[i], roundings[i]) for i in (0, 1, 1, 2)] + [(formats[2][::-1], roundings[2][::-1])]
+    scores, weights, queries, keys, values = (
+        codings(*pair, streams[2 * i : 2 * i + 2]) for i, pair in enumerate(chosen)
+    )
+    _core.attention_backward(
+        do, q, k, v, None if mask is None else float32(mask), dq, dk, dv, causal, scale,
+        scores, weights, queries, keys, values, seed, threads(),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+# --- behind torch's dispatcher ---------------------------------------------------------------------------------------
+
+
+@operator("softmax(Tensor scores, float scale, bool causal, Tensor? mask) -> Tensor")
+def _softmax_kernel(scores: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    return _run_softmax(scores, scale, causal, mask, False)
+
+
+@operator("softmax_backward(Tensor p, Tensor dp, float scale) -> Tensor")
+def _softmax_backward_kernel(p: Tensor, dp: Tensor, scale: float) -> Tensor:
+    return _run_softmax_backward(p, dp, scale, False)
+
+
+@operator(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, str[] formats, int[] roundings, "
+    "SymInt[] streams, SymInt seed) -> Tensor"
+)
+def _attention_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: list[str],
+    roundings: list[int],
+    streams: list[int],
+    seed: int,
+) -> Tensor:
+    return _run_attention(
+        q, k, v, mask, causal, scale, pairs(map(format_of, formats))[0], pairs(roundings)[0], seed & WORD,
+        [stream & WORD for stream in streams],
+    )  # fmt: skip
+
+
+@operator(
+    "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
+    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, bool[] needs) -> (Tensor, Tensor, Tensor)"
+)
+def _attention_backward_kernel(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    formats: list[str],
+    roundings: list[int],
+    streams: list[int],
+    seed: int,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    gradients = _run_attention_backward(
+        do, q, k, v, mask, causal, scale, pairs(map(format_of, formats)), pairs(roundings), seed & WORD,
+        [stream & WORD for stream in streams], (needs[0], needs[1], needs[2]),
+    )  # fmt: skip
+    # A schema has no optional results.
+    return tuple(torch.empty(0) if x is None else x for x in gradients)
+
+
+@torch.library.register_fake("hbfp::softmax", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _softmax_fake(scores: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
+    return scores.new_empty(scores.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::softmax_backward", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _softmax_backward_fake(p: Tensor, dp: Tensor, scale: float) -> Tensor:
+    return dp.new_empty(dp.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::attention", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::attention_backward", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _attention_backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    return tuple(
+        x.new_empty(x.shape if needed else 0, dtype=torch.float32) for x, needed in zip((q, k, v), needs, strict=True)
+    )
