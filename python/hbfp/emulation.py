@@ -187,7 +187,9 @@ def random_bits(shape: Sequence[int], seed: int, stream: int, device: torch.devi
         HBFPError: seed or stream is no 64-bit word. ShapeError: more than 2^32 rows.
     """
     for name, word in (("seed", seed), ("stream", stream)):
-        if not 0 <= word < 2**64:
+        if isinstance(word, Tensor):  # of a graph, in whose place a number would serve for one step
+            stream = word.to(device)
+        elif not 0 <= word < 2**64:
             raise HBFPError(f"{name} must lie in 0 ... {2**64 - 1}; found {word}")
     columns = shape[-1] if len(shape) else 1
     rows = prod(shape[:-1])
@@ -197,7 +199,7 @@ def random_bits(shape: Sequence[int], seed: int, stream: int, device: torch.devi
     c0: Tensor | int = torch.arange(-(-columns // 8), device=device)
     c1: Tensor | int = torch.arange(rows, device=device).unsqueeze(1)
     c2: Tensor | int = stream & _WORD
-    c3: Tensor | int = stream >> 32
+    c3: Tensor | int = stream >> 32 & _WORD
     k0, k1 = seed & _WORD, seed >> 32
     for _ in range(10):
         # Products of 32 bits wrap round in int64, which loses none of their 64 bits.

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.compiler import is_dynamo_compiling, is_exporting
 
+from hbfp import ops
 from hbfp.errors import ConversionError, FormatError, HBFPError, RuleError
 from hbfp.format import HBFP, HBFP4, HBFP6, HBFP8, Rounding
 
@@ -332,18 +334,42 @@ def stream(step: int, site: int = 0, index: int = 0, role: int = 0) -> int:
 # --- what a converted layer carries ----------------------------------------------------------------------------------
 
 
-@dataclass(slots=True, eq=False)
 class RootState:
-    """What the layers of one conversion share."""
+    """What the layers of one conversion share.
 
-    seed: int = 0
-    step: int = 0
-    automatic: bool = True
-    """Nobody has set the step: each training forward of the converted root advances it."""
-    left: dict[str, str] = field(default_factory=dict)
-    """Modules that stayed in FP32, with the reason."""
-    active: bool = True
-    """False once the conversion was taken back."""
+    The step is held twice. Eager code wants a number. torch.compile would make a number part of the graph and compile
+    anew at each step; a tensor without dimensions enters the graph as an input. It is exchanged and never changed in
+    place: a graph may have saved it for its backward pass.
+    """
+
+    __slots__ = ("_clock", "_step", "active", "automatic", "left", "seed")
+
+    def __init__(self, seed: int = 0, step: int = 0) -> None:
+        self.seed = seed
+        self.step = step
+        self.automatic = True
+        """Nobody has set the step: each training forward of the converted root advances it."""
+        self.left: dict[str, str] = {}
+        """Modules that stayed in FP32, with the reason."""
+        self.active = True
+        """False once the conversion was taken back."""
+
+    @property
+    def step(self) -> int:
+        """The step that random streams are drawn from."""
+        if self._step is None:
+            self._step = int(self._clock)
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step: int | None = step
+        self._clock = torch.scalar_tensor(step, dtype=torch.int64)
+
+    @property
+    def clock(self) -> torch.Tensor:
+        """The step for a graph: int64, no dimensions."""
+        return self._clock
 
     def set_step(self, step: int) -> None:
         """Raises HBFPError unless step is in 0 .. 2^32 - 1."""
@@ -358,7 +384,12 @@ class RootState:
         A forward that runs inside a backward pass is a recomputation (activation checkpointing) and must draw the bits
         of the pass that it repeats.
         """
-        if self.automatic and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+        if not self.automatic or is_exporting():
+            return
+        if is_dynamo_compiling():
+            self._clock = ops.next_step(self._clock)
+            self._step = None  # written and not read: a graph must not depend on the number
+        elif torch._C._current_graph_task_id() == -1:
             self.step = (self.step + 1) % STEPS
 
 
@@ -382,8 +413,15 @@ class LayerState:
     """The class and the state before `convert_`."""
 
     def stream(self, index: int = 0, part: int = 0) -> int:
-        """The stream of the layer's products in this step, role 0; `part` counts the sites of a layer with several."""
-        return self.root.step << 32 | self.site + part << 12 | (index & 0xFF) << 4
+        """The stream of the layer's products in this step, role 0; `part` counts the sites of a layer with several.
+
+        Under torch.compile a tensor without dimensions stands for the number, int64 with the same 64 bits; what is or-ed
+        to it becomes part of the graph. An exported program has the step of its export.
+        """
+        low = self.site + part << 12 | (index & 0xFF) << 4
+        if is_dynamo_compiling() and not is_exporting():
+            return cast(int, self.root.clock << 32 | low)
+        return self.root.step << 32 | low
 
 
 def solo_state(value: str | HBFP | Recipe, seed: int, site: int, sites: int = 1) -> LayerState:

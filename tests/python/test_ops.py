@@ -19,15 +19,15 @@ CASES = {
     "softmax_backward": (values(2, 3, 9).softmax(-1), values(2, 3, 9, seed=1), 0.5),
     "column_sums": (values(130, 7),),
     "convolution": (
-        values(2, 4, 5, 6), values(6, 2, 3, 2), values(6), ["hbfp4b16", "hbfp6b16"], [0, 3], [1, -2], -5,
+        values(2, 4, 5, 6), values(6, 2, 3, 2), values(6), ["hbfp4b16", "hbfp6b16"], [0, 3], [1, -2], None, -5,
         [3, 2], [2, 1], [1, 1, 0, 1], [1, 2], 2, True, [3, 5],
     ),
     "convolution_input_gradient": (
-        values(2, 6, 3, 5), values(6, 2, 3, 2), None, ["hbfp4b16", "hbfp6b16"], [3, 0], [1, -2], -5,
+        values(2, 6, 3, 5), values(6, 2, 3, 2), None, ["hbfp4b16", "hbfp6b16"], [3, 0], [1, -2], None, -5,
         [3, 2], [2, 1], [1, 1, 0, 1], [1, 2], 2, [5, 6],
     ),
     "convolution_weight_gradient": (
-        values(2, 6, 3, 5), values(2, 4, 5, 6), ["hbfp4b16", "hbfp6b16"], [3, 0], [1, -2], -5,
+        values(2, 6, 3, 5), values(2, 4, 5, 6), ["hbfp4b16", "hbfp6b16"], [3, 0], [1, -2], None, -5,
         [3, 2], [2, 1], [1, 1, 0, 1], [1, 2], 2,
     ),
 }  # fmt: skip

@@ -32,6 +32,7 @@ from hbfp.ops.entrance import (
 from hbfp.ops.products import (
     column_sums,
     kept_product,
+    next_step,
     product,
     product_keeping,
     product_shape,
@@ -60,6 +61,7 @@ __all__ = [
     "convolution_weight_gradient",
     "kept_convolution_weight_gradient",
     "kept_product",
+    "next_step",
     "product",
     "product_keeping",
     "product_shape",

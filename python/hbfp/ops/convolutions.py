@@ -21,6 +21,8 @@ from hbfp.ops.entrance import (
     Product,
     Roundings,
     codings,
+    crossed,
+    crossing,
     direct,
     float32,
     format_of,
@@ -497,8 +499,8 @@ def kept_convolution_weight_gradient(
 
 
 _CODED = (
-    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, int[] kernel, int[] stride, int[] padding, "
-    "int[] dilation, int groups"
+    "str[] formats, int[] roundings, SymInt[] streams, Tensor[]? drawn, SymInt seed, int[] kernel, int[] stride, "
+    "int[] padding, int[] dilation, int groups"
 )
 """How the arguments of `_crossing` are declared."""
 
@@ -508,7 +510,7 @@ def _crossing(
 ) -> tuple[Any, ...]:
     """Formats, random bits and geometry as a schema holds them; paddings before and after lie in one list."""
     return (
-        [str(format) for format in formats], list(roundings), [signed(stream) for stream in streams], signed(seed),
+        [str(format) for format in formats], list(roundings), *crossing(streams), signed(seed),
         list(geometry.kernel), list(geometry.stride), [size for pair in geometry.padding for size in pair],
         list(geometry.dilation), geometry.groups,
     )  # fmt: skip
@@ -518,6 +520,7 @@ def _crossed(
     formats: list[str],
     roundings: list[int],
     streams: list[int],
+    drawn: list[Tensor] | None,
     seed: int,
     kernel: list[int],
     stride: list[int],
@@ -528,8 +531,8 @@ def _crossed(
 ) -> tuple[Formats, Roundings, int, tuple[int, int], Geometry]:
     """The same on the other side."""
     geometry = Geometry(tuple(kernel), tuple(stride), pairs(padding), tuple(dilation), groups, flatten)
-    words = (streams[0] & WORD, streams[1] & WORD)
-    return pairs(map(format_of, formats))[0], pairs(roundings)[0], seed & WORD, words, geometry
+    left, right = crossed(streams, drawn)
+    return pairs(map(format_of, formats))[0], pairs(roundings)[0], seed & WORD, (left, right), geometry
 
 
 @operator(f"convolution(Tensor x, Tensor weight, Tensor? bias, {_CODED}, bool flatten, SymInt[] outputs) -> Tensor")
@@ -562,5 +565,5 @@ def _convolution_input_gradient_fake(dy: Tensor, weight: Tensor, *coded: Any) ->
 
 @torch.library.register_fake("hbfp::convolution_weight_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _convolution_weight_gradient_fake(dy: Tensor, x: Tensor, *coded: Any) -> Tensor:
-    kernel, groups = coded[4], coded[-1]
+    kernel, groups = coded[5], coded[-1]
     return dy.new_empty((dy.shape[1], x.shape[1] // groups, *kernel), dtype=torch.float32)

@@ -1,7 +1,8 @@
 """What every door from torch to the compiled core shares: the check of tensors, the choice of the way, the recorders.
 
 Formats cross torch's dispatcher as their written form and 64-bit words as signed integers, because a schema holds
-nothing else.
+nothing else. Streams change at every step, and a graph that holds them as numbers would serve for one: under
+torch.compile they are tensors without dimensions (see `hbfp.policy.RootState`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -93,6 +94,18 @@ def direct(*tensors: Tensor) -> bool:
 def signed(word: int) -> int:
     """A 64-bit word as the signed integer that an operator's schema holds."""
     return word - 2**64 if word >= 2**63 else word
+
+
+def crossing(streams: Sequence[int]) -> tuple[list[int], list[Tensor] | None]:
+    """Streams as an operator takes them: numbers, or in their place the tensors that stand for them in a graph."""
+    if isinstance(streams[0], Tensor):
+        return [0] * len(streams), cast(list[Tensor], list(streams))
+    return [signed(stream) for stream in streams], None
+
+
+def crossed(streams: Sequence[int], drawn: Sequence[Tensor] | None) -> list[int]:
+    """The same on the other side."""
+    return [int(stream) & WORD for stream in (streams if drawn is None else drawn)]
 
 
 @lru_cache(maxsize=256)

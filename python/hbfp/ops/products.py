@@ -16,6 +16,8 @@ from hbfp.ops.entrance import (
     ROUNDINGS,
     WORD,
     Product,
+    crossed,
+    crossing,
     direct,
     dispatch_modes,
     float32,
@@ -209,10 +211,11 @@ def product(
     if out is None and direct(a, b):
         out = _run_product(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
     elif out is None:
+        numbers, drawn = crossing(streams)
         out = torch.ops.hbfp.product(
-            a, a_axis, str(formats[0]), roundings[0], signed(streams[0]),
-            b, b_axis, str(formats[1]), roundings[1], signed(streams[1]),
-            signed(seed), bias,
+            a, a_axis, str(formats[0]), roundings[0], numbers[0],
+            b, b_axis, str(formats[1]), roundings[1], numbers[1],
+            signed(seed), bias, drawn,
         )  # fmt: skip
     if recorders and not compiling:
         _record(a, a_axis, out, formats, name, source)
@@ -268,7 +271,8 @@ def quantize(x: Tensor, format: HBFP, axis: int = -1, rounding: int = 0, seed: i
     """
     if direct(x):
         return _run_quantize(x, format, axis, rounding, seed, stream)
-    out: Tensor = torch.ops.hbfp.quantize(x, str(format), axis, rounding, signed(seed), signed(stream))
+    numbers, drawn = crossing((stream,))
+    out: Tensor = torch.ops.hbfp.quantize(x, str(format), axis, rounding, signed(seed), numbers[0], drawn)
     return out
 
 
@@ -296,12 +300,22 @@ def _run_column_sums(x: Tensor) -> Tensor:
     return out
 
 
+def next_step(step: Tensor) -> Tensor:
+    """The step after `step`, int64 without dimensions, modulo 2^32; the same within a backward pass.
+
+    For graphs, which cannot ask whether they run within one.
+    """
+    out: Tensor = torch.ops.hbfp.next_step(step)
+    return out
+
+
 # --- behind torch's dispatcher ---------------------------------------------------------------------------------------
 
 
 @operator(
     "product(Tensor a, int a_axis, str a_format, int a_rounding, SymInt a_stream, "
-    "Tensor b, int b_axis, str b_format, int b_rounding, SymInt b_stream, SymInt seed, Tensor? bias) -> Tensor"
+    "Tensor b, int b_axis, str b_format, int b_rounding, SymInt b_stream, SymInt seed, Tensor? bias, "
+    "Tensor[]? streams=None) -> Tensor"
 )
 def _product_kernel(
     a: Tensor,
@@ -316,15 +330,28 @@ def _product_kernel(
     b_stream: int,
     seed: int,
     bias: Tensor | None,
+    streams: list[Tensor] | None = None,
 ) -> Tensor:
     formats, roundings = (format_of(a_format), format_of(b_format)), (a_rounding, b_rounding)
-    streams = (a_stream & WORD, b_stream & WORD)
-    return _run_product(a, a_axis, b, b_axis, formats, roundings, seed & WORD, streams, bias)
+    left, right = crossed((a_stream, b_stream), streams)
+    return _run_product(a, a_axis, b, b_axis, formats, roundings, seed & WORD, (left, right), bias)
 
 
-@operator("quantize(Tensor x, str format, int axis, int rounding, SymInt seed, SymInt stream) -> Tensor")
-def _quantize_kernel(x: Tensor, format: str, axis: int, rounding: int, seed: int, stream: int) -> Tensor:
-    return _run_quantize(x, format_of(format), axis, rounding, seed & WORD, stream & WORD)
+@operator(
+    "quantize(Tensor x, str format, int axis, int rounding, SymInt seed, SymInt stream, Tensor[]? streams=None) "
+    "-> Tensor"
+)
+def _quantize_kernel(
+    x: Tensor, format: str, axis: int, rounding: int, seed: int, stream: int, streams: list[Tensor] | None = None
+) -> Tensor:
+    return _run_quantize(x, format_of(format), axis, rounding, seed & WORD, *crossed((stream,), streams))
+
+
+@operator("next_step(Tensor step) -> Tensor")
+def _next_step_kernel(step: Tensor) -> Tensor:
+    # Within a backward pass a forward is a recomputation, which must draw the bits of the one that it repeats.
+    recomputes = torch._C._current_graph_task_id() != -1
+    return step.clone() if recomputes else (step + 1).bitwise_and_(2**32 - 1)
 
 
 @operator("column_sums(Tensor x) -> Tensor")
@@ -346,13 +373,21 @@ def _product_fake(
     b_stream: int,
     seed: int,
     bias: Tensor | None,
+    streams: list[Tensor] | None = None,
 ) -> Tensor:
     return a.new_empty(product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
 
 
 @torch.library.register_fake("hbfp::quantize", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _quantize_fake(x: Tensor, format: str, axis: int, rounding: int, seed: int, stream: int) -> Tensor:
+def _quantize_fake(
+    x: Tensor, format: str, axis: int, rounding: int, seed: int, stream: int, streams: list[Tensor] | None = None
+) -> Tensor:
     return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::next_step", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _next_step_fake(step: Tensor) -> Tensor:
+    return torch.empty_like(step)
 
 
 @torch.library.register_fake("hbfp::column_sums", lib=LIBRARY)  # type: ignore[untyped-decorator]

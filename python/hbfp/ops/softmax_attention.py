@@ -18,6 +18,8 @@ from hbfp.ops.entrance import (
     Product,
     Roundings,
     codings,
+    crossed,
+    crossing,
     direct,
     float32,
     format_of,
@@ -116,9 +118,10 @@ def attention(
     if direct(q, k, v) and (mask is None or direct(mask)):
         out = _run_attention(q, k, v, mask, causal, scale, formats, roundings, seed, streams)
     else:
+        numbers, drawn = crossing(streams)
         out = torch.ops.hbfp.attention(
-            q, k, v, mask, causal, scale, [str(format) for format in formats], list(roundings),
-            [signed(stream) for stream in streams], signed(seed),
+            q, k, v, mask, causal, scale, [str(format) for format in formats], list(roundings), numbers, signed(seed),
+            drawn,
         )  # fmt: skip
     if recorders and not is_compiling():
         _record_attention(q, k, q.shape[-1], formats, "scores", source)
@@ -186,10 +189,10 @@ def attention_backward(
     if direct(do, q, k, v) and (mask is None or direct(mask)):
         out = _run_attention_backward(do, q, k, v, mask, causal, scale, formats, roundings, seed, streams, needs)
     else:
+        numbers, drawn = crossing(streams)
         found = torch.ops.hbfp.attention_backward(
             do, q, k, v, mask, causal, scale, [str(format) for pair in formats for format in pair],
-            [rounding for pair in roundings for rounding in pair], [signed(stream) for stream in streams],
-            signed(seed), list(needs),
+            [rounding for pair in roundings for rounding in pair], numbers, signed(seed), list(needs), drawn,
         )  # fmt: skip
         dq, dk, dv = (x if needed else None for x, needed in zip(found, needs, strict=True))
         out = dq, dk, dv
@@ -251,7 +254,7 @@ def _softmax_backward_kernel(p: Tensor, dp: Tensor, scale: float) -> Tensor:
 
 @operator(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, str[] formats, int[] roundings, "
-    "SymInt[] streams, SymInt seed) -> Tensor"
+    "SymInt[] streams, SymInt seed, Tensor[]? drawn=None) -> Tensor"
 )
 def _attention_kernel(
     q: Tensor,
@@ -264,16 +267,18 @@ def _attention_kernel(
     roundings: list[int],
     streams: list[int],
     seed: int,
+    drawn: list[Tensor] | None = None,
 ) -> Tensor:
     return _run_attention(
         q, k, v, mask, causal, scale, pairs(map(format_of, formats))[0], pairs(roundings)[0], seed & WORD,
-        [stream & WORD for stream in streams],
+        crossed(streams, drawn),
     )  # fmt: skip
 
 
 @operator(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
-    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, bool[] needs) -> (Tensor, Tensor, Tensor)"
+    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, bool[] needs, Tensor[]? drawn=None) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 def _attention_backward_kernel(
     do: Tensor,
@@ -288,10 +293,11 @@ def _attention_backward_kernel(
     streams: list[int],
     seed: int,
     needs: list[bool],
+    drawn: list[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     gradients = _run_attention_backward(
         do, q, k, v, mask, causal, scale, pairs(map(format_of, formats)), pairs(roundings), seed & WORD,
-        [stream & WORD for stream in streams], (needs[0], needs[1], needs[2]),
+        crossed(streams, drawn), (needs[0], needs[1], needs[2]),
     )  # fmt: skip
     # A schema has no optional results.
     return tuple(torch.empty(0) if x is None else x for x in gradients)
@@ -314,7 +320,7 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 
 @torch.library.register_fake("hbfp::attention_backward", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _attention_backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    needs = rest[-1]
+    needs = rest[7]
     return tuple(
         x.new_empty(x.shape if needed else 0, dtype=torch.float32) for x, needed in zip((q, k, v), needs, strict=True)
     )
