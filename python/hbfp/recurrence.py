@@ -18,13 +18,14 @@ a matter of multiplying in place.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from hbfp.autograd import Role
 from hbfp.backends import arithmetic
@@ -182,7 +183,7 @@ def _over_rows(
     bias: Tensor | None = None,
 ) -> Tensor:
     """One product over the rows of all steps, at index 0."""
-    left, right = (run.streams[part] | role for role in roles)
+    left, right = (run.streams[part] | int(role) for role in roles)
     return arithmetic(run.recipe.backend).product(
         a, a_axis, b, b_axis, policy.formats, policy.roundings, run.seed, (left, right), bias,
         name=name, source=run.source,
@@ -195,7 +196,7 @@ def _at_steps(
     """The product with `weight` that is computed at every step; None without a weight."""
     if weight is None:
         return None
-    left, right = (run.streams[part] | role for role in roles)
+    left, right = (run.streams[part] | int(role) for role in roles)
     return StationaryWeight(
         weight, axis, policy, run.recipe.backend, run.seed, (left, right), name=name, source=run.source
     )
@@ -307,9 +308,16 @@ class _Backward(ABC):
         raise NotImplementedError
 
 
+def _write(function: Callable[..., Tensor], *operands: Tensor, out: Tensor) -> Tensor:
+    """`function` of the operands, into `out`."""
+    if is_compiling():  # which takes no `out` with gaps in memory
+        return out.copy_(function(*operands))
+    return function(*operands, out=out)
+
+
 def _one_less(x: Tensor, out: Tensor) -> Tensor:
     """1 − x."""
-    return torch.sub(x.new_ones(()), x, out=out)
+    return _write(torch.sub, x.new_ones(()), x, out=out)
 
 
 def _slope_of_sigmoid(s: Tensor, out: Tensor) -> Tensor:
@@ -319,7 +327,7 @@ def _slope_of_sigmoid(s: Tensor, out: Tensor) -> Tensor:
 
 def _slope_of_tanh(s: Tensor, out: Tensor) -> Tensor:
     """1 − s · s."""
-    return _one_less(torch.mul(s, s, out=out), out)
+    return _one_less(_write(torch.mul, s, s, out=out), out)
 
 
 class _LSTMForward(_Forward):
@@ -344,9 +352,9 @@ class _LSTMForward(_Forward):
         self.all[t].add_(product)
         self.i_and_f[t].sigmoid_()
         g, o, c, n = self.g[t].tanh_(), self.o[t].sigmoid_(), self.c[t], self.sizes[t]
-        torch.mul(self.f[t], _entering(self.before, self.c0, n), out=c)
-        c.add_(torch.mul(self.i[t], g, out=self.scratch[:n]))
-        torch.mul(o, torch.tanh(c, out=self.tanh[t]), out=out)
+        _write(torch.mul, self.f[t], _entering(self.before, self.c0, n), out=c)
+        c.add_(_write(torch.mul, self.i[t], g, out=self.scratch[:n]))
+        _write(torch.mul, o, _write(torch.tanh, c, out=self.tanh[t]), out=out)
         self.before = c
 
     def kept(self) -> list[Tensor]:
@@ -383,7 +391,7 @@ class _LSTMBackward(_Backward):
     def step(self, t: int, dh: Tensor) -> Tensor:
         assert self.dc is not None
         n = self.sizes[t]
-        dc = self.dc[:n].add_(torch.mul(dh, self.through[t], out=self.scratch[:n]))
+        dc = self.dc[:n].add_(_write(torch.mul, dh, self.through[t], out=self.scratch[:n]))
         self.ifg[t].mul_(dc.unsqueeze(1))
         self.do[t].mul_(dh)
         dc.mul_(self.f[t])
@@ -412,9 +420,9 @@ class _GRUForward(_Forward):
     def step(self, t: int, h: Tensor, product: Tensor, out: Tensor) -> None:
         self.r_and_z[t].add_(product[:, : 2 * self.width]).sigmoid_()
         recurrent, third = product[:, 2 * self.width :], self.third[t]
-        n = torch.mul(self.r[t], recurrent, out=self.scratch[: self.sizes[t]]).add_(third)
-        n = torch.tanh(n, out=self.n[t])
-        torch.sub(h, n, out=out).mul_(self.z[t]).add_(n)
+        n = _write(torch.mul, self.r[t], recurrent, out=self.scratch[: self.sizes[t]]).add_(third)
+        n = _write(torch.tanh, n, out=self.n[t])
+        _write(torch.sub, h, n, out=out).mul_(self.z[t]).add_(n)
         if self.keep:
             third.copy_(recurrent)  # the input's share has served
 
@@ -452,7 +460,7 @@ class _GRUBackward(_Backward):
         dn = self.dn[t]
         self.dr[t].mul_(dn)
         self.products_r_and_z[t].copy_(self.dr_and_dz[t])
-        torch.mul(dn, self.r[t], out=self.products_n[t])
+        _write(torch.mul, dn, self.r[t], out=self.products_n[t])
         return self.products[t]
 
     def carry(self, t: int, dh: Tensor) -> Tensor:
@@ -472,7 +480,7 @@ class _RNNForward(_Forward):
         self.relu = run.mode == "RNN_RELU"
 
     def step(self, t: int, h: Tensor, product: Tensor, out: Tensor) -> None:
-        torch.add(self.all[t], product, out=out)
+        _write(torch.add, self.all[t], product, out=out)
         if self.relu:
             out.relu_()
         else:

@@ -46,7 +46,7 @@ class StationaryWeight:
     ) -> None:
         self.weight, self.axis, self.policy, self.backend = weight, axis, policy, backend
         self.seed, self.streams, self.name, self.source = seed, streams, name, source
-        self.threads = torch.get_num_threads()
+        self.threads = 0 if is_compiling() else torch.get_num_threads()
         self.packed = self._lay_out()
         self.decoded = self._decode()
 

@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from hbfp import autograd
 from hbfp.nn.functional import RecipeLike
+from hbfp.nn.precision import as_wide_as
 from hbfp.policy import LayerState, solo_state
 
 __all__ = ["DotProductAttention"]
@@ -44,7 +45,9 @@ class DotProductAttention(nn.Module):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """As `torch.nn.functional.scaled_dot_product_attention`; in fixed point the result is float32."""
+        """As `torch.nn.functional.scaled_dot_product_attention`; in fixed point the result is float32, or in the dtype
+        of `query` if that is bfloat16 or float16, unless autocasting.
+        """
         state = self.hbfp_state
         if state is None:
             return torch_attention(
@@ -52,10 +55,11 @@ class DotProductAttention(nn.Module):
             )
         if state.solo and self.training:
             state.root.advance()
-        return autograd.attention(
+        out = autograd.attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale,
             state.recipe, state.root.seed, state.stream(), state, enable_gqa=enable_gqa,
         )  # fmt: skip
+        return as_wide_as(query, out)
 
     def extra_repr(self) -> str:
         return "FP32" if self.hbfp_state is None else self.hbfp_state.recipe.formats

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike, bilinear_products
+from hbfp.nn.precision import as_wide_as
 from hbfp.policy import LayerState, Weight, solo_state
 
 __all__ = ["Bilinear"]
@@ -25,7 +26,7 @@ class Bilinear(nn.Bilinear):
         site: tells the random bits of this layer from those of other layers with the same seed, 0 … 2^20 − 1.
 
     Shapes: inputs [..., in1_features] and [..., in2_features] of any real floating dtype; output [..., out_features],
-    float32.
+    float32, or in the dtype of the first input if that is bfloat16 or float16, unless autocasting.
     """
 
     hbfp_state: LayerState | None = None
@@ -45,9 +46,10 @@ class Bilinear(nn.Bilinear):
             return super().forward(input1, input2)
         if state.solo and self.training:
             state.root.advance()
-        return bilinear_products(
+        out = bilinear_products(
             input1, input2, self.weight, self.bias, state.recipe, state.root.seed, state.stream(), state
         )
+        return as_wide_as(input1, out)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {'FP32' if self.hbfp_state is None else self.hbfp_state.recipe.formats}"

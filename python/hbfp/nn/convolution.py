@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from hbfp.convolution import FLATTENED_BELOW, Paddings, convolution, pad, require_lines, transposed_convolution
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike
+from hbfp.nn.precision import as_wide_as
 from hbfp.policy import LayerState, Weight, solo_state
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
@@ -55,13 +56,14 @@ class _Convolution(_ConvNd):
             return out
         if state.solo and self.training:
             state.root.advance()
-        rank, padding = len(self.kernel_size), cast(Paddings, self.padding)
+        given, rank, padding = input, len(self.kernel_size), cast(Paddings, self.padding)
         if self.padding_mode != "zeros":
             input, padding = pad(input, rank, self._reversed_padding_repeated_twice, self.padding_mode), 0
-        return convolution(
+        out = convolution(
             input, self.weight, self.bias, rank, self.stride, padding, self.dilation, self.groups, self.flatten,
             state.recipe, state.root.seed, state.stream(), state,
         )  # fmt: skip
+        return as_wide_as(given, out)
 
     def extra_repr(self) -> str:
         flatten = "" if self.flatten is None else f", flatten={self.flatten}"
@@ -99,10 +101,11 @@ class _TransposedConvolution(_ConvTransposeNd):
         rank, padding = len(self.kernel_size), cast(tuple[int, ...], self.padding)
         stride, kernel, dilation = list(self.stride), list(self.kernel_size), list(self.dilation)
         output_padding = self._output_padding(input, output_size, stride, list(padding), kernel, rank, dilation)
-        return transposed_convolution(
+        out = transposed_convolution(
             input, self.weight, self.bias, rank, self.stride, padding, output_padding, self.groups, self.dilation,
             state.recipe, state.root.seed, state.stream(), state,
         )  # fmt: skip
+        return as_wide_as(input, out)
 
     def extra_repr(self) -> str:
         shape: str = super().extra_repr()  # type: ignore[no-untyped-call]
@@ -128,7 +131,8 @@ class Conv2d(_Convolution, nn.Conv2d):
         seed: of stochastic rounding.
         site: tells the random bits of this layer from those of other layers with the same seed, 0 … 2^20 − 1.
 
-    Shapes: input [N, C, H, W] or [C, H, W] of any real floating dtype; output [N, Co, Ho, Wo] or [Co, Ho, Wo], float32.
+    Shapes: input [N, C, H, W] or [C, H, W] of any real floating dtype; output [N, Co, Ho, Wo] or [Co, Ho, Wo], float32,
+    or in the input's dtype if that is bfloat16 or float16, unless autocasting.
     """
 
 
@@ -149,7 +153,8 @@ class ConvTranspose2d(_TransposedConvolution, nn.ConvTranspose2d):
         args, keywords: as in `torch.nn.ConvTranspose2d`.
         recipe, seed, site: as in `Conv2d`.
 
-    Shapes: input [N, C, H, W] or [C, H, W] of any real floating dtype; output [N, Co, Ho, Wo] or [Co, Ho, Wo], float32.
+    Shapes: input [N, C, H, W] or [C, H, W] of any real floating dtype; output [N, Co, Ho, Wo] or [Co, Ho, Wo], float32,
+    or in the input's dtype if that is bfloat16 or float16, unless autocasting.
     """
 
 

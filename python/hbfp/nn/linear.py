@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hbfp import autograd
 from hbfp.nn.functional import RecipeLike
+from hbfp.nn.precision import as_wide_as
 from hbfp.policy import LayerState, solo_state
 
 __all__ = ["Linear"]
@@ -26,7 +27,8 @@ class Linear(nn.Linear):
         seed: of stochastic rounding.
         site: tells the random bits of this layer from those of other layers with the same seed, 0 … 2^20 - 1.
 
-    Shapes: input [..., in_features] of any real floating dtype; output [..., out_features], float32.
+    Shapes: input [..., in_features] of any real floating dtype; output [..., out_features], float32, or in the input's
+    dtype if that is bfloat16 or float16, unless autocasting.
     """
 
     hbfp_state: LayerState | None = None
@@ -58,7 +60,8 @@ class Linear(nn.Linear):
             bias: Tensor | None = self._parameters["bias"]
         except KeyError:  # pruned, or parametrized
             weight, bias = self.weight, self.bias
-        return autograd.linear(input, cast(Tensor, weight), bias, state.recipe, state.root.seed, state.stream(), state)
+        out = autograd.linear(input, cast(Tensor, weight), bias, state.recipe, state.root.seed, state.stream(), state)
+        return out if input.dtype is torch.float32 else as_wide_as(input, out)
 
     def extra_repr(self) -> str:
         state = self.hbfp_state

@@ -14,6 +14,7 @@ from hbfp.attention import ContextFunction, WeightsFunction
 from hbfp.errors import HBFPError, ShapeError
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike
+from hbfp.nn.precision import as_wide_as
 from hbfp.policy import LayerState, Weight, solo_state
 
 __all__ = ["MultiheadAttention"]
@@ -30,7 +31,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     are one tensor, else three. Heads are batches of attention, [batch, heads, L, E / heads].
 
     Differs from torch in a row whose every column is masked (0, not NaN), and in that there is no fused path for
-    inference and no nested input.
+    inference and no nested input. Results are float32, or in the dtype of `query` if that is bfloat16 or float16, unless
+    autocasting; what is between the products is float32 in any case.
 
     Args:
         args, keywords: as in `torch.nn.MultiheadAttention`.
@@ -101,7 +103,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = weights if batched else weights.squeeze(0)
         else:
             context = autograd.attention(q, k, v, mask, p, causal, None, *numbers)
-        return self._out(state, context, batched), weights
+        out = as_wide_as(query, self._out(state, context, batched))
+        return out, None if weights is None else as_wide_as(query, weights)
 
     @property
     def _extended(self) -> bool:

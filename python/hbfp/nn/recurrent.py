@@ -18,6 +18,7 @@ from hbfp import autograd, ops
 from hbfp.errors import ShapeError
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike
+from hbfp.nn.precision import as_wide_as
 from hbfp.policy import LayerState, Weight, solo_state
 from hbfp.recurrence import Run, SequenceFunction
 
@@ -57,8 +58,9 @@ class _Recurrent(nn.RNNBase):
             rows, final = self._layers(state, rows, sizes, initial)
             if input.unsorted_indices is not None:
                 final = tuple(x.index_select(1, input.unsorted_indices) for x in final)
-            packed = PackedSequence(rows, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-            return packed, final if self.mode == "LSTM" else final[0]
+            data, *final = (as_wide_as(input.data, x) for x in (rows, *final))
+            packed = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+            return packed, tuple(final) if self.mode == "LSTM" else final[0]
 
         batched = input.dim() == 3
         if input.dim() not in (2, 3):
@@ -72,7 +74,8 @@ class _Recurrent(nn.RNNBase):
             out, final = out.squeeze(1), tuple(x.squeeze(1) for x in final)
         elif self.batch_first:
             out = out.transpose(0, 1)
-        return out, final if self.mode == "LSTM" else final[0]
+        out, *final = (as_wide_as(input, x) for x in (out, *final))
+        return out, tuple(final) if self.mode == "LSTM" else final[0]
 
     def _initial(self, given: tuple[Tensor, ...] | None, sequences: int, batched: bool) -> tuple[Tensor, ...]:
         """h_0, and c_0 of an LSTM: [layers · directions, sequences, width], checked; zeros if none are given."""
@@ -139,7 +142,8 @@ class RNN(_Recurrent, nn.RNN):
         site: the first of the layer's numbers, which tell its random bits from those of other layers with the same
             seed; it takes two for each layer of the stack and direction (three with `proj_size`).
 
-    Shapes: as in torch, packed sequences and unbatched input included; any real floating dtype in, float32 out.
+    Shapes: as in torch, packed sequences and unbatched input included; any real floating dtype in, float32 out, or the input's dtype
+    if that is bfloat16 or float16, unless autocasting: of the states too.
     """
 
 
@@ -207,7 +211,8 @@ class RNNCell(_Cell, nn.RNNCell):
         seed: of stochastic rounding.
         site: the first of the two numbers that tell the cell's random bits from others' with the same seed.
 
-    Shapes: input [batch, in] or [in], states [batch, hidden] or [hidden] of any real floating dtype; float32 out.
+    Shapes: input [batch, in] or [in], states [batch, hidden] or [hidden] of any real floating dtype; results
+    as those of `RNN`.
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, index: int = 0) -> Tensor:
@@ -217,7 +222,7 @@ class RNNCell(_Cell, nn.RNNCell):
         hx = self._zeros(input) if hx is None else hx
         of_input, of_state = self._products(state, input, (hx,), index)
         total = of_input + of_state
-        return total.relu() if self.nonlinearity == "relu" else total.tanh()
+        return as_wide_as(input, total.relu() if self.nonlinearity == "relu" else total.tanh())
 
 
 class GRUCell(_Cell, nn.GRUCell):
@@ -232,7 +237,7 @@ class GRUCell(_Cell, nn.GRUCell):
         width = self.hidden_size
         r, z = (of_input + of_state)[..., : 2 * width].sigmoid().chunk(2, -1)
         n = (of_input[..., 2 * width :] + r * of_state[..., 2 * width :]).tanh()
-        return (hx - n) * z + n
+        return as_wide_as(input, (hx - n) * z + n)
 
 
 class LSTMCell(_Cell, nn.LSTMCell):
@@ -250,4 +255,4 @@ class LSTMCell(_Cell, nn.LSTMCell):
         i, f = gates[..., : 2 * width].sigmoid().chunk(2, -1)
         g, o = gates[..., 2 * width : 3 * width].tanh(), gates[..., 3 * width :].sigmoid()
         c = f * c + i * g
-        return o * c.tanh(), c
+        return as_wide_as(input, o * c.tanh()), as_wide_as(input, c)
