@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from hbfp.autograd import Role
+from hbfp.autograd import Role, once
 from hbfp.backends import arithmetic
 from hbfp.policy import Recipe
 
@@ -50,7 +49,7 @@ class WeightsFunction(torch.autograd.Function):
         return p
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
         q, k, p = ctx.saved_tensors
         need_q, need_k, need_mask = ctx.needs_input_grad[:3]
@@ -91,7 +90,7 @@ class ContextFunction(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         p, v = ctx.saved_tensors
         need_p, need_v = ctx.needs_input_grad[:2]

@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import wraps
 from math import prod, sqrt
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from hbfp import ops
@@ -36,6 +35,8 @@ __all__ = [
     "attention",
     "linear",
     "matmul",
+    "once",
+    "require_plain",
 ]
 
 
@@ -70,16 +71,56 @@ _INTEGER = Backend.INTEGER
 _transform, _tracer = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 
 
-def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Differentiating a second time would need gradients of the encoding itself: torch says so when it happens."""
-    guarded = cast(Callable[..., Any], once_differentiable(backward))
+class _Underivable(torch.autograd.Function):
+    """Gradients that may not be differentiated themselves, tied to those that they were computed from.
+
+    Without the tie (torch's `once_differentiable` has none) `torch.autograd.functional.hessian` would find no way back
+    and give zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if x is None else x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise HBFPError(
+            "a gradient of fixed-point products was differentiated again (create_graph=True): rounding has no "
+            "derivative. Keep the layers that you differentiate twice in FP32, by rules or outside the conversion"
+        )
+
+
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass whose results cannot be differentiated; HBFPError says so to who tries."""
 
     @wraps(backward)
-    def once(ctx: Any, *gradients: Tensor) -> Any:
-        # Without create_graph nothing can be differentiated again, and there is nothing to guard.
-        return guarded(ctx, *gradients) if is_grad_enabled() else backward(ctx, *gradients)
+    def guarded(ctx: Any, *gradients: Tensor | None) -> Any:
+        if not is_grad_enabled() or is_compiling():  # without create_graph, or where torch refuses it
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            found = backward(ctx, *gradients)
+        tied = [x for x in gradients if x is not None and x.requires_grad]
+        return _Underivable.apply(len(found), *found, *tied) if tied else found
 
-    return once
+    return guarded
+
+
+def require_plain(*tensors: Tensor | None) -> None:
+    """Raises HBFPError inside the transforms of torch.func and for tensors with a tangent (forward-mode derivatives)."""
+    if is_compiling():
+        return
+    if _transform() is not None:
+        raise HBFPError(
+            "fixed-point layers are not defined inside torch.func's transforms (vmap, grad, jvp, jacrev, ...): blocks "
+            "and random bits would depend on how it batches. Take gradients by torch.autograd, and give batches as "
+            "leading dimensions"
+        )
+    if forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    ):
+        raise HBFPError(
+            "fixed-point layers have no forward-mode derivative (jvp, dual tensors): take gradients by backward()"
+        )
 
 
 def _sum_to(gradient: Tensor, shape: Sequence[int], by: Arithmetic) -> Tensor:
@@ -129,7 +170,7 @@ class LinearFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -183,7 +224,7 @@ class MatmulFunction(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         a_shape, b_shape = ctx.shapes
@@ -269,7 +310,7 @@ class AttentionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, p, keep = ctx.saved_tensors
         q_shape, k_shape, v_shape, mask_shape = ctx.shapes
@@ -342,7 +383,7 @@ class FusedAttentionFunction(torch.autograd.Function):
         )  # fmt: skip
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = ctx.saved_tensors
         recipe, stream = ctx.recipe, ctx.stream
@@ -450,6 +491,7 @@ def linear(
             f"linear takes x [..., in] and weight [out, in]; found {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     ops.require_real(x, weight, bias)
+    require_plain(x, weight, bias)
     if x.dim() == 1:
         row: Tensor = LinearFunction.apply(x.unsqueeze(0), weight, bias, recipe, seed, stream, source)
         return row.squeeze(0)
@@ -460,6 +502,7 @@ def linear(
 def matmul(a: Tensor, b: Tensor, recipe: Recipe, seed: int, stream: int, source: object = None) -> Tensor:
     """a [..., M, K] times b [..., K, N]; see `hbfp.nn.functional.matmul`."""
     ops.require_real(a, b)
+    require_plain(a, b)
     if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
         raise ShapeError(f"matmul takes [..., M, K] and [..., K, N]; found {tuple(a.shape)} and {tuple(b.shape)}")
     if b.dim() > 2:
@@ -490,6 +533,7 @@ def attention(
     if causal and mask is not None:
         raise HBFPError("give a mask or ask for a causal one, not both: the causal one can be made part of the mask")
     ops.require_real(q, k, v)
+    require_plain(q, k, v)
     if min(q.dim(), k.dim(), v.dim()) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
         raise ShapeError(
             "attention takes q [..., L, E], k [..., S, E] and v [..., S, Ev]; found "

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hbfp import emulation, ops
-from hbfp.autograd import Role
+from hbfp.autograd import Role, once, require_plain
 from hbfp.backends import arithmetic
 from hbfp.errors import FormatError, HBFPError, ShapeError
 from hbfp.ops import Geometry
@@ -108,7 +107,7 @@ class ConvolutionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -174,7 +173,7 @@ class TransposedConvolutionFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
@@ -222,6 +221,7 @@ def convolution(
 ) -> Tensor:
     """A convolution over `rank` spatial dimensions; see `hbfp.nn.functional.conv2d`."""
     ops.require_real(x, weight, bias)
+    require_plain(x, weight, bias)
     require_lines(recipe)
     _check(x, weight, bias, rank, groups, transposed=False)
     kernel = tuple(weight.shape[2:])
@@ -256,6 +256,7 @@ def transposed_convolution(
 ) -> Tensor:
     """A transposed convolution over `rank` spatial dimensions; see `hbfp.nn.functional.conv_transpose2d`."""
     ops.require_real(x, weight, bias)
+    require_plain(x, weight, bias)
     require_lines(recipe)
     _check(x, weight, bias, rank, groups, transposed=True)
     kernel = tuple(weight.shape[2:])

@@ -24,10 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from hbfp.autograd import Role
+from hbfp.autograd import Role, once
 from hbfp.backends import arithmetic
 from hbfp.policy import MatmulPolicy, Recipe
 from hbfp.stationary import StationaryWeight
@@ -111,7 +110,7 @@ class SequenceFunction(torch.autograd.Function):
         return y, _leaving([ys[t] for t in run.order]), cell.final()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> tuple[Tensor | None, ...]:
         x, h0, c0, w_ih, w_hh, w_hr, y, *kept = ctx.saved_tensors
         need_x, need_h0, need_c0, need_ih, need_hh, need_b_ih, need_b_hh, need_hr = ctx.needs_input_grad[:8]

@@ -431,10 +431,11 @@ def test_other_floats_are_cast(dtype):
     model = converted(MODULES["lstm"], "hbfp8").to(dtype)
     x = values(4, 3, 5).to(dtype).requires_grad_()
     out, _ = model(x)
-    assert out.dtype is torch.float32
+    assert out.dtype is (torch.float32 if dtype is torch.float64 else dtype)
     out.sum().backward()
     assert {p.grad.dtype for p in (x, *model.parameters())} == {dtype}
-    assert same(out, copy.deepcopy(model).float()(x.detach().float())[0])
+    wide = copy.deepcopy(model).float()(x.detach().float())[0]
+    assert torch.equal(out, wide.to(out.dtype))
 
 
 @pytest.mark.parametrize("kind", MODULES)
@@ -546,7 +547,7 @@ def test_double_backward_is_refused():
     model = converted(MODULES["tanh"])
     x = values(2, 3, 5).requires_grad_()
     (gradient,) = torch.autograd.grad(model(x)[0].square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(hbfp.HBFPError, match="differentiated again"):
         gradient.sum().backward()
 
 

@@ -113,6 +113,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         ops.require_real(query, key, value)
+        autograd.require_plain(query, key, value)
         if query.is_nested or key.is_nested or value.is_nested:
             raise ShapeError("expected padded tensors; found a nested one: pad it, and mask by key_padding_mask")
         found = [tuple(x.shape) for x in (query, key, value)]

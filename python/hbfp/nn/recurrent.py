@@ -103,6 +103,7 @@ class _Recurrent(nn.RNNBase):
                 f"{len(sizes)} steps and rows {tuple(rows.shape)}"
             )
         ops.require_real(rows)
+        autograd.require_plain(rows, *initial)
         directions, parts = 2 if self.bidirectional else 1, 3 if self.proj_size else 2
         final: list[tuple[Tensor, ...]] = []
         for layer in range(self.num_layers):
@@ -232,7 +233,8 @@ class GRUCell(_Cell, nn.GRUCell):
         state = self.hbfp_state
         if state is None:
             return super().forward(input, hx)
-        hx = self._zeros(input) if hx is None else hx
+        # Once, so that the gradient of a state in 16 bits is rounded once and not at each of its uses.
+        hx = self._zeros(input) if hx is None else hx.to(torch.float32)
         of_input, of_state = self._products(state, input, (hx,), index)
         width = self.hidden_size
         r, z = (of_input + of_state)[..., : 2 * width].sigmoid().chunk(2, -1)
