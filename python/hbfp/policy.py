@@ -345,6 +345,8 @@ class RootState:
     __slots__ = ("_clock", "_step", "active", "automatic", "left", "seed")
 
     def __init__(self, seed: int = 0, step: int = 0) -> None:
+        self._step: int | None
+        self._clock: torch.Tensor
         self.seed = seed
         self.step = step
         self.automatic = True
@@ -363,7 +365,7 @@ class RootState:
 
     @step.setter
     def step(self, step: int) -> None:
-        self._step: int | None = step
+        self._step = step
         self._clock = torch.scalar_tensor(step, dtype=torch.int64)
 
     @property
@@ -415,8 +417,8 @@ class LayerState:
     def stream(self, index: int = 0, part: int = 0) -> int:
         """The stream of the layer's products in this step, role 0; `part` counts the sites of a layer with several.
 
-        Under torch.compile a tensor without dimensions stands for the number, int64 with the same 64 bits; what is or-ed
-        to it becomes part of the graph. An exported program has the step of its export.
+        Under torch.compile a tensor without dimensions stands for the number, int64 with the same 64 bits; what is
+        or-ed to it becomes part of the graph. An exported program has the step of its export.
         """
         low = self.site + part << 12 | (index & 0xFF) << 4
         if is_dynamo_compiling() and not is_exporting():

@@ -20,6 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ class SequenceFunction(torch.autograd.Function):
         projection = _at_steps(run, "forward", policy, 2, w_hr, -1, (Role.X_FORWARD, Role.W_FORWARD))
 
         y = gates.new_empty(gates.shape[0], h0.shape[1])
-        ys, sizes = y.split(run.sizes), run.sizes
+        ys, sizes = _split(y, run.sizes), run.sizes
         products = gates.new_empty(sizes[0], gates.shape[1])
         hidden = gates.new_empty(sizes[0], w_hr.shape[1]) if w_hr is not None else None
         cell = _CELLS[run.mode][0](gates, c0, run, keep)
@@ -123,9 +124,9 @@ class SequenceFunction(torch.autograd.Function):
         projection = _at_steps(run, "input gradient", policy, 2, w_hr, -2, (Role.DY_FOR_DX, Role.W_FOR_DX))
 
         state = h0.new_zeros(h0.shape) if dh_n is None else dh_n.clone(memory_format=torch.contiguous_format)
-        dys = None if dy is None else dy.split(sizes)
+        dys = None if dy is None else _split(dy, sizes)
         projected = y.new_empty(y.shape) if w_hr is not None else None
-        dprojected = None if projected is None else projected.split(sizes)
+        dprojected = None if projected is None else _split(projected, sizes)
         wide = y.new_empty(sizes[0], w_hr.shape[1]) if w_hr is not None else None
         scratch = torch.empty_like(state)
         for t in back:
@@ -230,7 +231,7 @@ def _leaving(states: Sequence[Tensor]) -> Tensor:
 
 def _all_entering(states: Tensor, initial: Tensor, run: Run) -> Tensor:
     """The states that each row began with: [rows, width]."""
-    after = states.split(run.sizes)
+    after = _split(states, run.sizes)
     found: dict[int, Tensor] = {}
     before = initial[:0]
     for t in run.order:
@@ -241,7 +242,18 @@ def _all_entering(states: Tensor, initial: Tensor, run: Run) -> Tensor:
 
 # --- what stands between the products: torch's formulas --------------------------------------------------------------
 #
-# `split` gives each step's rows of a tensor, in its memory.
+# `_split` gives each step's rows of a tensor, in its memory.
+
+
+def _split(x: Tensor, sizes: int | Sequence[int], axis: int = 0) -> Sequence[Tensor]:
+    """Views of the parts of `x` along an axis; `sizes` as `torch.split` takes it."""
+    if not is_compiling():
+        return x.split(sizes, axis)  # type: ignore[no-any-return]
+    # torch.export lets nothing write into several views that one call made.
+    if isinstance(sizes, int):
+        sizes = [sizes] * (x.shape[axis] // sizes)
+    starts = list(accumulate(sizes, initial=0))
+    return [x.narrow(axis, start, size) for start, size in zip(starts, sizes, strict=False)]
 
 
 class _Forward(ABC):
@@ -269,7 +281,7 @@ class _Forward(ABC):
         """Memory of `width` columns for all rows, and each step's part; all share one where nothing is to be kept."""
         if self.keep:
             buffer = like.new_empty(like.shape[0], width)
-            return buffer, buffer.split(self.sizes)
+            return buffer, _split(buffer, self.sizes)
         buffer = like.new_empty(self.sizes[0], width)
         return buffer, [buffer[:n] for n in self.sizes]
 
@@ -339,9 +351,9 @@ class _LSTMForward(_Forward):
         assert c0 is not None
         width = c0.shape[1]
         self.gates, self.c0 = gates, c0
-        self.all = gates.split(self.sizes)
-        self.i, self.f, self.g, self.o = (part.split(self.sizes) for part in gates.split(width, 1))
-        self.i_and_f = gates[:, : 2 * width].split(self.sizes)
+        self.all = _split(gates, self.sizes)
+        self.i, self.f, self.g, self.o = (_split(part, self.sizes) for part in _split(gates, width, 1))
+        self.i_and_f = _split(gates[:, : 2 * width], self.sizes)
         self.all_c, self.c = self._rows(gates, width)
         self.all_tanh, self.tanh = self._rows(gates, width)
         self.scratch = gates.new_empty(self.sizes[0], width)
@@ -373,17 +385,17 @@ class _LSTMBackward(_Backward):
         self.gates, c, self.tanh = kept
         width = c0.shape[1]
         sizes = self.sizes = list(run.sizes)
-        i, f, g, o = self.gates.split(width, 1)
+        i, f, g, o = _split(self.gates, width, 1)
         self.d = torch.empty_like(self.gates)
-        di, df, dg, do = self.d.split(width, 1)
+        di, df, dg, do = _split(self.d, width, 1)
         _slope_of_sigmoid(self.gates[:, : 2 * width], self.d[:, : 2 * width])
         di.mul_(g)
         df.mul_(_all_entering(c, c0, run))
         _slope_of_tanh(g, dg).mul_(i)
         _slope_of_sigmoid(o, do).mul_(self.tanh)
         through = _slope_of_tanh(self.tanh, torch.empty_like(self.tanh)).mul_(o)
-        self.all, self.f, self.do, self.through = (x.split(sizes) for x in (self.d, f, do, through))
-        self.ifg = self.d[:, : 3 * width].unflatten(1, (3, width)).split(sizes)
+        self.all, self.f, self.do, self.through = (_split(x, sizes) for x in (self.d, f, do, through))
+        self.ifg = _split(self.d[:, : 3 * width].unflatten(1, (3, width)), sizes)
         self.scratch = torch.empty_like(c0)
         self.dc = torch.zeros_like(c0) if dc_n is None else dc_n.clone(memory_format=torch.contiguous_format)
 
@@ -411,8 +423,8 @@ class _GRUForward(_Forward):
         super().__init__(gates, c0, run, keep)
         width = self.width = gates.shape[1] // 3
         self.gates = gates
-        self.r_and_z = gates[:, : 2 * width].split(self.sizes)
-        self.r, self.z, self.third = (part.split(self.sizes) for part in gates.split(width, 1))
+        self.r_and_z = _split(gates[:, : 2 * width], self.sizes)
+        self.r, self.z, self.third = (_split(part, self.sizes) for part in _split(gates, width, 1))
         self.all_n, self.n = self._rows(gates, width)
         self.scratch = gates.new_empty(self.sizes[0], width)
 
@@ -439,20 +451,20 @@ class _GRUBackward(_Backward):
         gates, n = kept
         width = n.shape[1]
         sizes = list(run.sizes)
-        r, z, recurrent = gates.split(width, 1)
+        r, z, recurrent = _split(gates, width, 1)
         self.d = torch.empty_like(gates)
-        dr, dz, dn = self.d.split(width, 1)
+        dr, dz, dn = _split(self.d, width, 1)
         _slope_of_sigmoid(gates[:, : 2 * width], self.d[:, : 2 * width])
         dr.mul_(recurrent)
         dz.mul_(entering - n)
         _slope_of_tanh(n, dn).mul_(1.0 - z)
         self.all_products = torch.empty_like(self.d)
-        self.r, self.z, self.dr, self.dn = (x.split(sizes) for x in (r, z, dr, dn))
-        self.dr_and_dz = self.d[:, : 2 * width].split(sizes)
-        self.dz_and_dn = self.d[:, width:].unflatten(1, (2, width)).split(sizes)
-        self.products = self.all_products.split(sizes)
-        self.products_r_and_z = self.all_products[:, : 2 * width].split(sizes)
-        self.products_n = self.all_products[:, 2 * width :].split(sizes)
+        self.r, self.z, self.dr, self.dn = (_split(x, sizes) for x in (r, z, dr, dn))
+        self.dr_and_dz = _split(self.d[:, : 2 * width], sizes)
+        self.dz_and_dn = _split(self.d[:, width:].unflatten(1, (2, width)), sizes)
+        self.products = _split(self.all_products, sizes)
+        self.products_r_and_z = _split(self.all_products[:, : 2 * width], sizes)
+        self.products_n = _split(self.all_products[:, 2 * width :], sizes)
 
     def step(self, t: int, dh: Tensor) -> Tensor:
         self.dz_and_dn[t].mul_(dh.unsqueeze(1))
@@ -475,7 +487,7 @@ class _RNNForward(_Forward):
 
     def __init__(self, gates: Tensor, c0: Tensor | None, run: Run, keep: bool) -> None:
         super().__init__(gates, c0, run, keep)
-        self.all = gates.split(self.sizes)
+        self.all = _split(gates, self.sizes)
         self.relu = run.mode == "RNN_RELU"
 
     def step(self, t: int, h: Tensor, product: Tensor, out: Tensor) -> None:
@@ -499,7 +511,7 @@ class _RNNBackward(_Backward):
             self.d = y.le(0.0).logical_not_().to(torch.float32)
         else:
             self.d = _slope_of_tanh(y, torch.empty_like(y))
-        self.all = self.d.split(list(run.sizes))
+        self.all = _split(self.d, list(run.sizes))
 
     def step(self, t: int, dh: Tensor) -> Tensor:
         return self.all[t].mul_(dh)

@@ -33,6 +33,35 @@ CASES = {
 }  # fmt: skip
 
 
+Q, K, V, MASK = values(2, 5, 8), values(2, 7, 8, seed=1), values(2, 7, 4, seed=2), values(5, 7).expand(2, 5, 7)
+CASES["attention"] = (Q, K, V, MASK, False, 0.5, ["hbfp4b16", "hbfp6b16"], [0, 3], [1, -2, 3, -4], -5)
+CASES["attention_backward"] = (
+    values(2, 5, 4), Q, K, V, None, True, 0.5, ["hbfp4b16", "hbfp6b16"] * 3, [0, 3] * 3, list(range(-5, 5)), -5,
+    [True, False, True],
+)  # fmt: skip
+CASES["next_step"] = (torch.tensor(2**32 - 1),)
+
+
+def test_every_operator_has_a_case():
+    found = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "hbfp::" in name}
+    assert found == set(CASES)
+
+
+DRAWN = {"product": 2, "quantize": 1, "attention": 4, "attention_backward": 10}
+"""Operators whose streams may be tensors, as the last argument, and how many."""
+
+
+def in_a_graph(name):
+    """A case with streams as torch.compile gives them."""
+    return (*CASES[name], [torch.tensor(2**40 * i - 7) for i in range(DRAWN[name])])
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_opcheck_of_streams_in_a_graph(name):
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(torch.ops.hbfp, name).default, in_a_graph(name), test_utils=checks)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck(name):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -84,6 +113,19 @@ def test_both_lanes_give_the_same_bits():
         dispatched = ops.product(*arguments)
     assert seen == ["hbfp.product.default"]
     assert torch.equal(dispatched, ops.product(*arguments))
+
+
+def test_streams_in_a_graph_are_the_same_words():
+    arguments = (values(5, 70), -1, "hbfp4b64", 3), (values(6, 70), -1, "hbfp6b64", 3)
+    left, right = 2**64 - 16, 2**63 + 17
+    found = [
+        torch.ops.hbfp.product(*arguments[0], words[0], *arguments[1], words[1], -5, None, drawn)
+        for words, drawn in (
+            ((left - 2**64, right - 2**64), None),
+            ((0, 0), [torch.tensor(left - 2**64), torch.tensor(right - 2**64)]),
+        )
+    ]
+    assert torch.equal(*found)
 
 
 def test_meta_tensors_give_shapes():

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as torch_attention
 
 from hbfp import autograd
 from hbfp.nn.functional import RecipeLike
 from hbfp.nn.precision import as_wide_as
+from hbfp.nn.tracing import Proxy, node
 from hbfp.policy import LayerState, solo_state
 
 __all__ = ["DotProductAttention"]
@@ -52,6 +55,11 @@ class DotProductAttention(nn.Module):
         if state is None:
             return torch_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        if isinstance(query, Proxy):
+            return cast(
+                Tensor,
+                node(self, query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa),
             )
         if state.solo and self.training:
             state.root.advance()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike, bilinear_products
 from hbfp.nn.precision import as_wide_as
+from hbfp.nn.tracing import Proxy, node
 from hbfp.policy import LayerState, Weight, solo_state
 
 __all__ = ["Bilinear"]
@@ -44,6 +45,8 @@ class Bilinear(nn.Bilinear):
         state = self.hbfp_state
         if state is None:
             return super().forward(input1, input2)
+        if isinstance(input1, Proxy):
+            return cast(Tensor, node(self, input1, input2))
         if state.solo and self.training:
             state.root.advance()
         out = bilinear_products(

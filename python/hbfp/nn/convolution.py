@@ -12,6 +12,7 @@ from hbfp.convolution import FLATTENED_BELOW, Paddings, convolution, pad, requir
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike
 from hbfp.nn.precision import as_wide_as
+from hbfp.nn.tracing import Proxy, node
 from hbfp.policy import LayerState, Weight, solo_state
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d"]
@@ -54,6 +55,8 @@ class _Convolution(_ConvNd):
         if state is None:
             out: Tensor = super().forward(input)
             return out
+        if isinstance(input, Proxy):
+            return cast(Tensor, node(self, input))
         if state.solo and self.training:
             state.root.advance()
         given, rank, padding = input, len(self.kernel_size), cast(Paddings, self.padding)
@@ -96,6 +99,8 @@ class _TransposedConvolution(_ConvTransposeNd):
         if state is None:
             out: Tensor = super().forward(input, output_size)
             return out
+        if isinstance(input, Proxy):
+            return cast(Tensor, node(self, input, output_size))
         if state.solo and self.training:
             state.root.advance()
         rank, padding = len(self.kernel_size), cast(tuple[int, ...], self.padding)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hbfp import autograd
 from hbfp.nn.functional import RecipeLike
 from hbfp.nn.precision import as_wide_as
+from hbfp.nn.tracing import Proxy, node
 from hbfp.policy import LayerState, solo_state
 
 __all__ = ["Linear"]
@@ -53,6 +54,8 @@ class Linear(nn.Linear):
         state = self.hbfp_state
         if state is None:
             return super().forward(input)
+        if isinstance(input, Proxy):
+            return cast(Tensor, node(self, input))
         if state.solo and self.training:
             state.root.advance()
         try:  # here `self.weight` looks last of all, a matter of a microsecond

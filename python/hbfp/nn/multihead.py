@@ -15,6 +15,7 @@ from hbfp.errors import HBFPError, ShapeError
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike
 from hbfp.nn.precision import as_wide_as
+from hbfp.nn.tracing import Proxy, node
 from hbfp.policy import LayerState, Weight, solo_state
 
 __all__ = ["MultiheadAttention"]
@@ -31,8 +32,8 @@ class MultiheadAttention(nn.MultiheadAttention):
     are one tensor, else three. Heads are batches of attention, [batch, heads, L, E / heads].
 
     Differs from torch in a row whose every column is masked (0, not NaN), and in that there is no fused path for
-    inference and no nested input. Results are float32, or in the dtype of `query` if that is bfloat16 or float16, unless
-    autocasting; what is between the products is float32 in any case.
+    inference and no nested input. Results are float32, or in the dtype of `query` if that is bfloat16 or float16,
+    unless autocasting; what is between the products is float32 in any case.
 
     Args:
         args, keywords: as in `torch.nn.MultiheadAttention`.
@@ -77,6 +78,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         if state is None:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        if isinstance(query, Proxy):
+            return cast(
+                tuple[Tensor, Tensor | None],
+                node(
+                    self, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+                ),
             )
         if state.solo and self.training:
             state.root.advance()

@@ -19,6 +19,7 @@ from hbfp.errors import ShapeError
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike
 from hbfp.nn.precision import as_wide_as
+from hbfp.nn.tracing import Proxy, node
 from hbfp.policy import LayerState, Weight, solo_state
 from hbfp.recurrence import Run, SequenceFunction
 
@@ -47,6 +48,8 @@ class _Recurrent(nn.RNNBase):
         state = self.hbfp_state
         if state is None:
             return super().forward(input, hx)
+        if isinstance(input, Proxy):
+            return node(self, input, hx)
         if state.solo and self.training:
             state.root.advance()
         given = None if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
@@ -58,9 +61,9 @@ class _Recurrent(nn.RNNBase):
             rows, final = self._layers(state, rows, sizes, initial)
             if input.unsorted_indices is not None:
                 final = tuple(x.index_select(1, input.unsorted_indices) for x in final)
-            data, *final = (as_wide_as(input.data, x) for x in (rows, *final))
+            data, final = as_wide_as(input.data, rows), tuple(as_wide_as(input.data, x) for x in final)
             packed = PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-            return packed, tuple(final) if self.mode == "LSTM" else final[0]
+            return packed, final if self.mode == "LSTM" else final[0]
 
         batched = input.dim() == 3
         if input.dim() not in (2, 3):
@@ -74,8 +77,8 @@ class _Recurrent(nn.RNNBase):
             out, final = out.squeeze(1), tuple(x.squeeze(1) for x in final)
         elif self.batch_first:
             out = out.transpose(0, 1)
-        out, *final = (as_wide_as(input, x) for x in (out, *final))
-        return out, tuple(final) if self.mode == "LSTM" else final[0]
+        out, final = as_wide_as(input, out), tuple(as_wide_as(input, x) for x in final)
+        return out, final if self.mode == "LSTM" else final[0]
 
     def _initial(self, given: tuple[Tensor, ...] | None, sequences: int, batched: bool) -> tuple[Tensor, ...]:
         """h_0, and c_0 of an LSTM: [layers · directions, sequences, width], checked; zeros if none are given."""
@@ -143,8 +146,8 @@ class RNN(_Recurrent, nn.RNN):
         site: the first of the layer's numbers, which tell its random bits from those of other layers with the same
             seed; it takes two for each layer of the stack and direction (three with `proj_size`).
 
-    Shapes: as in torch, packed sequences and unbatched input included; any real floating dtype in, float32 out, or the input's dtype
-    if that is bfloat16 or float16, unless autocasting: of the states too.
+    Shapes: as in torch, packed sequences and unbatched input included; any real floating dtype in; results and
+    states float32, or in the input's dtype if that is bfloat16 or float16, unless autocasting.
     """
 
 
@@ -220,6 +223,8 @@ class RNNCell(_Cell, nn.RNNCell):
         state = self.hbfp_state
         if state is None:
             return super().forward(input, hx)
+        if isinstance(input, Proxy):
+            return cast(Tensor, node(self, input, hx, index=index))
         hx = self._zeros(input) if hx is None else hx
         of_input, of_state = self._products(state, input, (hx,), index)
         total = of_input + of_state
@@ -233,6 +238,8 @@ class GRUCell(_Cell, nn.GRUCell):
         state = self.hbfp_state
         if state is None:
             return super().forward(input, hx)
+        if isinstance(input, Proxy):
+            return cast(Tensor, node(self, input, hx, index=index))
         # Once, so that the gradient of a state in 16 bits is rounded once and not at each of its uses.
         hx = self._zeros(input) if hx is None else hx.to(torch.float32)
         of_input, of_state = self._products(state, input, (hx,), index)
@@ -251,6 +258,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
         state = self.hbfp_state
         if state is None:
             return super().forward(input, hx)
+        if isinstance(input, Proxy):
+            return cast(Tensor, node(self, input, hx, index=index))
         h, c = (self._zeros(input), self._zeros(input)) if hx is None else hx
         of_input, of_state = self._products(state, input, (h, c), index)
         gates, width = of_input + of_state, self.hidden_size

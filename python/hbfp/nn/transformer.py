@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from hbfp.nn.functional import RecipeLike
 from hbfp.nn.linear import Linear
 from hbfp.nn.multihead import MultiheadAttention
+from hbfp.nn.tracing import Proxy, node
 from hbfp.policy import LayerState, RootState, solo_state
 
 __all__ = ["TransformerDecoderLayer", "TransformerEncoderLayer"]
@@ -58,6 +59,8 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """As in torch."""
+        if isinstance(src, Proxy):
+            return cast(Tensor, node(self, src, src_mask, src_key_padding_mask, is_causal))
         if self.hbfp_own is not None and self.training:
             self.hbfp_own.advance()
         x = src
@@ -88,6 +91,8 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
 
     def forward(self, *args: Any, **keywords: Any) -> Tensor:
         """As in torch."""
+        if args and isinstance(args[0], Proxy):
+            return cast(Tensor, node(self, *args, **keywords))
         if self.hbfp_own is not None and self.training:
             self.hbfp_own.advance()
         return super().forward(*args, **keywords)
