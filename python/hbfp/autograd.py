@@ -106,7 +106,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def require_plain(*tensors: Tensor | None) -> None:
-    """Raises HBFPError inside the transforms of torch.func, and for tensors with a tangent (forward-mode derivative)."""
+    """Raises HBFPError inside the transforms of torch.func, and for tensors with a tangent, as jvp makes them."""
     if is_compiling():
         return
     if _transform() is not None:

@@ -1,7 +1,7 @@
 """Several processes: DDP as it is, and bits that depend on seed and step and on nothing else of a process.
 
-The bugs these hunt: replicas that drift apart, a hook of DDP that loses the step, a batch whose results depend on how it
-is spread, a generator or thread pool that a forked worker inherits.
+The bugs these hunt: replicas that drift apart, a hook of DDP that loses the step, a batch whose results depend on how
+it is spread, a generator or thread pool that a forked worker inherits.
 """
 
 import os

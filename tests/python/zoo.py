@@ -29,7 +29,7 @@ LAYERS = {
     "DotProductAttention": (hbfp.nn.DotProductAttention, [(2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)]),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, batch_first=True), [(2, 5, 8), (2, 6, 8), (2, 6, 8)]),
     "RNN": (lambda: nn.RNN(5, 6), [(4, 3, 5)]),
-    "GRU": (lambda: nn.GRU(5, 6, bidirectional=True), [(4, 3, 5)]),
+    "GRU": (lambda: nn.GRU(5, 6), [(4, 3, 5)]),
     "LSTM": (lambda: nn.LSTM(5, 6, proj_size=3), [(4, 3, 5)]),
     "RNNCell": (lambda: nn.RNNCell(5, 6), [(3, 5), (3, 6)]),
     "GRUCell": (lambda: nn.GRUCell(5, 6), [(3, 5), (3, 6)]),
