@@ -38,7 +38,8 @@ def test_a_step_is_the_integer_one_but_for_the_order_of_sums(name, call, shape, 
         return y.detach(), x.grad, w.grad
 
     exact = step("integer")
-    monkeypatch.setattr(ops, "_core", None)  # nothing here may reach the compiled core
+    for door in (ops.products, ops.softmax_attention, ops.convolutions):
+        monkeypatch.setattr(door, "_core", None)  # nothing here may reach the compiled core
     for found, expected in zip(step("emulate"), exact, strict=True):
         assert found.shape == expected.shape
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
