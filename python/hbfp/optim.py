@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from hbfp import emulation, ops
 from hbfp.errors import ConversionError, FormatError
@@ -133,13 +134,14 @@ def _weights(model: nn.Module, format: HBFP) -> dict[Tensor, int]:
     weights: dict[Tensor, int] = {}
     for layer, module, _ in layer_states(model):
         for entry in weights_of(module, format):
-            if entry.name not in entry.owner._parameters:
+            # As torch's parametrisations hold it, or as the hooks before them did.
+            if parametrize.is_parametrized(entry.owner, entry.name) or entry.name in entry.owner.__dict__:
                 raise ConversionError(
                     f"{entry.name} of {layer or type(module).__name__!r} is no parameter but computed from others "
                     "(weight_norm, spectral_norm, ...), which have no block format: remove the parametrisation, or do "
                     "without wide weights"
                 )
-            weight = entry.owner._parameters[entry.name]
+            weight = entry.owner._parameters.get(entry.name)  # None: the layer has none, as attention by itself
             if weight is not None:
                 weights.setdefault(weight, entry.axis)
     return weights

@@ -218,7 +218,25 @@ def test_several_models_and_one_optimizer():
     assert all(on_grid(model[0].weight, 8) for model in models)
 
 
-@pytest.mark.parametrize("apply", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_layers_without_weights_are_no_obstacle():
+    """Attention by itself has none; torch's attention has three that are None."""
+    model = nn.ModuleList([hbfp.nn.DotProductAttention(), nn.MultiheadAttention(16, 2), nn.LSTM(16, 8, proj_size=4)])
+    hbfp.convert_(model, "hbfp4")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hbfp.wide_weights(optimizer, model, 6)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert on_grid(parameter, 6) == (parameter.dim() > 1 or not parameter.any()), name
+
+
+def old_weight_norm(module):
+    with pytest.warns(FutureWarning, match="deprecated"):
+        return nn.utils.weight_norm(module)
+
+
+@pytest.mark.parametrize(
+    "apply", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, old_weight_norm]
+)
 def test_parametrised_weights_are_refused_by_name(apply):
     """The optimizer holds what they are computed from; passed over, they would be float32 in silence."""
     model = network(rules=None)
