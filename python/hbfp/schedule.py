@@ -61,14 +61,14 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {
-        "resnet20-cifar10": Preset("ResNet-20 on CIFAR-10: the last of 160 epochs", epochs=160, last_epochs=1),
-        "densenet40": Preset("DenseNet-40: epochs 86 to 90 of 90", epochs=90, last_epochs=5),
-        "transformer": Preset(
-            "a transformer that translates: the last 1,000 of 100,000 steps", steps=100_000, last_steps=1_000
-        ),
+        "160-epochs": Preset("the last of 160 epochs", epochs=160, last_epochs=1),
+        "90-epochs": Preset("epochs 86 to 90 of 90", epochs=90, last_epochs=5),
+        "100k-steps": Preset("the last 1,000 of 100,000 steps", steps=100_000, last_steps=1_000),
     }
 )
-"""The runs of Harma et al., arXiv 2211.10737, by name, for `Booster.preset`. Widths are Booster's own."""
+"""How long published runs (Harma et al., arXiv 2211.10737) were and which end of them was boosted, for
+`Booster.preset`. Widths are Booster's own.
+"""
 
 
 class Booster:

@@ -48,9 +48,9 @@ def test_fractions_steps_and_phases():
 @pytest.mark.parametrize(
     ("name", "steps_per_epoch", "total", "boosted_from"),
     [
-        ("resnet20-cifar10", 391, 160 * 391, 159 * 391),
-        ("densenet40", 391, 90 * 391, 85 * 391),
-        ("transformer", None, 100_000, 99_000),
+        ("160-epochs", 391, 160 * 391, 159 * 391),
+        ("90-epochs", 391, 90 * 391, 85 * 391),
+        ("100k-steps", None, 100_000, 99_000),
     ],
 )
 def test_presets(name, steps_per_epoch, total, boosted_from):
@@ -73,19 +73,19 @@ def test_every_preset_is_a_schedule():
 
 def test_a_preset_takes_formats():
     model = converted("hbfp4b16")
-    booster = hbfp.Booster.preset("densenet40", model, 2, base="hbfp4b16", boost="hbfp8b16")
+    booster = hbfp.Booster.preset("90-epochs", model, 2, base="hbfp4b16", boost="hbfp8b16")
     booster.step(booster.boosted_from)
     assert widths(model) == [8] * 4
 
 
 def test_presets_that_do_not_fit_are_refused():
     model = converted()
-    with pytest.raises(hbfp.ScheduleError, match="'resnet20-cifar10', 'densenet40', 'transformer'"):
+    with pytest.raises(hbfp.ScheduleError, match="'160-epochs', '90-epochs', '100k-steps'"):
         hbfp.Booster.preset("resnet50", model, 391)
     with pytest.raises(hbfp.ScheduleError, match="len\\(loader\\)"):
-        hbfp.Booster.preset("resnet20-cifar10", model)
+        hbfp.Booster.preset("160-epochs", model)
     with pytest.raises(hbfp.ScheduleError, match="counted in steps"):
-        hbfp.Booster.preset("transformer", model, 391)
+        hbfp.Booster.preset("100k-steps", model, 391)
 
 
 @pytest.mark.parametrize("width", [2, 3, 20, 60, 200])
@@ -144,7 +144,7 @@ def test_resuming():
 
 def test_the_state_is_plain(tmp_path):
     """It goes into a checkpoint that is read by `weights_only=True`, and through JSON."""
-    booster = hbfp.Booster.preset("densenet40", converted(), np.int64(3))
+    booster = hbfp.Booster.preset("90-epochs", converted(), np.int64(3))
     booster.step(np.int64(4))
     state = booster.state_dict()
     assert json.loads(json.dumps(state)) == state
