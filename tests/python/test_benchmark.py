@@ -9,13 +9,14 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 import hbfp  # noqa: E402
-from hbfp import _core  # noqa: E402
+from hbfp import _core, ops  # noqa: E402
 from hbfp.benchmark import (  # noqa: E402
     CASES,
     cases,
@@ -365,7 +366,7 @@ def test_cases_of_layers_name_their_rows_as_the_gates_do(monkeypatch):
     layers.lstm(bench, 16, 3, 2)
     layers.attention(bench, 16, 1, 2, 16)
     layers.gpt(bench, 1, 64, 16, 2)
-    layers.resnet20(bench, 2)
+    layers.resnet20(bench, 32)
     layers.saved_activations(bench, 1, 64, 16, 2)
     assert {row.case for row in results.rows} == {
         "convolution", "lstm", "attention", "gpt", "resnet20", "saved activations"
@@ -388,9 +389,36 @@ def test_a_layer_whose_bits_depend_on_threads_is_a_wrong_answer():
         layers._measure(bench, "x", "y", 1, lambda name: [torch.ones(2) * (1 if name == "torch fp32" else 3)], None)
 
 
+def test_only_what_is_said_to_be_exact_is_compared_across_threads():
+    """A normalisation's gradients have other bits on other threads; the scores of a network must not."""
+    bench = Bench(Results("avx2", "cpu"), 1)
+
+    def results(name):
+        return [torch.ones(2), torch.ones(2) + 0.01 * torch.get_num_threads()]
+
+    with pytest.raises(WrongAnswer, match="different bits"):
+        layers._measure(bench, "x", "y", 1, results, None, 2)
+    with pytest.raises(TypeError):  # got as far as timing
+        layers._measure(bench, "x", "y", 1, results, None, 1)
+
+
+def test_a_network_with_wrong_gradients_is_a_wrong_answer(monkeypatch):
+    """A loss says little: backward may be broken and the loss right."""
+    real = ops.kept_product
+    monkeypatch.setattr(ops, "kept_product", lambda *a, **k: 3 * real(*a, **k))
+    with pytest.raises(WrongAnswer, match="away from FP32"):
+        layers.gpt(Bench(Results("avx2", "cpu"), 1), 1, 64, 16, 2)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
 def test_peak_memory_is_that_of_a_process():
-    found = memory.peak("attention 2048", "torch fp32", 1)
-    assert found is None or 10 < found < 1000
+    assert 10 < memory.peak("attention 2048", "torch fp32", 1) < 1000
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell")
+def test_a_process_that_fails_has_no_peak_and_says_why():
+    with pytest.raises(NotRun, match=r"its process failed: .*nobody"):
+        memory.peak("nobody", "torch fp32", 1)
 
 
 @pytest.mark.parametrize(

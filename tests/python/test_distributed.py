@@ -51,7 +51,7 @@ def test_replicas_are_the_same_to_the_bit(mode, replicas):
 
 
 def test_two_processes_with_one_block_of_the_batch_each_equal_one_process(replicas):
-    """docs/spec.md, 9.27: nearest rounding, and as many rows in each process as a block has."""
+    """docs/spec.md, 9.31: nearest rounding, and as many rows in each process as a block has."""
     first, second = (run["nearest"] for run in replicas)
     alone = train("nearest")
     for step in range(STEPS):

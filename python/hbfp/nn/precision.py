@@ -11,7 +11,7 @@ _HALVES = frozenset({torch.bfloat16, torch.float16})
 
 
 def as_wide_as(input: Tensor, result: Tensor) -> Tensor:
-    """`result`, float32, in the dtype of the layer's input if that has 16 bits (docs/spec.md, 9.26).
+    """`result`, float32, in the dtype of the layer's input if that has 16 bits (docs/spec.md, 9.30).
 
     Computed in float32 and rounded once, to nearest even: activations then take half the memory between layers, and a
     model may be bfloat16 as a whole. Under autocast, which leaves inputs in whatever dtype the operator before liked,
