@@ -510,21 +510,20 @@ def _draw(history: dict[int, tuple[WatchRow, ...]], path: Path) -> None:
 
     height = max(3.2, 1.6 + 0.26 * len(layers))
     figure = Figure(figsize=(15, height), dpi=120, layout="constrained")
-    first, *others = figure.subplots(1, 1 + len(_PANELS), sharey=True, width_ratios=[2.2, 1, 1, 1])
+    first, names, *others = figure.subplots(1, 2 + len(_PANELS), sharey=True, width_ratios=[1.6, 1.1, 1, 1, 1])
     image = first.imshow(lowest, aspect="auto", cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=first, label="dB", pad=0.02)
-    first.set_title(f"SQNR of each layer's worst operand (named: step {steps[-1]})", loc="left", fontsize=10)
+    first.set_title("SQNR of each layer's worst operand", loc="left", fontsize=10)
+    names.set_title(f"which, at step {steps[-1]}", loc="left", fontsize=10)
+    names.set_axis_off()
     shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, min(len(steps), 8))})
     first.set_xticks(shown, [str(steps[i]) for i in shown])
     first.set_xlabel("step")
     first.set_yticks(range(len(layers)), layers, fontsize=8)
     worst = {row.layer: row for row in sorted(last, key=_worst_first, reverse=True)}
     for layer, row in worst.items():
-        figures = "NaN" if row.nan_blocks else f"{row.sqnr:.1f} {row.product}, {row.operand}"
-        first.text(
-            len(steps) - 0.55, place[layer], figures, ha="right", va="center", fontsize=7,
-            bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.2},
-        )  # fmt: skip
+        figures = "NaN" if row.nan_blocks else f"{row.sqnr:.1f}"
+        names.text(0.0, place[layer], f"{figures}  {row.product}, {row.operand}", va="center", fontsize=8)
     for axes, (title, operands) in zip(others, _PANELS.items(), strict=True):
         _draw_exponents(axes, title, [row for row in last if row.operand in operands], place)
     figure.suptitle(
