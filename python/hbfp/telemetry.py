@@ -128,6 +128,19 @@ def _worst_first(row: WatchRow) -> tuple[bool, float, str, str, str]:
     return row.nan_blocks == 0, row.sqnr, row.layer, row.product, row.operand
 
 
+_ORDERS: dict[str, Callable[[WatchRow], Any]] = {
+    "sqnr": _worst_first,
+    "zeroed": lambda row: (-row.zeroed_share, *_worst_first(row)),
+    "saturated": lambda row: (-row.saturated_share, *_worst_first(row)),
+}
+
+
+def _sorted(rows: Sequence[WatchRow], by: str) -> list[WatchRow]:
+    if by not in _ORDERS:
+        raise HBFPError(f"unknown order {by!r}: expected one of {', '.join(map(repr, _ORDERS))}")
+    return sorted(rows, key=_ORDERS[by])
+
+
 class _Sums:
     """What a row grows from."""
 
@@ -363,25 +376,31 @@ class Watch:
             raise HBFPError(f"step {step} was not sampled (every={self.every}) or is not kept; found {kept}")
         return history[step]
 
-    def worst(self, n: int = 5, step: int | None = None) -> tuple[WatchRow, ...]:
-        """The `n` operands with the lowest SQNR in one sampled step (the last one if None), the worst first.
+    def worst(self, n: int = 5, step: int | None = None, *, by: str = "sqnr") -> tuple[WatchRow, ...]:
+        """The `n` operands of one sampled step (the last one if None) that encoding costs most, the worst first.
 
-        Those with NaN blocks stand before all others. Raises as `at`.
+        Args:
+            by: "sqnr", the lowest first, those with NaN blocks before all others; "zeroed" or "saturated", the highest
+                share first. An outlier so large that it is most of the signal leaves the SQNR high and the rest of its
+                block zeroed.
+
+        Raises: as `at`; HBFPError for another order.
         """
-        return tuple(sorted(self.at(step), key=_worst_first)[:n])
+        return tuple(_sorted(self.at(step), by)[:n])
 
-    def table(self, n: int | None = None, step: int | None = None) -> str:
+    def table(self, n: int | None = None, step: int | None = None, *, by: str = "sqnr") -> str:
         """One line for each operand of one sampled step (the last one if None), the worst first; what is not known.
 
         Args:
             n: so many lines at most; all if None.
+            by: as for `worst`.
 
-        Raises: as `at`.
+        Raises: as `worst`.
         """
         rows = self.at(step)
         head = ("layer", "product", "operand", "format", "SQNR dB", "saturated %", "zeroed %", "exponents E", "NaN")
         lines = []
-        for row in sorted(rows, key=_worst_first)[:n]:
+        for row in _sorted(rows, by)[:n]:
             ends = row.exponent_range
             lines.append(
                 (
