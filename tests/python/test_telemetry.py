@@ -243,10 +243,16 @@ def test_the_operands_of_a_convolution_multiply_to_its_results(name, backend):
     """Blocks, groups, patches and random bits in their places: sums so short that float64 and the product agree."""
     shape, kernel, arguments, flatten = CONVOLUTIONS[name]
     recipe = replace(hbfp.recipe("emulator"), backend=backend)
-    # Magnitudes of one binade: no sum needs more than 24 bits.
-    x = values(*shape).sign() * (0.5 + 0.49 * values(*shape, seed=1).abs().clamp(max=1))
-    w = values(*kernel, seed=2).sign() * (0.5 + 0.49 * values(*kernel, seed=3).abs().clamp(max=1))
-    x.requires_grad_(), w.requires_grad_()
+    groups = arguments.get("groups", 1)
+
+    def binade(*shape, seed, axis):
+        """Magnitudes of one binade in each group, so that no sum needs more than 24 bits; the groups' differ."""
+        x = values(*shape, seed=seed).sign() * (0.5 + 0.49 * values(*shape, seed=seed + 1).abs().clamp(max=1))
+        x.unflatten(axis, (groups, -1)).select(axis, groups - 1).mul_(8.0)
+        return x
+
+    x = binade(*shape, seed=0, axis=1).requires_grad_()
+    w = binade(*kernel, seed=2, axis=0).requires_grad_()
     heard = []
 
     def hear(product):
@@ -256,14 +262,13 @@ def test_the_operands_of_a_convolution_multiply_to_its_results(name, backend):
     ops.wanted.append(lambda source, stream: True)
     try:
         y = functional.conv2d(x, w, **arguments, recipe=recipe, seed=3, stream=9 << 32)
-        dy = values(*y.shape, seed=4).sign() * (0.5 + 0.49 * values(*y.shape, seed=5).abs().clamp(max=1))
+        dy = binade(*y.shape, seed=4, axis=1)
         y.backward(dy)
     finally:
         ops.recorders.clear(), ops.wanted.clear()
     told = {product: [laid(operand) for operand in operands] for product, operands in heard}
     assert list(told) == ["forward", "input gradient", "weight gradient"]
 
-    groups = arguments.get("groups", 1)
     left, right = told["forward"]
     if flatten:
         per_group = right.unflatten(0, (groups, -1))  # [g, Co/g, K]
