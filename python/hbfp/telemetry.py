@@ -223,10 +223,11 @@ class Watch:
             if type(value) is not int or value < 1:
                 raise HBFPError(f"{name} must be a number of steps, 1 or more; found {value!r}")
         root_states(model)  # raises for a model that was not converted
+        plain: nn.Module = getattr(model, "_orig_mod", model)  # of torch.compile
         self.model, self.every, self.keep, self.evaluation = model, every, keep, evaluation
         # The states are held, so that their ids stay theirs.
         self._layers: dict[int, tuple[str, nn.Module, LayerState]] = {
-            id(state): (name or type(module).__name__, module, state) for name, module, state in layer_states(model)
+            id(state): (name or type(module).__name__, module, state) for name, module, state in layer_states(plain)
         }
         self._lock = Lock()
         self._steps: deque[_Step] = deque(maxlen=keep)

@@ -717,6 +717,7 @@ def test_under_compile_it_says_that_it_sees_nothing():
     with hbfp.watch(model) as watch, hbfp.watch(compiled) as other:
         same_bits([compiled(values(5, 3, 8)).detach()], [expected.detach()])
         assert "torch.compile" in watch.unobserved["layer"]
+        assert set(other.unobserved) == {"first", "layer", "head"}
         assert all(reason.startswith("inside torch.compile") for reason in other.unobserved.values())
         with torch.compiler.set_stance("force_eager"):
             compiled(values(5, 3, 8))

@@ -120,14 +120,8 @@ pub fn measure(
             }
         }
     });
-    let mut out = Measured {
-        nonzero: 0,
-        signal: 0.0,
-        noise: 0.0,
-        saturated: 0,
-        zeroed: 0,
-        exponents: exponents_of(&codes),
-    };
+    let mut out =
+        Measured { nonzero: 0, signal: 0.0, noise: 0.0, saturated: 0, zeroed: 0, exponents: exponents_of(&codes) };
     for task in &sums {
         out.signal += task.signal.iter().sum::<f64>();
         out.noise += task.noise.iter().sum::<f64>();
@@ -146,7 +140,7 @@ fn exponents_of(codes: &Codes) -> [u64; 256] {
         BlockShape::Line(_) => codes.exponents.iter().for_each(|&c| counts[usize::from(c)] += 1),
         BlockShape::Tile(t) => rows
             .enumerate()
-            .filter(|(row, _)| row % codes.lines.max(1) % t == 0)
+            .filter(|(row, _)| (row % codes.lines.max(1)).is_multiple_of(t))
             .for_each(|(_, row)| row.iter().for_each(|&c| counts[usize::from(c)] += 1)),
         BlockShape::Tensor => codes.exponents.first().into_iter().for_each(|&c| counts[usize::from(c)] += 1),
     }
