@@ -7,7 +7,7 @@ nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -64,7 +64,7 @@ class Product:
     right: HBFP
     stream: int
     """Of the left operand."""
-    operands: Callable[[], tuple[Operand, ...]]
+    operands: Callable[[], tuple[Operand, ...]] = field(compare=False, repr=False)
     """Those that were encoded for this product, left before right: an operand that serves several is told once."""
 
 
