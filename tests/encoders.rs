@@ -3,7 +3,7 @@
 
 mod operands;
 
-use hbfp::encode::{Planes, RoundingMode, decode, encode, quantize, unpack_codes};
+use hbfp::encode::{Measured, Planes, RoundingMode, decode, encode, measure, quantize, unpack_codes};
 use hbfp::reference;
 use hbfp::shape::{FloatTensor, PlaneLayout};
 use hbfp::testing::{Fill, Guarded, TestRng};
@@ -49,6 +49,7 @@ fn check(
         format!("{format} {shape:?} along axis {axis}, {rounding:?}, {}", what())
     };
     let mut first: Option<(Planes, Vec<f32>)> = None;
+    let mut measured: Option<Measured> = None;
     for (name, ctx) in levels {
         let found = encode(ctx, &x.view(), format, axis, mode).unwrap();
         assert_eq!(found.exponents, exponents, "{name}: exponents of {}", what());
@@ -65,6 +66,48 @@ fn check(
         let (before, found) = out.checked().split_at(3);
         assert_eq!(before, [7.0; 3], "{name}: a write before the output, {}", what());
         assert_same_bits(found, decoded, x.shape()[x.shape().len() - 1], &|| format!("{name}: quantize {}", what()));
+        let found = measure(ctx, &x.view(), format, axis, mode).unwrap();
+        let known = measured.get_or_insert_with(|| {
+            check_measured(&found, x, format, axis, &exponents, &codes, &|| format!("{name}: measured {}", what()));
+            found.clone()
+        });
+        assert_eq!(&found, known, "{name}: measured {}", what());
+    }
+}
+
+/// What was measured against exponents and row-major codes of lines blocked along `axis`.
+#[track_caller]
+fn check_measured(
+    found: &Measured,
+    x: &Tensor,
+    format: BlockFormat,
+    axis: usize,
+    exponents: &[u8],
+    codes: &[i16],
+    what: &dyn Fn() -> String,
+) {
+    let (shape, k) = (x.shape(), x.shape()[axis]);
+    let inner: usize = shape[axis + 1..].iter().product();
+    let (block, mut counts) = (format.block_along(k), [0u64; 3]);
+    let (mut signal, mut noise, mut blocks) = (0.0, 0.0, [0u64; 256]);
+    exponents.iter().for_each(|&c| blocks[usize::from(c)] += 1);
+    for (i, (&value, &q)) in x.values().iter().zip(codes).enumerate() {
+        let (line, j) = (i / (k * inner) * inner + i % inner, i / inner % k);
+        let c = exponents[line * k.div_ceil(block) + j / block];
+        if c != 255 {
+            let (value, step) = (f64::from(value), 2f64.powi(i32::from(c) - 127));
+            signal += value * value;
+            noise += (value - f64::from(q) * step).powi(2);
+            counts[0] += u64::from(value != 0.0);
+            counts[1] += u64::from(value.abs() > (f64::from(format.max_code()) + 0.5) * step);
+            counts[2] += u64::from(value != 0.0 && q == 0);
+        }
+    }
+    assert_eq!([found.nonzero, found.saturated, found.zeroed], counts, "{}", what());
+    assert_eq!(found.exponents, blocks, "{}", what());
+    // The same terms in another order, in f64.
+    for (found, expected) in [(found.signal, signal), (found.noise, noise)] {
+        assert!((found - expected).abs() <= 1e-12 * expected, "{}: {found:e}, not {expected:e}", what());
     }
 }
 

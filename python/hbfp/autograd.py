@@ -153,7 +153,7 @@ class LinearFunction(torch.autograd.Function):
         policy = recipe.forward
         streams = (stream | _X, stream | _W)
         kept = None
-        if need_weight and recipe.backend is _INTEGER:
+        if need_weight and recipe.backend is _INTEGER and not (ops.recorders and ops.observed(source, stream)):
             # What backward needs of X are its codes along the batch: an eighth of the memory at 4 bits, and the same
             # pass over X makes both encodings.
             later = recipe.weight_gradient
@@ -555,7 +555,7 @@ def attention(
         scale = 1.0 / sqrt(max(q.shape[-1], 1))
     q, k, v = _distinct(q, k, v)
     out: Tensor
-    if _fuses(q, k, v, mask, dropout, recipe):
+    if _fuses(q, k, v, mask, dropout, recipe) and not (ops.recorders and ops.observed(source, stream)):
         out = FusedAttentionFunction.apply(q, k, v, mask, causal, scale, recipe, seed, stream, source)
     else:
         out = AttentionFunction.apply(q, k, v, mask, causal, scale, dropout, recipe, seed, stream, source)

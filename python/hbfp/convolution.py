@@ -90,7 +90,8 @@ class ConvolutionFunction(torch.autograd.Function):
         policy = recipe.forward
         streams = (stream | _X, stream | _W)
         kept = None
-        if need_weight and recipe.backend is Backend.INTEGER:
+        integer = recipe.backend is Backend.INTEGER
+        if need_weight and integer and not (ops.recorders and ops.observed(source, stream)):
             later = recipe.weight_gradient
             out, kept = ops.convolution_keeping(
                 x, weight, policy.formats, policy.roundings, seed, streams, bias,

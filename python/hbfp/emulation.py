@@ -19,11 +19,11 @@ core or leaves the device of its tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from torch.nn.functional import conv1d, conv2d, conv3d, conv_transpose1d, conv_t
 from hbfp import ops
 from hbfp.errors import DTypeError, FormatError, HBFPError, ShapeError
 from hbfp.format import HBFP, ExponentRule, Rounding
+from hbfp.ops import Geometry
 
 __all__ = [
     "Encoded",
@@ -281,18 +282,25 @@ def decode(encoded: Encoded) -> Tensor:
     return _values(mantissas.reshape(held), spread).reshape(mantissas.shape)
 
 
-def quantize(x: Tensor, format: HBFP, axis: int = -1, rounding: int = 0, seed: int = 0, stream: int = 0) -> Tensor:
-    """decode(encode(x)): the bits of `ops.quantize`, on the device of `x`. Args and errors: those of `encode`."""
-    return _grid(x, format, axis, rounding, seed, stream)
+def quantize(
+    x: Tensor,
+    format: HBFP,
+    axis: int = -1,
+    rounding: int = 0,
+    seed: int = 0,
+    stream: int = 0,
+    *,
+    bits: Tensor | None = None,
+) -> Tensor:
+    """decode(encode(x)): the bits of `ops.quantize`, on the device of `x`. Args and errors: those of `encode`.
 
-
-def _grid(x: Tensor, format: HBFP, axis: int, rounding: int, seed: int, stream: int, r: Tensor | None = None) -> Tensor:
-    """`quantize`, with random bits `r` in the shape of `x` in place of its own."""
+    `bits`: random bits in the shape of `x`, in place of those that seed and stream choose.
+    """
     x = _float32(x)
     c, cuts, held = _block_exponents(x, format, axis)
-    if rounding == _STOCHASTIC and r is None:
-        r = random_bits(x.shape, seed, stream, x.device)
-    q = _quantized(x, c, cuts, held, format, rounding, r)
+    if rounding == _STOCHASTIC and bits is None:
+        bits = random_bits(x.shape, seed, stream, x.device)
+    q = _quantized(x, c, cuts, held, format, rounding, bits)
     return _values(q, _spread(c, cuts, held)).reshape(x.shape)
 
 
@@ -335,11 +343,16 @@ def _in_float32(device: torch.device) -> Iterator[None]:
         _EMULATING.reset(token)
 
 
-def _record(macs: int, formats: Formats, name: str, source: object) -> None:
+def _record(
+    macs: int,
+    formats: Formats,
+    name: str,
+    source: object,
+    stream: int,
+    operands: Callable[[], tuple[ops.Operand, ...]],
+) -> None:
     if ops.recorders and not is_compiling():
-        report = ops.Product(name, source, macs, *formats)
-        for recorder in tuple(ops.recorders):
-            recorder(report)
+        ops.tell(ops.Product(name, source, macs, *formats, stream, operands))
 
 
 def _one_device(*tensors: Tensor | None) -> None:
@@ -396,7 +409,8 @@ def product(
     left = quantize(rows, formats[0], a_axis, roundings[0], seed, streams[0]).reshape(a.shape)
     right = quantize(b, formats[1], b_axis, roundings[1], seed, streams[1])
     out = multiply(left if a_axis == -1 else left.mT, right if b_axis == -2 else right.mT, bias)
-    _record(out.numel() * depth, formats, name, source)
+    operands = ops.product_operands(a, a_axis, b, b_axis, formats, roundings, seed, streams)
+    _record(out.numel() * depth, formats, name, source, streams[0], operands)
     return out
 
 
@@ -445,28 +459,6 @@ def column_sums(x: Tensor) -> Tensor:
 # --- convolutions ----------------------------------------------------------------------------------------------------
 
 
-class Geometry(Protocol):
-    """How the taps of a kernel lie on the pixels, one number or pair for each of one to three spatial dimensions."""
-
-    @property
-    def kernel(self) -> tuple[int, ...]: ...
-    @property
-    def stride(self) -> tuple[int, ...]: ...
-    @property
-    def padding(self) -> tuple[tuple[int, int], ...]:
-        """Before and after the pixels."""
-        ...
-
-    @property
-    def dilation(self) -> tuple[int, ...]: ...
-    @property
-    def groups(self) -> int: ...
-    @property
-    def flatten(self) -> bool:
-        """Whether the forward blocks run over the flattened patch."""
-        ...
-
-
 _CONV = conv1d, conv2d, conv3d
 _CONV_TRANSPOSE = conv_transpose1d, conv_transpose2d, conv_transpose3d
 
@@ -508,7 +500,8 @@ def convolution(
     if outputs is not None:
         for d, size in enumerate(outputs):
             out = out.narrow(d + 2, 0, size)
-    _record(out.numel() * w.shape[1] * prod(geometry.kernel), formats, name, source)
+    operands = ops.forward_operands(x, w, formats, roundings, seed, streams, geometry)
+    _record(out.numel() * w.shape[1] * prod(geometry.kernel), formats, name, source, streams[0], operands)
     return out if bias is None else out.add_(_float32(bias).view(-1, *(1,) * (w.dim() - 2)))
 
 
@@ -543,7 +536,8 @@ def convolution_input_gradient(
     for size, natural, (before, _) in zip(spatial, met.shape[2:], geometry.padding, strict=True):
         edges.append((-before, size + before - natural))
     out = pad(met, [edge for pair in reversed(edges) for edge in pair])
-    _record(dy.numel() * w.shape[1] * prod(geometry.kernel), formats, name, source)
+    operands = ops.input_gradient_operands(dy, w, formats, roundings, seed, streams, geometry)
+    _record(dy.numel() * w.shape[1] * prod(geometry.kernel), formats, name, source, streams[0], operands)
     return out if bias is None else out.add_(_float32(bias).view(-1, *(1,) * (w.dim() - 2)))
 
 
@@ -583,7 +577,8 @@ def convolution_weight_gradient(
             left, right, like, None, geometry.stride, [0] * rank, geometry.dilation, False, [0] * rank, groups,
             [False, True, False],
         )  # fmt: skip
-    _record(dy.numel() * like.shape[1] * prod(geometry.kernel), formats, name, source)
+    operands = ops.weight_gradient_operands(dy, x, formats, roundings, seed, streams)
+    _record(dy.numel() * like.shape[1] * prod(geometry.kernel), formats, name, source, streams[0], operands)
     out: Tensor = dw
     return out
 
@@ -624,20 +619,14 @@ def _patches_product(
     x: Tensor, w: Tensor, formats: Formats, roundings: Pair, seed: int, streams: Pair, geometry: Geometry
 ) -> Tensor:
     """Y where blocks run over the patch, taps row-major and in each the channels of the group (6.16)."""
-    rank, groups = len(geometry.kernel), geometry.groups
-    taken = pad(_float32(x), _around(geometry))
-    for d in range(rank):
-        span = geometry.dilation[d] * (geometry.kernel[d] - 1) + 1
-        taken = taken.unfold(d + 2, span, geometry.stride[d])[..., :: geometry.dilation[d]]
-    # [N, g, C/g, *So, *k] to [N, g, *So, (k, C/g)].
-    taken = taken.unflatten(1, (groups, w.shape[1]))
-    patches = taken.movedim(2, -1).flatten(-rank - 1)
+    groups = geometry.groups
+    patches = ops.patches(_float32(x), geometry)
     left = quantize(patches, formats[0], -1, roundings[0], seed, streams[0])
     # The weight is cut in the order of the patch, and draws the bits of its own.
     r = random_bits(w.shape, seed, streams[1], w.device) if roundings[1] == _STOCHASTIC else None
     rows, drawn = (None if t is None else t.movedim(1, -1).flatten(1) for t in (w, r))
     assert rows is not None
-    right = _grid(rows, formats[1], -1, roundings[1], seed, streams[1], drawn)
+    right = quantize(rows, formats[1], -1, roundings[1], seed, streams[1], bits=drawn)
     right = right.unflatten(0, (groups, w.shape[0] // groups))
     of_groups = multiply(left.flatten(2, -2), right.mT)  # [N, g, pixels, Co/g]
     return of_groups.mT.reshape(x.shape[0], w.shape[0], *patches.shape[2:-1])

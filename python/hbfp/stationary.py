@@ -49,6 +49,7 @@ class StationaryWeight:
         self.threads = 0 if is_compiling() else torch.get_num_threads()
         self.packed = self._lay_out()
         self.decoded = self._decode()
+        self.told = False
 
     def _lay_out(self) -> _core.Packed | None:
         """None: every step goes through `ops.product`, which knows about all that is not as usual."""
@@ -96,7 +97,17 @@ class StationaryWeight:
             operand = _core.Floats(x, -1, formats[0].core, roundings[0], self.seed, left | step)
             _core.product(operand, self.packed, out, bias, False, self.threads)
         if ops.recorders:
-            report = ops.Product(self.name, self.source, out.numel() * x.shape[-1], *formats)
-            for recorder in tuple(ops.recorders):
-                recorder(report)
+            self._tell(x, left | step, out.numel() * x.shape[-1])
         return out
+
+    def _tell(self, x: Tensor, stream: int, macs: int) -> None:
+        """Tells of one step, whose left operand was encoded for it; the weight was for the first step that is told."""
+        (left, right), roundings = self.policy.formats, self.policy.roundings
+        told, self.told = self.told, True
+
+        def operands() -> tuple[ops.Operand, ...]:
+            step = ops.Operand(x, left, -1, roundings[0], self.seed, stream)
+            weight = ops.Operand(self.weight, right, self.axis, roundings[1], self.seed, self.streams[1])
+            return (step,) if told else (step, weight)
+
+        ops.tell(ops.Product(self.name, self.source, macs, left, right, stream, operands))

@@ -36,6 +36,7 @@ CHAIN = (
     "optim",
     "schedule",
     "audit",
+    "telemetry",
     "checkpoint",
     "hbfp",
     "training",

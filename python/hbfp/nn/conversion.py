@@ -3,8 +3,8 @@
 A layer is converted by exchanging its class: parameters, buffers, hooks, optimizers and state_dict keys stay what they
 were. To add a layer: write a subclass of the torch class whose `forward` asks `self.hbfp_state` (see `linear.py`) and
 enter it in `LAYERS`. If it computes several products at a time, its class says how many numbers it takes
-(`hbfp_sites`), and which weights it reads (`hbfp_weights`; see `recurrent.py`); if not every recipe has products for
-it, which it does (`hbfp_accepts`; see `convolution.py`).
+(`hbfp_sites`), what they are called (`hbfp_parts`) and which weights it reads (`hbfp_weights`; see `recurrent.py`); if
+not every recipe has products for it, which it does (`hbfp_accepts`; see `convolution.py`).
 
 A container computes nothing itself, but torch has fused inference paths that reach into its parts' weights without
 calling them: `CONTAINERS` and `_FUSED` say how these are taken off.

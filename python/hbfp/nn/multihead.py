@@ -53,6 +53,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         """How many numbers the layer takes."""
         return 5
 
+    def hbfp_parts(self) -> list[str]:
+        """What each number stands for, as the weights are called; a packed weight as a whole is the first."""
+        packed = self._qkv_same_embed_dim
+        inputs = ["in_proj", "in_proj_k", "in_proj_v"] if packed else ["q_proj", "k_proj", "v_proj"]
+        return [*inputs, "attention", "out_proj"]
+
     def hbfp_weights(self, format: HBFP) -> list[Weight]:
         """The weights of all projections.
 

@@ -40,6 +40,12 @@ class _Recurrent(nn.RNNBase):
         """How many numbers the layer takes."""
         return self.num_layers * (2 if self.bidirectional else 1) * (3 if self.proj_size else 2)
 
+    def hbfp_parts(self) -> list[str]:
+        """What each number stands for, as the weights are called."""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        parts = ("ih", "hh", "hr") if self.proj_size else ("ih", "hh")
+        return [f"{part}_l{n}{way}" for n in range(self.num_layers) for way in directions for part in parts]
+
     def hbfp_weights(self, format: HBFP) -> list[Weight]:
         """The weights of all products."""
         return [Weight(self, name) for name in self._flat_weights_names if name.startswith("weight")]
@@ -175,6 +181,10 @@ class _Cell(nn.RNNCellBase):
     def hbfp_sites(self) -> int:
         """How many numbers the cell takes."""
         return 2
+
+    def hbfp_parts(self) -> list[str]:
+        """What each number stands for, as the weights are called."""
+        return ["ih", "hh"]
 
     def hbfp_weights(self, format: HBFP) -> list[Weight]:
         """The weights of both products."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn.functional import pad
 
 from hbfp import _core
 from hbfp.format import HBFP, Rounding
@@ -18,6 +19,7 @@ from hbfp.ops.entrance import (
     ROUNDINGS,
     WORD,
     Formats,
+    Operand,
     Product,
     Roundings,
     codings,
@@ -31,6 +33,7 @@ from hbfp.ops.entrance import (
     pairs,
     recorders,
     signed,
+    tell,
     threads,
 )
 
@@ -75,14 +78,113 @@ def _pixels(like: Tensor, channels: int, spatial: Sequence[int]) -> Tensor:
     return like.new_empty_strided((like.shape[0], channels, *spatial), (sample, 1, *inner), dtype=torch.float32)
 
 
-def _record_convolution(outputs: Tensor, weight: Sequence[int], formats: Formats, name: str, source: object) -> None:
+# --- what recorders are told -----------------------------------------------------------------------------------------
+
+
+def patches(x: Tensor, geometry: Geometry) -> Tensor:
+    """What flattened forward blocks run over: [N, g, *So, K] of x [N, C, *S], K taps row-major, channels in each."""
+    rank = len(geometry.kernel)
+    taken: Tensor = pad(x, [size for pair in reversed(geometry.padding) for size in pair])
+    for d in range(rank):
+        span = geometry.dilation[d] * (geometry.kernel[d] - 1) + 1
+        taken = taken.unfold(d + 2, span, geometry.stride[d])[..., :: geometry.dilation[d]]
+    # [N, g, C/g, *So, *kernel] to [N, g, *So, (kernel, C/g)].
+    taken = taken.unflatten(1, (geometry.groups, x.shape[1] // geometry.groups))
+    return taken.movedim(2, -1).flatten(-rank - 1)
+
+
+def _as_patches(weight: Tensor) -> Tensor:
+    """W [Co, C/g, *kernel] in the order of patches: [Co, K]."""
+    return weight.movedim(1, -1).flatten(1)
+
+
+Operands = Callable[[], tuple[Operand, ...]]
+
+
+def forward_operands(
+    x: Tensor,
+    w: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    geometry: Geometry,
+) -> Operands:
+    """X and W as the product that gives Y encodes them."""
+
+    def operands() -> tuple[Operand, ...]:
+        if geometry.flatten:
+            taken = patches(x.detach().to(torch.float32), geometry)
+            return (
+                Operand(taken, formats[0], -1, roundings[0], seed, streams[0]),
+                Operand(w, formats[1], -1, roundings[1], seed, streams[1], _as_patches),
+            )
+        return (
+            Operand(_in_groups(x, 1, geometry), formats[0], 2, roundings[0], seed, streams[0]),
+            Operand(w, formats[1], 1, roundings[1], seed, streams[1]),
+        )
+
+    return operands
+
+
+def input_gradient_operands(
+    dy: Tensor,
+    w: Tensor,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    geometry: Geometry,
+) -> Operands:
+    """dY and W as the product that gives dX encodes them."""
+
+    def operands() -> tuple[Operand, ...]:
+        return (
+            Operand(_in_groups(dy, 1, geometry), formats[0], 2, roundings[0], seed, streams[0]),
+            Operand(_in_groups(w, 0, geometry), formats[1], 1, roundings[1], seed, streams[1]),
+        )
+
+    return operands
+
+
+def weight_gradient_operands(
+    dy: Tensor, x: Tensor | None, formats: Formats, roundings: Roundings, seed: int, streams: tuple[int, int]
+) -> Operands:
+    """dY and X as the product that gives dW encodes them; x: None where only its codes were kept."""
+
+    def operands() -> tuple[Operand, ...]:
+        return (
+            Operand(dy, formats[0], 0, roundings[0], seed, streams[0]),
+            Operand(x, formats[1], 0, roundings[1], seed, streams[1]),
+        )
+
+    return operands
+
+
+def _in_groups(x: Tensor, axis: int, geometry: Geometry) -> Tensor:
+    """`x` with the channels of `axis` in groups, in which blocks begin anew; the rows of random bits stay the same."""
+    grouped: Tensor = x.unflatten(axis, (geometry.groups, x.shape[axis] // geometry.groups))
+    return grouped
+
+
+def _record_convolution(
+    outputs: Tensor,
+    weight: Sequence[int],
+    formats: Formats,
+    name: str,
+    source: object,
+    stream: int,
+    operands: Operands,
+) -> None:
     """Tells of one product of a convolution with these output pixels and this shape of the kernel.
 
     All three have the same number: every tap of every output pixel, whether it meets an input pixel or not.
     """
     macs = outputs.shape[0] * prod(outputs.shape[2:]) * prod(weight)
-    for recorder in tuple(recorders):
-        recorder(Product(name, source, macs, formats[0], formats[1]))
+    tell(Product(name, source, macs, formats[0], formats[1], stream, operands))
+
+
+# --- the products ----------------------------------------------------------------------------------------------------
 
 
 def convolution(
@@ -122,7 +224,8 @@ def convolution(
             x, weight, bias, *_crossing(formats, roundings, seed, streams, geometry), geometry.flatten, spatial
         )
     if recorders and not is_compiling():
-        _record_convolution(out, weight.shape, formats, name, source)
+        operands = forward_operands(x, weight, formats, roundings, seed, streams, geometry)
+        _record_convolution(out, weight.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -155,7 +258,8 @@ def convolution_input_gradient(
             dy, weight, bias, *_crossing(formats, roundings, seed, streams, geometry), list(spatial)
         )
     if recorders and not is_compiling():
-        _record_convolution(dy, weight.shape, formats, name, source)
+        operands = input_gradient_operands(dy, weight, formats, roundings, seed, streams, geometry)
+        _record_convolution(dy, weight.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -184,7 +288,8 @@ def convolution_weight_gradient(
     else:
         out = torch.ops.hbfp.convolution_weight_gradient(dy, x, *_crossing(formats, roundings, seed, streams, geometry))
     if recorders and not is_compiling():
-        _record_convolution(dy, out.shape, formats, name, source)
+        operands = weight_gradient_operands(dy, x, formats, roundings, seed, streams)
+        _record_convolution(dy, out.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -273,7 +378,8 @@ def reference_convolution(
     spatial = tuple(outputs) if outputs is not None else geometry.outputs(x.shape[2:])
     out = _oracle_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, spatial)
     if recorders:
-        _record_convolution(out, weight.shape, formats, name, source)
+        operands = forward_operands(x, weight, formats, roundings, seed, streams, geometry)
+        _record_convolution(out, weight.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -294,7 +400,8 @@ def reference_convolution_input_gradient(
     """The same bits as `convolution_input_gradient`, computed by the exact-arithmetic oracle."""
     out = _oracle_input_gradient(dy, weight, spatial, formats, roundings, seed, streams, bias, geometry)
     if recorders:
-        _record_convolution(dy, weight.shape, formats, name, source)
+        operands = input_gradient_operands(dy, weight, formats, roundings, seed, streams, geometry)
+        _record_convolution(dy, weight.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -313,7 +420,8 @@ def reference_convolution_weight_gradient(
     """The same bits as `convolution_weight_gradient`, computed by the exact-arithmetic oracle."""
     out = _oracle_weight_gradient(dy, x, formats, roundings, seed, streams, geometry)
     if recorders:
-        _record_convolution(dy, out.shape, formats, name, source)
+        operands = weight_gradient_operands(dy, x, formats, roundings, seed, streams)
+        _record_convolution(dy, out.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -471,7 +579,8 @@ def convolution_keeping(
     outputs = geometry.outputs(x.shape[2:])
     out, kept = _run_convolution_keeping(x, weight, formats, roundings, seed, streams, bias, geometry, outputs, keep)
     if recorders:
-        _record_convolution(out, weight.shape, formats, name, source)
+        operands = forward_operands(x, weight, formats, roundings, seed, streams, geometry)
+        _record_convolution(out, weight.shape, formats, name, source, streams[0], operands)
     return out, kept
 
 
@@ -491,7 +600,8 @@ def kept_convolution_weight_gradient(
     """`convolution_weight_gradient` from what `convolution_keeping` kept of an X of `shape` [C, *S]."""
     out = _weight_gradient(dy, kept, True, shape, formats, roundings, seed, streams, geometry)
     if recorders:
-        _record_convolution(dy, out.shape, formats, name, source)
+        operands = weight_gradient_operands(dy, None, formats, roundings, seed, streams)
+        _record_convolution(dy, out.shape, formats, name, source, streams[0], operands)
     return out
 
 

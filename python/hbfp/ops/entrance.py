@@ -8,7 +8,7 @@ torch.compile they are tensors without dimensions (see `hbfp.policy.RootState`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, cast
 
@@ -36,6 +36,22 @@ WORD = 2**64 - 1
 
 
 @dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor as one product encodes it."""
+
+    x: Tensor | None
+    """None: it exists as codes only, or inside a fused kernel."""
+    format: HBFP
+    axis: int
+    rounding: int
+    """As the core numbers it."""
+    seed: int
+    stream: int
+    order: Callable[[Tensor], Tensor] | None = None
+    """Lays `x`, for which the random bits are drawn, as its blocks lie along `axis`; None: so it lies."""
+
+
+@dataclass(frozen=True, slots=True)
 class Product:
     """What a recorder is told of one product."""
 
@@ -47,12 +63,33 @@ class Product:
     """Multiply-accumulates."""
     left: HBFP
     right: HBFP
+    stream: int
+    """Of the left operand."""
+    operands: Callable[[], tuple[Operand, ...]] = field(compare=False, repr=False)
+    """Those that were encoded for this product, left before right: an operand that serves several is told once."""
 
 
 Recorder = Callable[[Product], None]
 
 recorders: list[Recorder] = []
-"""Called for every product, in order; empty but for the moments in which somebody counts (see `hbfp.audit`)."""
+"""Called for every product, in order; empty but where somebody counts or watches (`hbfp.audit`, `hbfp.watch`)."""
+
+wanted: list[Callable[[object, int], bool]] = []
+"""Whether some recorder will read the operands of the products with this source and stream; see `observed`."""
+
+
+def observed(source: object, stream: int) -> bool:
+    """Whether operands must exist as tensors: then nothing is fused that would not have them, with the same bits.
+
+    Ask only where `recorders` is not empty.
+    """
+    return not is_compiling() and any(wants(source, stream) for wants in wanted)
+
+
+def tell(product: Product) -> None:
+    """Calls the recorders."""
+    for recorder in tuple(recorders):
+        recorder(product)
 
 
 def require_real(*tensors: Tensor | None) -> None:

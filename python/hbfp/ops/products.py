@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from hbfp.ops.entrance import (
     LIBRARY,
     ROUNDINGS,
     WORD,
+    Operand,
     Product,
     crossed,
     crossing,
@@ -26,6 +29,7 @@ from hbfp.ops.entrance import (
     operator,
     recorders,
     signed,
+    tell,
     threads,
 )
 
@@ -137,7 +141,7 @@ def product_keeping(
             )
         if both is not None:
             if recorders:
-                _record(a, -1, both[0], formats, name, source)
+                _record(a, -1, b, -1, both[0], formats, roundings, seed, streams, name, source)
             kept: tuple[Tensor, Tensor | None] = both
             return kept
     return product(a, -1, b, -1, formats, roundings, seed, streams, bias, name=name, source=source), None
@@ -164,15 +168,50 @@ def kept_product(
     floats = _core.Floats(a, -2, formats[0].core, roundings[0], seed, streams[0])
     _core.kept_product(floats, kept, formats[1].core, out, threads())
     if recorders:
-        _record(a, -2, out, formats, name, source)
+        _record(a, -2, None, -2, out, formats, roundings, seed, streams, name, source)
     return out
 
 
-def _record(a: Tensor, a_axis: int, out: Tensor, formats: tuple[HBFP, HBFP], name: str, source: object) -> None:
+def product_operands(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor | None,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+) -> Callable[[], tuple[Operand, ...]]:
+    """The operands of `product` as it encodes them; b: None where only its codes were kept."""
+
+    def operands() -> tuple[Operand, ...]:
+        # The rows of a batch that one matrix serves are those of one matrix.
+        rows = a.flatten(0, -2) if a.dim() > 2 and b is not None and b.dim() == 2 else a
+        return (
+            Operand(rows, formats[0], a_axis, roundings[0], seed, streams[0]),
+            Operand(b, formats[1], b_axis, roundings[1], seed, streams[1]),
+        )
+
+    return operands
+
+
+def _record(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor | None,
+    b_axis: int,
+    out: Tensor,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    name: str,
+    source: object,
+) -> None:
+    """Tells of a product; b: None where it was encoded before."""
+    operands = product_operands(a, a_axis, b, b_axis, formats, roundings, seed, streams)
     macs = out.numel() * a.shape[a_axis]
-    report = Product(name, source, macs, formats[0], formats[1])
-    for recorder in tuple(recorders):
-        recorder(report)
+    tell(Product(name, source, macs, formats[0], formats[1], streams[0], operands))
 
 
 def product(
@@ -218,7 +257,7 @@ def product(
             signed(seed), bias, drawn,
         )  # fmt: skip
     if recorders and not compiling:
-        _record(a, a_axis, out, formats, name, source)
+        _record(a, a_axis, b, b_axis, out, formats, roundings, seed, streams, name, source)
     return out
 
 
@@ -255,7 +294,7 @@ def reference_product(
     out = torch.empty(shape, dtype=torch.float32, device="cpu")
     out.copy_(torch.from_numpy(result).reshape(shape))
     if recorders:
-        _record(a, a_axis, out, formats, name, source)
+        _record(a, a_axis, b, b_axis, out, formats, roundings, seed, streams, name, source)
     return out
 
 
@@ -281,6 +320,28 @@ def _run_quantize(x: Tensor, format: HBFP, axis: int, rounding: int, seed: int, 
     out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
     _core.quantize(x, out, format.core, axis, rounding, seed, stream, False, threads())
     return out
+
+
+class Measured(NamedTuple):
+    """What encoding a tensor costs it. NaN blocks count in `exponents` only."""
+
+    nonzero: int
+    """Elements that are not zero."""
+    signal: float
+    """Sum of x²."""
+    noise: float
+    """Sum of (x − q · 2^(c − 127))²."""
+    saturated: int
+    """Elements with |x| > (Q + ½) · 2^(c − 127): the code is ±Q, and more than half a step short."""
+    zeroed: int
+    """Elements that are not zero and have the code 0."""
+    exponents: Sequence[int]
+    """256 numbers of blocks, by c."""
+
+
+def measure(x: Tensor, format: HBFP, axis: int = -1, rounding: int = 0, seed: int = 0, stream: int = 0) -> Measured:
+    """Measures the encoding of `x`; args and errors are those of `quantize`. Not for code that torch.compile traces."""
+    return Measured(*_core.measure(float32(x.detach()), format.core, axis, rounding, seed, stream, threads()))
 
 
 def column_sums(x: Tensor) -> Tensor:

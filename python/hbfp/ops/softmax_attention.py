@@ -15,6 +15,7 @@ from hbfp.ops.entrance import (
     LIBRARY,
     WORD,
     Formats,
+    Operand,
     Product,
     Roundings,
     codings,
@@ -27,6 +28,7 @@ from hbfp.ops.entrance import (
     pairs,
     recorders,
     signed,
+    tell,
     threads,
 )
 
@@ -77,11 +79,24 @@ def _run_softmax_backward(p: Tensor, dp: Tensor, scale: float, reuse: bool) -> T
     return out
 
 
-def _record_attention(q: Tensor, k: Tensor, depth: int, formats: Formats, name: str, source: object) -> None:
+def _record_attention(
+    q: Tensor,
+    k: Tensor,
+    depth: int,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: Sequence[int],
+    name: str,
+    source: object,
+) -> None:
     """Tells of one product of attention, whose multiply-accumulates are those of all rows with all columns."""
+
+    def operands() -> tuple[Operand, ...]:
+        return tuple(Operand(None, formats[i], -1, roundings[i], seed, streams[i]) for i in (0, 1))
+
     macs = prod(q.shape[:-1]) * k.shape[-2] * depth
-    for recorder in tuple(recorders):
-        recorder(Product(name, source, macs, formats[0], formats[1]))
+    tell(Product(name, source, macs, formats[0], formats[1], streams[0], operands))
 
 
 def attention(
@@ -124,8 +139,8 @@ def attention(
             drawn,
         )  # fmt: skip
     if recorders and not is_compiling():
-        _record_attention(q, k, q.shape[-1], formats, "scores", source)
-        _record_attention(q, k, v.shape[-1], formats, "context", source)
+        _record_attention(q, k, q.shape[-1], formats, roundings, seed, streams[:2], "scores", source)
+        _record_attention(q, k, v.shape[-1], formats, roundings, seed, streams[2:], "context", source)
     return out
 
 
@@ -197,15 +212,16 @@ def attention_backward(
         dq, dk, dv = (x if needed else None for x, needed in zip(found, needs, strict=True))
         out = dq, dk, dv
     if recorders and not is_compiling():
-        _, towards_input, towards_right = formats
-        if needs[2]:
-            _record_attention(q, k, v.shape[-1], towards_right[::-1], "gradient of V", source)
-        if needs[0] or needs[1]:
-            _record_attention(q, k, v.shape[-1], towards_input, "gradient of P", source)
-        if needs[0]:
-            _record_attention(q, k, q.shape[-1], towards_input, "gradient of Q", source)
-        if needs[1]:
-            _record_attention(q, k, q.shape[-1], towards_right, "gradient of K", source)
+        (_, toward, right), (_, toward_roundings, right_roundings) = formats, roundings
+        for name, needed, x, pair, rounded, first in (
+            ("gradient of V", needs[2], v, (right[1], right[0]), (right_roundings[1], right_roundings[0]), 8),
+            ("gradient of P", needs[0] or needs[1], v, toward, toward_roundings, 2),
+            ("gradient of Q", needs[0], q, toward, toward_roundings, 4),
+            ("gradient of K", needs[1], q, right, right_roundings, 6),
+        ):
+            if needed:
+                pick = streams[first : first + 2]
+                _record_attention(q, k, x.shape[-1], pair, rounded, seed, pick, name, source)
     return out
 
 

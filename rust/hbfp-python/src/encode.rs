@@ -1,4 +1,4 @@
-//! Encoding, decoding and quantising.
+//! Encoding, decoding, quantising and measuring.
 #![allow(unsafe_code, reason = "quantize writes through a pointer")]
 #![allow(clippy::too_many_arguments, reason = "Python signatures")]
 
@@ -84,6 +84,25 @@ pub(crate) fn quantize(
         // SAFETY: the output has x's shape and is contiguous; it is x itself, contiguous too, or lies apart from it.
         unsafe { hbfp::encode::quantize(ctx, &view.tensor(), out_view.as_mut_ptr(), format.inner, axis, mode) }
     })
+}
+
+/// What encoding costs: non-zero elements, signal, noise, saturated, zeroed, and blocks by exponent byte.
+#[pyfunction]
+pub(crate) fn measure(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    format: &Format,
+    axis: isize,
+    rounding: u8,
+    seed: u64,
+    stream: u64,
+    threads: usize,
+) -> PyResult<(u64, f64, f64, u64, u64, Vec<u64>)> {
+    let view = FloatView::read(x, "x")?;
+    let mode = mode(rounding, seed, stream)?;
+    let axis = resolve_axis(axis, view.shape().len())?;
+    let m = run(py, threads, |ctx| hbfp::encode::measure(ctx, &view.tensor(), format.inner, axis, mode))?;
+    Ok((m.nonzero, m.signal, m.noise, m.saturated, m.zeroed, m.exponents.to_vec()))
 }
 
 /// Planes -> f32 in the logical shape.

@@ -1,12 +1,14 @@
-//! Encoding tensors into planes, decoding them, and quantising in one pass.
+//! Encoding tensors into planes, decoding them, quantising in one pass, and measuring what that costs.
 #![allow(unsafe_code, reason = "calls of kernels")]
 
 pub(crate) mod blocks;
 pub(crate) mod codes;
 pub(crate) mod forms;
+mod measure;
 pub(crate) mod panels;
 
 pub use blocks::RoundingMode;
+pub use measure::{Measured, measure};
 
 use crate::arch::generic::encode::{STRIP, Scaling};
 use crate::arch::kernels::Kernels;
