@@ -38,13 +38,14 @@ def wide_weights(optimizer: torch.optim.Optimizer, model: nn.Module, bits: int =
 
     Raises:
         FormatError: `bits` is outside 2…16.
-        ConversionError: `model` has no converted layer with a weight, or `optimizer` holds none of their weights.
+        ConversionError: `model` has no converted layer with a weight, or one whose weight is computed from other
+            parameters (a parametrisation); or `optimizer` holds none of their weights.
     """
     format = HBFP(bits)
     weights: dict[int, tuple[Tensor, int]] = {}
     for _, module, _ in layer_states(model):
         for entry in weights_of(module, format):
-            weight = entry.owner._parameters.get(entry.name)
+            weight = entry.parameter
             if weight is not None:
                 weights.setdefault(id(weight), (weight, entry.axis))
     if not weights:
