@@ -445,8 +445,6 @@ class RootState:
     """Nobody has set the step: each training forward of the converted root advances it."""
     left: dict[str, str] = field(default_factory=dict)
     """Modules that stayed in FP32, with the reason."""
-    active: bool = True
-    """False once the conversion was taken back."""
 
     def set_step(self, step: int) -> None:
         """Raises HBFPError unless step is in 0 .. 2^32 - 1."""
