@@ -243,6 +243,28 @@ def test_one_product_is_taken_from_another_backend(name, by_oracle):
 
 
 @pytest.mark.parametrize(
+    ("make", "shape"), [(lambda: nn.Linear(16, 2), (64, 16)), (lambda: nn.Conv1d(16, 2, 1), (64, 16, 2))]
+)
+@pytest.mark.parametrize(("product", "names"), [("weight_gradient", OF_WEIGHT), ("forward", FORWARD)])
+def test_codes_that_are_kept_go_to_nobody_else(make, shape, product, names, by_oracle):
+    """Batches that the layer would keep as codes for the kernels: another backend is to get the floats."""
+    found = []
+    for recipe in (hbfp.recipe("hbfp4"), hbfp.recipe("hbfp4", **{product: "reference"})):
+        torch.manual_seed(0)
+        model, x = make(), torch.randn(shape)
+        hbfp.convert_(model, recipe)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.dtype) or x, lambda x: x):
+            y = model(x)
+        y.sum().backward()
+        found.append((torch.uint8 in sizes, model.weight.grad))
+    assert [kept for kept, _ in found] == [True, False]
+    assert by_oracle
+    assert by_oracle <= names
+    assert same([found[0][1]], [found[1][1]])
+
+
+@pytest.mark.parametrize(
     ("make", "shape"),
     [
         (lambda: nn.Linear(500, 300), (400, 500)),
