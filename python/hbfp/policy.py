@@ -264,10 +264,8 @@ def recipe(value: str | HBFP | Recipe, **changes: ProductValue) -> Recipe:
     Raises:
         HBFPError: no recipe is called so, no format is written so, or a change cannot be read.
     """
-    return _changed(_recipe(value), changes) if changes else _recipe(value)
-
-
-def _recipe(value: str | HBFP | Recipe) -> Recipe:
+    if changes:
+        return _changed(recipe(value), changes)
     if isinstance(value, Recipe):
         return value
     if isinstance(value, HBFP):
