@@ -85,6 +85,7 @@ _TORCH = {
     "convert_": "hbfp.nn.conversion",
     "revert_": "hbfp.nn.conversion",
     "MatmulPolicy": "hbfp.policy",
+    "OperandPolicy": "hbfp.policy",
     "Recipe": "hbfp.policy",
     "recipe": "hbfp.policy",
     "Booster": "hbfp.schedule",

@@ -34,7 +34,7 @@ class WeightsFunction(torch.autograd.Function):
         source: object,
     ) -> Tensor:
         policy = recipe.forward
-        by = arithmetic(recipe.backend)
+        by = arithmetic(recipe.backends.forward)
         scores = by.product(
             q, -1, k, -1, policy.formats, policy.roundings, seed,
             (stream | Role.Q_FORWARD, stream | Role.K_FORWARD), name="scores", source=source,
@@ -54,7 +54,7 @@ class WeightsFunction(torch.autograd.Function):
         q, k, p = ctx.saved_tensors
         need_q, need_k, need_mask = ctx.needs_input_grad[:3]
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
-        by = arithmetic(recipe.backend)
+        by, by_right = arithmetic(recipe.backends.input_gradient), arithmetic(recipe.backends.weight_gradient)
         dq = dk = dmask = None
         if need_mask:
             dmask = by.softmax_backward(p, dp, 1.0).sum_to_size(ctx.mask_shape)
@@ -68,7 +68,7 @@ class WeightsFunction(torch.autograd.Function):
             )  # fmt: skip
         if need_k:
             policy = recipe.weight_gradient
-            dk = by.product(
+            dk = by_right.product(
                 ds, -2, q, -2, policy.formats, policy.roundings, seed,
                 (stream | Role.DS_FOR_DK, stream | Role.QKV_BACKWARD), name="gradient of K", source=source,
             )  # fmt: skip
@@ -84,7 +84,7 @@ class ContextFunction(torch.autograd.Function):
         need_p, need_v = ctx.needs_input_grad[:2]
         ctx.save_for_backward(p if need_v else None, v if need_p else None)
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
-        return arithmetic(recipe.backend).product(
+        return arithmetic(recipe.backends.forward).product(
             p, -1, v, -2, policy.formats, policy.roundings, seed,
             (stream | Role.P_FORWARD, stream | Role.V_FORWARD), name="context", source=source,
         )  # fmt: skip
@@ -95,17 +95,16 @@ class ContextFunction(torch.autograd.Function):
         p, v = ctx.saved_tensors
         need_p, need_v = ctx.needs_input_grad[:2]
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
-        by = arithmetic(recipe.backend)
         dp = dv = None
         if need_p:
             policy = recipe.input_gradient
-            dp = by.product(
+            dp = arithmetic(recipe.backends.input_gradient).product(
                 do, -1, v, -1, policy.formats, policy.roundings, seed,
                 (stream | Role.DO_FOR_DP, stream | Role.QKV_BACKWARD), name="gradient of P", source=source,
             )  # fmt: skip
         if need_v:
             policy = recipe.weight_gradient
-            dv = by.product(
+            dv = arithmetic(recipe.backends.weight_gradient).product(
                 p, -2, do, -2, policy.formats[::-1], policy.roundings[::-1], seed,
                 (stream | Role.P_FOR_DV, stream | Role.DO_FOR_DV), name="gradient of V", source=source,
             )  # fmt: skip

@@ -153,7 +153,9 @@ class LinearFunction(torch.autograd.Function):
         policy = recipe.forward
         streams = (stream | _X, stream | _W)
         kept = None
-        if need_weight and recipe.backend is _INTEGER and not (ops.recorders and ops.observed(source, stream)):
+        backends = recipe.backends
+        integer = backends.forward is _INTEGER and backends.weight_gradient is _INTEGER
+        if need_weight and integer and not (ops.recorders and ops.observed(source, stream)):
             # What backward needs of X are its codes along the batch: an eighth of the memory at 4 bits, and the same
             # pass over X makes both encodings.
             later = recipe.weight_gradient
@@ -162,7 +164,7 @@ class LinearFunction(torch.autograd.Function):
                 x, weight, policy.formats, policy.roundings, seed, streams, bias, keep, name="forward", source=source
             )
         else:
-            out = arithmetic(recipe.backend).product(
+            out = arithmetic(backends.forward).product(
                 x, -1, weight, -1, policy.formats, policy.roundings, seed, streams, bias, name="forward", source=source
             )
         ctx.kept, ctx.columns = kept is not None, x.shape[-1]
@@ -175,11 +177,11 @@ class LinearFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
-        by = arithmetic(recipe.backend)
+        for_dx, for_dw = arithmetic(recipe.backends.input_gradient), arithmetic(recipe.backends.weight_gradient)
         dx = dweight = dbias = None
         if need_x:
             policy = recipe.input_gradient
-            dx = by.product(
+            dx = for_dx.product(
                 dy, -1, weight, -2, policy.formats, policy.roundings, seed, (stream | _DY_X, stream | _W_X),
                 name="input gradient", source=source,
             )  # fmt: skip
@@ -192,12 +194,12 @@ class LinearFunction(torch.autograd.Function):
             )  # fmt: skip
         elif need_weight:
             policy = recipe.weight_gradient
-            dweight = by.product(
+            dweight = for_dw.product(
                 rows, -2, x.flatten(0, -2), -2, policy.formats, policy.roundings, seed,
                 (stream | _DY_W, stream | _X_W), name="weight gradient", source=source,
             )  # fmt: skip
         if need_bias:
-            dbias = by.column_sums(rows)
+            dbias = for_dw.column_sums(rows)
         return dx, dweight, dbias, None, None, None, None
 
 
@@ -218,7 +220,7 @@ class MatmulFunction(torch.autograd.Function):
             batch = _batch_of(a, b)
             a, b = _expand(a, batch), _expand(b, batch)
         policy = recipe.forward
-        return arithmetic(recipe.backend).product(
+        return arithmetic(recipe.backends.forward).product(
             a, -1, b, -2, policy.formats, policy.roundings, seed, (stream | _X, stream | _W),
             name="forward", source=source,
         )  # fmt: skip
@@ -230,11 +232,10 @@ class MatmulFunction(torch.autograd.Function):
         a_shape, b_shape = ctx.shapes
         need_a, need_b = ctx.needs_input_grad[:2]
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
-        by = arithmetic(recipe.backend)
         batch = dc.shape[:-2]
         da = db = None
         if need_a:
-            policy = recipe.input_gradient
+            policy, by = recipe.input_gradient, arithmetic(recipe.backends.input_gradient)
             da = by.product(
                 dc, -1, _expand(b, batch) if b.dim() > 2 else b, -1, policy.formats, policy.roundings, seed,
                 (stream | _DY_X, stream | _W_X),
@@ -247,7 +248,7 @@ class MatmulFunction(torch.autograd.Function):
             else:
                 a = _expand(a, batch)
             # The recipe speaks of dYᵀ X; this is its transpose, Aᵀ dC.
-            policy = recipe.weight_gradient
+            policy, by = recipe.weight_gradient, arithmetic(recipe.backends.weight_gradient)
             db = by.product(
                 a, -2, dc, -2, policy.formats[::-1], policy.roundings[::-1], seed, (stream | _X_W, stream | _DY_W),
                 name="weight gradient", source=source,
@@ -280,7 +281,7 @@ class AttentionFunction(torch.autograd.Function):
         source: object,
     ) -> Tensor:
         policy = recipe.forward
-        by = arithmetic(recipe.backend)
+        by = arithmetic(recipe.backends.forward)
         batch = _batch_of(q, k, v)
         scores = by.product(
             _expand(q, batch), -1, _expand(k, batch), -1, policy.formats, policy.roundings, seed,
@@ -318,15 +319,15 @@ class AttentionFunction(torch.autograd.Function):
         need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
         scale, dropout = ctx.scale, ctx.dropout
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
-        by = arithmetic(recipe.backend)
+        by, by_right = arithmetic(recipe.backends.input_gradient), arithmetic(recipe.backends.weight_gradient)
         towards_input, towards_right = recipe.input_gradient, recipe.weight_gradient
         dq = dk = dv = dmask = None
         if need_v:
-            dv = by.product(
+            dv = by_right.product(
                 _drop(p, keep, dropout), -2, do, -2, towards_right.formats[::-1], towards_right.roundings[::-1], seed,
                 (stream | _P_V, stream | _DO_V), name="gradient of V", source=source,
             )  # fmt: skip
-            dv = _sum_to(dv, v_shape, by)
+            dv = _sum_to(dv, v_shape, by_right)
         if need_q or need_k or need_mask:
             dp = by.product(
                 do, -1, _expand(v, batch), -1, towards_input.formats, towards_input.roundings, seed, (stream | _DO_P,
@@ -344,11 +345,11 @@ class AttentionFunction(torch.autograd.Function):
                 )  # fmt: skip
                 dq = _sum_to(dq, q_shape, by)
             if need_k:
-                dk = by.product(
+                dk = by_right.product(
                     ds, -2, _expand(q, batch), -2, towards_right.formats, towards_right.roundings, seed,
                     (stream | _DS_K, stream | _QKV), name="gradient of K", source=source,
                 )  # fmt: skip
-                dk = _sum_to(dk, k_shape, by)
+                dk = _sum_to(dk, k_shape, by_right)
         return dq, dk, dv, dmask, None, None, None, None, None, None, None
 
 
@@ -412,7 +413,7 @@ def _expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Ten
 def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, recipe: Recipe) -> bool:
     """Whether the core computes this attention without its matrices."""
     return (
-        recipe.backend is _INTEGER
+        all(backend is _INTEGER for backend in recipe.backends)
         and dropout == 0.0
         and not (mask is not None and mask.requires_grad and is_grad_enabled())
         and all(
@@ -478,7 +479,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, seed: int, stream: int, source: object = None
 ) -> Tensor:
     """x [..., in] times weightᵀ [out, in], plus bias [out]; see `hbfp.nn.functional.linear`."""
-    usual = weight.dim() == 2 and x.dim() > 1 and recipe.backend is _INTEGER and not ops.recorders
+    usual = weight.dim() == 2 and x.dim() > 1 and recipe.backends.forward is _INTEGER and not ops.recorders
     if usual and _unseen(x, weight, bias):
         policy = recipe.forward
         quick = ops.quick_product(

@@ -1,4 +1,4 @@
-"""What a recipe's backend stands for: four functions with one signature each, whoever computes them.
+"""What the backend of a product stands for: four functions with one signature each, whoever computes them.
 
 Layers ask here and do not know who answers.
 """

@@ -47,11 +47,11 @@ _DY_X, _W_X = int(Role.DY_FOR_DX), int(Role.W_FOR_DX)
 _DY_W, _X_W = int(Role.DY_FOR_DW), int(Role.X_FOR_DW)
 
 
-def _products(recipe: Recipe) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
-    """The products that give Y, dX and dW of an ordinary convolution."""
-    if recipe.backend is Backend.INTEGER:
+def _products(backend: Backend) -> tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., Tensor]]:
+    """The products that give Y, dX and dW of an ordinary convolution, as `backend` computes them."""
+    if backend is Backend.INTEGER:
         return ops.convolution, ops.convolution_input_gradient, ops.convolution_weight_gradient
-    if recipe.backend is Backend.EMULATE:
+    if backend is Backend.EMULATE:
         return (
             emulation.convolution,
             emulation.convolution_input_gradient,
@@ -66,7 +66,7 @@ def _products(recipe: Recipe) -> tuple[Callable[..., Tensor], Callable[..., Tens
 
 def _bias_gradient(dy: Tensor, recipe: Recipe) -> Tensor:
     """Sums over the rows (sample, pixel) of dY [N, Co, *So]: [Co]."""
-    return arithmetic(recipe.backend).column_sums(dy.movedim(1, -1).flatten(0, -2))
+    return arithmetic(recipe.backends.weight_gradient).column_sums(dy.movedim(1, -1).flatten(0, -2))
 
 
 class ConvolutionFunction(torch.autograd.Function):
@@ -90,7 +90,8 @@ class ConvolutionFunction(torch.autograd.Function):
         policy = recipe.forward
         streams = (stream | _X, stream | _W)
         kept = None
-        integer = recipe.backend is Backend.INTEGER
+        backends = recipe.backends
+        integer = backends.forward is Backend.INTEGER and backends.weight_gradient is Backend.INTEGER
         if need_weight and integer and not (ops.recorders and ops.observed(source, stream)):
             later = recipe.weight_gradient
             out, kept = ops.convolution_keeping(
@@ -99,7 +100,7 @@ class ConvolutionFunction(torch.autograd.Function):
                 geometry=geometry, name="forward", source=source,
             )  # fmt: skip
         else:
-            out = _products(recipe)[0](
+            out = _products(backends.forward)[0](
                 x, weight, policy.formats, policy.roundings, seed, streams, bias,
                 geometry=geometry, name="forward", source=source,
             )  # fmt: skip
@@ -116,11 +117,10 @@ class ConvolutionFunction(torch.autograd.Function):
         recipe, seed, stream = ctx.recipe, ctx.seed, ctx.stream
         # Once for both products.
         dy = ops.channels_together(dy)
-        _, input_gradient, weight_gradient = _products(recipe)
         dx = dweight = dbias = None
         if need_x:
             policy = recipe.input_gradient
-            dx = input_gradient(
+            dx = _products(recipe.backends.input_gradient)[1](
                 dy, weight, ctx.spatial, policy.formats, policy.roundings, seed, (stream | _DY_X, stream | _W_X),
                 geometry=geometry, name="input gradient", source=source,
             )  # fmt: skip
@@ -132,7 +132,7 @@ class ConvolutionFunction(torch.autograd.Function):
             )  # fmt: skip
         elif need_weight:
             policy = recipe.weight_gradient
-            dweight = weight_gradient(
+            dweight = _products(recipe.backends.weight_gradient)[2](
                 dy, x, policy.formats, policy.roundings, seed, (stream | _DY_W, stream | _X_W),
                 geometry=geometry, name="weight gradient", source=source,
             )  # fmt: skip
@@ -165,8 +165,7 @@ class TransposedConvolutionFunction(torch.autograd.Function):
         ctx.geometry, ctx.inputs = geometry, x.shape[2:]
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
         policy = recipe.forward
-        _, input_gradient, _ = _products(recipe)
-        out = input_gradient(
+        out = _products(recipe.backends.forward)[1](
             x, weight, spatial, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), bias,
             geometry=geometry, name="forward", source=source,
         )  # fmt: skip
@@ -182,18 +181,17 @@ class TransposedConvolutionFunction(torch.autograd.Function):
         recipe, seed, stream = ctx.recipe, ctx.seed, ctx.stream
         # Once for both products.
         dy = ops.channels_together(dy)
-        convolve, _, weight_gradient = _products(recipe)
         dx = dweight = dbias = None
         if need_x:
             policy = recipe.input_gradient
             # An output padding of a stride or more leaves room for pixels that X does not have.
-            dx = convolve(
+            dx = _products(recipe.backends.input_gradient)[0](
                 dy, weight, policy.formats, policy.roundings, seed, (stream | _DY_X, stream | _W_X),
                 geometry=geometry, outputs=ctx.inputs, name="input gradient", source=source,
             )  # fmt: skip
         if need_weight:
             policy = recipe.weight_gradient
-            dweight = weight_gradient(
+            dweight = _products(recipe.backends.weight_gradient)[2](
                 x, dy, policy.formats[::-1], policy.roundings[::-1], seed, (stream | _X_W, stream | _DY_W),
                 geometry=geometry, name="weight gradient", source=source,
             )  # fmt: skip

@@ -1,24 +1,25 @@
 """Which format and which rounding each operand of each product gets, and the random stream it draws from.
 
-From the inside out: an `OperandPolicy` is a format and a rounding; a `MatmulPolicy` is one product, two of those; a
-`Recipe` is what a layer needs, three products. Rules choose a recipe per module. A converted layer carries a
-`LayerState`: the recipe it was given, the one in force now (a schedule may exchange it), its number and its place; the
-layers of one conversion share a `RootState`: the seed and the step.
+From the inside out: an `OperandPolicy` is a format and a rounding; a `MatmulPolicy` is one product, two of those and
+who computes it; a `Recipe` is what a layer needs, three products. Rules choose a recipe per module. A converted layer
+carries a `LayerState`: the recipe it was given, the one in force now (a schedule may exchange it), its number and its
+place; the layers of one conversion share a `RootState`: the seed and the step.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
+from torch.nn import Parameter
 
 from hbfp import ops
 from hbfp.errors import ConversionError, FormatError, HBFPError, RuleError
@@ -26,10 +27,12 @@ from hbfp.format import HBFP, HBFP4, HBFP6, HBFP8, Rounding
 
 __all__ = [
     "Backend",
+    "Backends",
     "LayerState",
     "MatmulPolicy",
     "OperandPolicy",
     "Position",
+    "ProductValue",
     "Recipe",
     "RootState",
     "Rule",
@@ -56,6 +59,14 @@ class Backend(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+def _backend(value: str) -> Backend:
+    try:
+        return Backend(value)
+    except ValueError:
+        known = ", ".join(repr(backend.value) for backend in Backend)
+        raise HBFPError(f"unknown backend {value!r}: expected one of {known}") from None
 
 
 class Position(str, Enum):
@@ -86,14 +97,19 @@ class OperandPolicy:
 
 @dataclass(frozen=True, slots=True)
 class MatmulPolicy:
-    """How the two operands of one product are encoded.
+    """How the two operands of one product are encoded, and who multiplies them.
+
+    Attributes:
+        backend: None: whoever the recipe names.
 
     Raises:
         FormatError: the formats would cut the reduction at different places.
+        HBFPError: there is no such backend.
     """
 
     left: OperandPolicy
     right: OperandPolicy
+    backend: Backend | None = None
     formats: tuple[HBFP, HBFP] = field(init=False, repr=False, compare=False)
     roundings: tuple[int, int] = field(init=False, repr=False, compare=False)
     """As the compiled core numbers them."""
@@ -108,15 +124,25 @@ class MatmulPolicy:
             )
         object.__setattr__(self, "formats", (left.format, right.format))
         object.__setattr__(self, "roundings", (left.rounding.code, right.rounding.code))
+        if self.backend is not None:
+            object.__setattr__(self, "backend", _backend(self.backend))
 
     def at(self, format: HBFP) -> MatmulPolicy:
-        """The same roundings, both operands in `format`."""
-        return MatmulPolicy(replace(self.left, format=format), replace(self.right, format=format))
+        """The same roundings and backend, both operands in `format`."""
+        return replace(self, left=replace(self.left, format=format), right=replace(self.right, format=format))
 
     @property
     def bits(self) -> int:
         """Width of the product: that of its wider operand."""
         return max(self.left.format.bits, self.right.format.bits)
+
+
+class Backends(NamedTuple):
+    """Who computes each of the three products."""
+
+    forward: Backend
+    input_gradient: Backend
+    weight_gradient: Backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +155,8 @@ class Recipe:
         weight_gradient: dW = dYᵀ X; left dY, right X. In attention left is dO and dS, right P and Q.
         boost: format of the first and the last layer, for recipes that widen them; None: like every other.
         wide_weights: width of the block format in which the optimizer's master copy is kept; None: float32.
-        backend: who computes the products.
+        backend: who computes the products that name nobody themselves. What is no product goes with one: the softmax
+            with the forward product, its derivative with the input gradient, a bias gradient with the weight gradient.
         name: for reports.
     """
 
@@ -140,17 +167,17 @@ class Recipe:
     wide_weights: int | None = None
     backend: Backend = Backend.INTEGER
     name: str = field(default="custom", compare=False)
+    backends: Backends = field(init=False, repr=False, compare=False)
+    """Who computes each product, in fact."""
 
     def __post_init__(self) -> None:
         if self.boost is not None:
             object.__setattr__(self, "boost", HBFP.parse(self.boost))
         if self.wide_weights is not None and not 2 <= self.wide_weights <= 16:
             raise FormatError(f"wide weights are 2 to 16 bits wide, or None for float32; found {self.wide_weights!r}")
-        try:
-            object.__setattr__(self, "backend", Backend(self.backend))
-        except ValueError:
-            known = ", ".join(repr(backend.value) for backend in Backend)
-            raise HBFPError(f"unknown backend {self.backend!r}: expected one of {known}") from None
+        object.__setattr__(self, "backend", _backend(self.backend))
+        policies = (self.forward, self.input_gradient, self.weight_gradient)
+        object.__setattr__(self, "backends", Backends(*(policy.backend or self.backend for policy in policies)))
 
     def at(self, format: HBFP | str) -> Recipe:
         """The same roundings, every operand in `format`."""
@@ -176,11 +203,22 @@ class Recipe:
 
     @property
     def formats(self) -> str:
-        """The formats in short: one where all operands share it, else the three products left × right."""
+        """The formats in short: one where all operands share it, else those of Y, dX and dW; left × right if they
+        differ.
+        """
         pairs = [policy.formats for policy in self.products.values()]
         if len({format for pair in pairs for format in pair}) == 1:
             return str(pairs[0][0])
-        return ", ".join(f"{left}×{right}" for left, right in pairs)
+        return _of_each(str(left) if left == right else f"{left}×{right}" for left, right in pairs)
+
+    @property
+    def computed_by(self) -> str:
+        """The backends in short: one where all products share it, else those of Y, dX and dW."""
+        return str(self.backends[0]) if len(set(self.backends)) == 1 else _of_each(map(str, self.backends))
+
+
+def _of_each(products: Iterable[str]) -> str:
+    return ", ".join(f"{name} {text}" for name, text in zip(("Y", "dX", "dW"), products, strict=True))
 
 
 # --- recipes by name -------------------------------------------------------------------------------------------------
@@ -210,8 +248,10 @@ def _named() -> dict[str, Recipe]:
     }
 
 
-def recipe(value: str | HBFP | Recipe) -> Recipe:
+def recipe(value: str | HBFP | Recipe, **changes: ProductValue) -> Recipe:
     """The recipe called, written or given as `value`.
+
+        hbfp.recipe("hbfp4", input_gradient="hbfp6b64", weight_gradient="reference")
 
     Args:
         value: "hbfp4", "hbfp6", "hbfp8" (stochastic gradients, nearest-even weights and activations, one width),
@@ -219,10 +259,15 @@ def recipe(value: str | HBFP | Recipe) -> Recipe:
             (what the published emulators do: `ceil` exponents, stochastic rounding everywhere); or a format, as
             `hbfp.HBFP6` or "hbfp6b16", which gives the default roundings in that format; or a recipe, returned as it
             is.
+        changes: what is to differ: `backend`, and `forward`, `input_gradient`, `weight_gradient`. A product is given
+            as a format for both operands, or a pair of formats (roundings stay as they are); as a pair of
+            `OperandPolicy`, which name roundings too; as a `MatmulPolicy`; or as a backend, the rest staying as it is.
 
     Raises:
-        HBFPError: no recipe is called so, and no format is written so.
+        HBFPError: no recipe is called so, no format is written so, or a change cannot be read.
     """
+    if changes:
+        return _changed(recipe(value), changes)
     if isinstance(value, Recipe):
         return value
     if isinstance(value, HBFP):
@@ -244,9 +289,57 @@ def _of_format(format: HBFP) -> Recipe:
     return _uniform(str(format), format)
 
 
+# --- a recipe, product by product ------------------------------------------------------------------------------------
+
+ProductValue = HBFP | str | Backend | MatmulPolicy | tuple[Any, Any]
+"""One product of a recipe: its format, its backend, or a pair of formats or of `OperandPolicy`; see `recipe`."""
+
+_PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+_BACKENDS = tuple(backend.value for backend in Backend)
+
+
+def _changed(base: Recipe, changes: Mapping[str, ProductValue]) -> Recipe:
+    """`base` with some products, or the backend of all, exchanged; see `recipe`."""
+    changed: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name == "backend":
+            changed[name] = value
+        elif name in _PRODUCTS:
+            try:
+                changed[name] = _product(getattr(base, name), value)
+            except HBFPError as error:
+                raise type(error)(f"{name}: {error}") from None
+        else:
+            known = ", ".join(map(repr, _PRODUCTS))
+            raise HBFPError(f"unknown part {name!r} of a recipe: expected {known} or 'backend'")
+    return replace(base, **changed, name="custom") if changed else base
+
+
+def _product(base: MatmulPolicy, value: Any) -> MatmulPolicy:
+    if isinstance(value, MatmulPolicy):
+        return value
+    if isinstance(value, str) and value in _BACKENDS:
+        return replace(base, backend=Backend(value))
+    if isinstance(value, HBFP | str):
+        return base.at(HBFP.parse(value))
+    if value is None:
+        raise HBFPError("None keeps whole modules in FP32, not one product of three: give a format, or None for all")
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise HBFPError(f"expected a format, a backend, a pair of formats or a MatmulPolicy; found {value!r}")
+    left, right = (
+        new if isinstance(new, OperandPolicy) else replace(old, format=new)
+        for old, new in zip((base.left, base.right), value, strict=True)
+    )
+    return replace(base, left=left, right=right)
+
+
+def _names_formats(changes: Mapping[str, ProductValue]) -> bool:
+    return any(name in _PRODUCTS and value not in _BACKENDS for name, value in changes.items())
+
+
 # --- rules -----------------------------------------------------------------------------------------------------------
 
-RuleValue = HBFP | Recipe | str | None
+RuleValue = HBFP | Recipe | str | Mapping[str, ProductValue] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +351,8 @@ class Rule:
     """None: what the pattern matches stays in FP32."""
     matches: Callable[[str], bool] = field(repr=False, compare=False)
     """Whether the pattern matches a module's name."""
-
-    @property
-    def pinned(self) -> bool:
-        """A layer whose width a rule names keeps it, whatever a schedule does with the others."""
-        return self.recipe is not None and self.recipe.boost is None
+    pinned: bool = False
+    """A layer for which a rule names a format keeps it, whatever a schedule does with the others."""
 
     def covers(self, name: str) -> bool:
         """Whether the rule speaks of the module called `name`: by its own name, or by that of a module around it."""
@@ -275,9 +365,10 @@ def parse_rules(rules: Mapping[str, RuleValue] | None, base: Recipe) -> tuple[Ru
 
     Args:
         rules: pattern -> value. A pattern is a glob on the module's name ("blocks.*.mlp"), or, after "re:", a regular
-            expression that must match all of it. A value is a format (`base` at that format), a recipe or its name, or
-            None, which keeps FP32. The first rule that covers a module decides.
-        base: the recipe that a format modifies.
+            expression that must match all of it. A value is a format (`base` at that format), a recipe or its name, a
+            mapping of what is to differ from `base` (the keywords of `recipe`), or None, which keeps FP32. The first
+            rule that covers a module decides.
+        base: the recipe that a format or a mapping modifies.
 
     Raises:
         RuleError: a pattern or a value cannot be read.
@@ -287,16 +378,26 @@ def parse_rules(rules: Mapping[str, RuleValue] | None, base: Recipe) -> tuple[Ru
         if not isinstance(pattern, str):
             raise RuleError(f"a rule's pattern is a glob or 're:' and a regular expression; found {pattern!r}")
         try:
-            if value is None:
-                chosen = None
-            elif isinstance(value, HBFP):
-                chosen = replace(base.at(value), boost=None, name=str(value))
-            else:
-                chosen = recipe(value)
+            chosen, pinned = _rule(value, base)
         except HBFPError as error:
             raise RuleError(f"rule {pattern!r}: {error}") from None
-        parsed.append(Rule(pattern, chosen, _matcher(pattern)))
+        parsed.append(Rule(pattern, chosen, _matcher(pattern), pinned))
     return tuple(parsed)
+
+
+def _rule(value: RuleValue, base: Recipe) -> tuple[Recipe | None, bool]:
+    """The recipe that a rule's value stands for, and whether it names formats that a schedule must leave alone."""
+    if value is None:
+        return None, False
+    if isinstance(value, HBFP):
+        return replace(base.at(value), boost=None, name=str(value)), True
+    if isinstance(value, Mapping):
+        chosen = _changed(base, value)
+        if not _names_formats(value):
+            return chosen, False
+        return replace(chosen, boost=None), True
+    chosen = recipe(value)
+    return chosen, chosen.boost is None
 
 
 def _matcher(pattern: str) -> Callable[[str], bool]:
@@ -342,7 +443,7 @@ class RootState:
     place: a graph may have saved it for its backward pass.
     """
 
-    __slots__ = ("_clock", "_step", "active", "automatic", "left", "seed")
+    __slots__ = ("_clock", "_step", "automatic", "left", "seed")
 
     def __init__(self, seed: int = 0, step: int = 0) -> None:
         self._step: int | None
@@ -353,8 +454,6 @@ class RootState:
         """Nobody has set the step: each training forward of the converted root advances it."""
         self.left: dict[str, str] = {}
         """Modules that stayed in FP32, with the reason."""
-        self.active = True
-        """False once the conversion was taken back."""
 
     @property
     def step(self) -> int:
@@ -456,6 +555,21 @@ class Weight:
     """The axis of the blocks."""
     packs: bool = True
     """Whether encoding the tensor along this axis gives what the forward product reads."""
+
+    @property
+    def parameter(self) -> Parameter | None:
+        """The tensor that the optimizer holds; None where the layer has no weight of this name.
+
+        Raises:
+            ConversionError: it is computed at each use from other parameters (a parametrisation, pruning).
+        """
+        if self.name in self.owner._parameters:
+            return self.owner._parameters[self.name]
+        raise ConversionError(
+            f"{self.name!r} of a {type(self.owner).__name__} is computed from other parameters at each use, so that "
+            "no master copy of it exists: remove the parametrisation (torch.nn.utils.parametrize."
+            "remove_parametrizations, prune.remove), or keep the layer in FP32 by a rule"
+        )
 
 
 def weights_of(module: nn.Module, format: HBFP) -> list[Weight]:

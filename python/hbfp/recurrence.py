@@ -29,7 +29,7 @@ from torch.compiler import is_compiling
 
 from hbfp.autograd import Role, once
 from hbfp.backends import arithmetic
-from hbfp.policy import MatmulPolicy, Recipe
+from hbfp.policy import Backend, MatmulPolicy, Recipe
 from hbfp.stationary import StationaryWeight
 
 __all__ = ["Run", "SequenceFunction"]
@@ -83,10 +83,10 @@ class SequenceFunction(torch.autograd.Function):
         h0 = _real(h0)
         c0, b_hh = (None if given is None else _real(given) for given in (c0, b_hh))
         keep = any(ctx.needs_input_grad)
-        policy = run.recipe.forward
-        gates = _over_rows(run, "forward", policy, 0, x, -1, w_ih, -1, (Role.X_FORWARD, Role.W_FORWARD), b_ih)
-        recurrent = _at_steps(run, "forward", policy, 1, w_hh, -1, (Role.X_FORWARD, Role.W_FORWARD))
-        projection = _at_steps(run, "forward", policy, 2, w_hr, -1, (Role.X_FORWARD, Role.W_FORWARD))
+        policy, by = run.recipe.forward, run.recipe.backends.forward
+        gates = _over_rows(run, "forward", policy, by, 0, x, -1, w_ih, -1, (Role.X_FORWARD, Role.W_FORWARD), b_ih)
+        recurrent = _at_steps(run, "forward", policy, by, 1, w_hh, -1, (Role.X_FORWARD, Role.W_FORWARD))
+        projection = _at_steps(run, "forward", policy, by, 2, w_hr, -1, (Role.X_FORWARD, Role.W_FORWARD))
 
         y = gates.new_empty(gates.shape[0], h0.shape[1])
         ys, sizes = _split(y, run.sizes), run.sizes
@@ -117,11 +117,12 @@ class SequenceFunction(torch.autograd.Function):
         need_x, need_h0, need_c0, need_ih, need_hh, need_b_ih, need_b_hh, need_hr = ctx.needs_input_grad[:8]
         run: Run = ctx.run
         sizes, back = run.sizes, run.order[::-1]
-        policy = run.recipe.input_gradient
+        policy, by = run.recipe.input_gradient, run.recipe.backends.input_gradient
         entering = _all_entering(y, h0, run)
         cell = _CELLS[run.mode][1](kept, y, entering, c0, dc_n, run)
-        recurrent = _at_steps(run, "input gradient", policy, 1, w_hh, -2, (Role.DY_FOR_DX, Role.W_FOR_DX))
-        projection = _at_steps(run, "input gradient", policy, 2, w_hr, -2, (Role.DY_FOR_DX, Role.W_FOR_DX))
+        toward_x = Role.DY_FOR_DX, Role.W_FOR_DX
+        recurrent = _at_steps(run, "input gradient", policy, by, 1, w_hh, -2, toward_x)
+        projection = _at_steps(run, "input gradient", policy, by, 2, w_hr, -2, toward_x)
 
         state = h0.new_zeros(h0.shape) if dh_n is None else dh_n.clone(memory_format=torch.contiguous_format)
         dys = None if dy is None else _split(dy, sizes)
@@ -147,22 +148,22 @@ class SequenceFunction(torch.autograd.Function):
 
         dgates, dproducts = cell.d, cell.dproducts
         dx = dw_ih = dw_hh = db_ih = db_hh = dw_hr = None
-        gradient = run.recipe.weight_gradient
-        roles = Role.DY_FOR_DW, Role.X_FOR_DW
         if need_x:
-            dx = _over_rows(run, "input gradient", policy, 0, dgates, -1, w_ih, -2, (Role.DY_FOR_DX, Role.W_FOR_DX))
+            dx = _over_rows(run, "input gradient", policy, by, 0, dgates, -1, w_ih, -2, toward_x)
+        policy, by = run.recipe.weight_gradient, run.recipe.backends.weight_gradient
+        roles = Role.DY_FOR_DW, Role.X_FOR_DW
         if need_ih:
-            dw_ih = _over_rows(run, "weight gradient", gradient, 0, dgates, -2, x, -2, roles)
+            dw_ih = _over_rows(run, "weight gradient", policy, by, 0, dgates, -2, x, -2, roles)
         if need_hh:
-            dw_hh = _over_rows(run, "weight gradient", gradient, 1, dproducts, -2, entering, -2, roles)
+            dw_hh = _over_rows(run, "weight gradient", policy, by, 1, dproducts, -2, entering, -2, roles)
         if need_hr:
             assert projected is not None
-            dw_hr = _over_rows(run, "weight gradient", gradient, 2, projected, -2, cell.hidden, -2, roles)
-        by = arithmetic(run.recipe.backend)
+            dw_hr = _over_rows(run, "weight gradient", policy, by, 2, projected, -2, cell.hidden, -2, roles)
+        column_sums = arithmetic(by).column_sums
         if need_b_ih:
-            db_ih = by.column_sums(dgates)
+            db_ih = column_sums(dgates)
         if need_b_hh:
-            db_hh = db_ih.clone() if db_ih is not None and dproducts is dgates else by.column_sums(dproducts)
+            db_hh = db_ih.clone() if db_ih is not None and dproducts is dgates else column_sums(dproducts)
         dh0 = state if need_h0 else None
         return dx, dh0, cell.dc if need_c0 else None, dw_ih, dw_hh, db_ih, db_hh, dw_hr, None
 
@@ -174,6 +175,7 @@ def _over_rows(
     run: Run,
     name: str,
     policy: MatmulPolicy,
+    backend: Backend,
     part: int,
     a: Tensor,
     a_axis: int,
@@ -184,22 +186,27 @@ def _over_rows(
 ) -> Tensor:
     """One product over the rows of all steps, at index 0."""
     left, right = (run.streams[part] | int(role) for role in roles)
-    return arithmetic(run.recipe.backend).product(
+    return arithmetic(backend).product(
         a, a_axis, b, b_axis, policy.formats, policy.roundings, run.seed, (left, right), bias,
         name=name, source=run.source,
     )  # fmt: skip
 
 
 def _at_steps(
-    run: Run, name: str, policy: MatmulPolicy, part: int, weight: Tensor | None, axis: int, roles: tuple[Role, Role]
+    run: Run,
+    name: str,
+    policy: MatmulPolicy,
+    backend: Backend,
+    part: int,
+    weight: Tensor | None,
+    axis: int,
+    roles: tuple[Role, Role],
 ) -> Any:
     """The product with `weight` that is computed at every step; None without a weight."""
     if weight is None:
         return None
     left, right = (run.streams[part] | int(role) for role in roles)
-    return StationaryWeight(
-        weight, axis, policy, run.recipe.backend, run.seed, (left, right), name=name, source=run.source
-    )
+    return StationaryWeight(weight, axis, policy, backend, run.seed, (left, right), name=name, source=run.source)
 
 
 def _real(x: Tensor) -> Tensor:

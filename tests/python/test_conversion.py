@@ -73,16 +73,6 @@ def test_rules_first_match_none_and_no_match():
         hbfp.convert_(Late(), rules={"encoder.*": None})
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRUCell, nn.Bilinear])
-def test_layers_that_compute_their_weights_are_refused(kind):
-    """The recurrent layers' weights have names of their own, under which weight_norm hides them."""
-    module = kind(4, 4, 4) if kind is nn.Bilinear else kind(4, 4)
-    name = next(iter(dict(module.named_parameters())))
-    nn.utils.parametrizations.weight_norm(module, name)
-    with pytest.raises(hbfp.ConversionError, match="parametrised"):
-        hbfp.convert_(nn.Sequential(module), "hbfp4")
-
-
 def test_recurrent_subclasses_with_a_forward_of_their_own_are_left_alone():
     class Last(nn.GRU):
         def forward(self, input, hx=None):
@@ -123,12 +113,6 @@ def test_a_subclass_with_its_own_forward_is_left_alone():
     report = hbfp.convert_(model, "hbfp4")
     assert type(model[0]) is Scaled
     assert "its own forward" in str(report)
-
-
-def test_parametrised_modules_are_refused():
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
-    with pytest.raises(hbfp.ConversionError, match="parametrised"):
-        hbfp.convert_(model, "hbfp4")
 
 
 def test_a_shared_module_is_converted_once():
@@ -287,3 +271,142 @@ def test_only_training_forwards_advance_the_step_and_copies_go_their_own_way():
     assert other.first.hbfp_state.root.step == 0
     other(x)
     assert {m.hbfp_state.root.step for m in (other.first, other.middle, other.last)} == {1}
+
+
+def test_a_forward_replaced_on_an_instance_is_left_alone():
+    """Its class may be exchanged as often as one likes: the instance's own forward is what is called."""
+
+    class Plain(nn.Linear):
+        pass
+
+    model = nn.Sequential(Plain(4, 4), nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    for module in (model[0], model[2]):
+        module.forward = lambda x: x
+    report = hbfp.convert_(model, "hbfp4")
+    assert list(formats(model)) == ["1"]
+    assert [row.note for row in report.left] == ["its forward was replaced on the instance"] * 2
+
+
+def test_a_subclass_is_converted_unless_something_would_be_lost():
+    class Bare(nn.Linear):
+        def __init__(self, features):
+            super().__init__(features, features)
+            self.features = features
+
+    class Tagged(nn.Linear):
+        tag = "read by the code around it"
+
+    model = nn.Sequential(Bare(4), Tagged(4, 4))
+    report = hbfp.convert_(model, "hbfp4")
+    assert list(formats(model)) == ["0"]
+    assert model[0].features == 4
+    assert report.left[0].note == "subclass of Linear with its own tag"
+    hbfp.revert_(model)
+    assert type(model[0]) is Bare
+
+
+def test_lists_and_dictionaries_of_modules_have_no_step_of_their_own():
+    """Nobody calls their forward, which would count: the random bits would be the same at each step, in silence."""
+    model = nn.ModuleList([nn.ModuleDict({"a": nn.Linear(4, 4)}), nn.Linear(4, 4)])
+    report = hbfp.convert_(model, "emulator")
+    assert list(formats(model)) == ["0.a", "1"]
+    assert "ModuleList has no forward that would count steps: call hbfp.set_step" in str(report)
+    assert "set_step" not in str(hbfp.convert_(nn.Sequential(nn.Linear(4, 4)), "emulator"))
+
+
+def test_parts_of_a_converted_model():
+    model = nn.ModuleDict({"a": Late(), "b": nn.Linear(4, 4)})
+    hbfp.convert_(model["a"], "hbfp6")
+    with pytest.raises(hbfp.ConversionError, match=r"'a\.last' is converted already"):
+        hbfp.convert_(model, "hbfp4")
+    hbfp.convert_(model, "hbfp4", rules={"a": None})
+    assert widths(model) == {"a.last": 6, "a.middle": 6, "a.first": 6, "b": 4}
+    hbfp.revert_(model["a"])
+    assert widths(model) == {"b": 4}
+    assert type(model["a"].first) is nn.Linear
+    hbfp.revert_(model)
+    assert not widths(model)
+    with pytest.raises(hbfp.ConversionError, match="nothing to take back"):
+        hbfp.revert_(model)
+
+
+def test_lazy_layers_with_a_shape_are_layers():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    model(torch.randn(2, 6))
+    hbfp.convert_(model, "hbfp4")
+    assert list(formats(model)) == ["0", "1"]
+    hbfp.convert_(nn.Sequential(nn.LazyConv2d(3, 1), nn.Linear(4, 4)), "hbfp4", rules={"0": None})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_part_is_left_and_named():
+    model = nn.Sequential(torch.jit.script(nn.Linear(4, 4)), nn.Linear(4, 4))
+    report = hbfp.convert_(model, "hbfp4")
+    assert list(formats(model)) == ["1"]
+    assert report.left[0].name == "0"
+    with pytest.raises(hbfp.ConversionError, match="scripted"):
+        hbfp.convert_(model[0], "hbfp4")
+
+
+def test_a_named_tuple_of_example_inputs_is_one_argument():
+    """A packed sequence is a tuple, whose parts are no arguments."""
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.recurrent = nn.Linear(4, 2), nn.LSTM(4, 4)
+
+        def forward(self, sequences):
+            return self.head(self.recurrent(sequences)[0].data)
+
+    for inputs in (packed, (packed,), {"sequences": packed}):
+        model = Tagger()
+        report = hbfp.convert_(model, "booster", example_inputs=inputs)
+        assert {row.name: str(row.position) for row in report.rows} == {"head": "last", "recurrent": "first"}
+
+
+def test_layers_that_the_example_does_not_reach_are_named():
+    model = Late()
+    model.forward = lambda x: model.middle(model.first(x))
+    report = hbfp.convert_(model, "booster", example_inputs=torch.randn(2, 8))
+    assert widths(model) == {"first": 6, "middle": 6, "last": 4}
+    assert "not reached by example_inputs: 'last'" in str(report)
+
+
+def test_the_table_shows_products_and_backends_where_they_differ():
+    model = Late()
+    rules = {"last": {"input_gradient": hbfp.HBFP8, "weight_gradient": "reference"}}
+    report = hbfp.convert_(model, "hbfp4", rules=rules)
+    row = next(row for row in report.rows if row.name == "last")
+    assert row.formats == "Y hbfp4b64, dX hbfp8b64, dW hbfp4b64"
+    assert row.computed_by == "Y integer, dX integer, dW reference"
+    assert "computed by" in str(report)
+    assert "computed by" not in str(hbfp.convert_(Late(), "hbfp4"))
+
+
+def test_a_rule_for_backends_leaves_the_widths_to_the_schedule():
+    model = Late()
+    rules = {"middle": {"weight_gradient": "reference"}, "last": {"forward": hbfp.HBFP8}}
+    hbfp.convert_(model, "booster", rules=rules, first="first", last="middle")
+    booster = hbfp.Booster(model, total_steps=10, last_fraction=0.5)
+    state = model.middle.hbfp_state
+    assert state.recipe.forward.bits == 6  # the last layer by name
+    assert [model.last.hbfp_state.recipe.forward.bits, model.last.hbfp_state.recipe.input_gradient.bits] == [8, 4]
+    booster.step(7)
+    assert state.recipe.backends == ("integer", "integer", "reference")
+    assert [model.last.hbfp_state.recipe.forward.bits, model.last.hbfp_state.recipe.input_gradient.bits] == [8, 4]
+
+
+def test_a_model_under_torch_compile_computes_what_it_is_converted_to():
+    """A graph that was compiled before conversion knows other classes and must not be used again."""
+    model = Late().eval()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(3, 8)
+    plain = compiled(x)
+    hbfp.convert_(compiled, "hbfp4")
+    assert list(compiled.state_dict()) == [f"_orig_mod.{name}" for name in Late().state_dict()]
+    assert torch.equal(compiled(x), model(x))
+    assert not torch.equal(compiled(x), plain)
+    hbfp.revert_(compiled)
+    assert torch.equal(compiled(x), plain)

@@ -283,15 +283,6 @@ def test_a_subclass_with_its_own_forward_is_left_alone_with_all_that_is_inside()
     assert "its own forward" in report.left[0].note
 
 
-@pytest.mark.parametrize("part", ["in_proj_weight", "out_proj.weight"])
-def test_a_parametrised_part_is_refused(part):
-    model = nn.MultiheadAttention(8, 2)
-    owner, name = (model, part) if "." not in part else (model.out_proj, "weight")
-    nn.utils.parametrizations.weight_norm(owner, name)
-    with pytest.raises(hbfp.ConversionError, match="parametrised"):
-        hbfp.convert_(model, "hbfp4")
-
-
 def test_a_layer_built_directly_advances_its_step():
     layer = hbfp.nn.MultiheadAttention(WIDTH, HEADS, recipe="emulator", seed=3)
     x = values(6, 2, WIDTH)

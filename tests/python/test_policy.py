@@ -78,6 +78,68 @@ def test_values_of_rules():
     assert emulated[0].recipe.forward.roundings == (3, 3)  # a format changes formats
 
 
+def test_a_recipe_product_by_product():
+    """Formats keep roundings, pairs of operands bring theirs, and a backend keeps both."""
+    stochastic = OperandPolicy(hbfp.HBFP6, "stochastic")
+    recipe = hbfp.recipe(
+        "hbfp4",
+        forward="hbfp6b64",
+        input_gradient=(hbfp.HBFP8, "hbfp6b64"),
+        weight_gradient="emulate",
+    )
+    assert recipe.forward == BASE.forward.at(hbfp.HBFP6)
+    assert recipe.input_gradient.formats == (hbfp.HBFP8, hbfp.HBFP6)
+    assert recipe.input_gradient.roundings == (3, 0)
+    assert recipe.weight_gradient == replace(BASE.weight_gradient, backend="emulate")
+    assert recipe.backends == ("integer", "integer", "emulate")
+    assert recipe.formats == "Y hbfp6b64, dX hbfp8b64×hbfp6b64, dW hbfp4b64"
+    assert hbfp.recipe("hbfp4", forward=(stochastic, stochastic)).forward.roundings == (3, 3)
+    policy = MatmulPolicy(stochastic, stochastic, "reference")
+    assert hbfp.recipe("hbfp4", forward=policy).forward is policy
+    assert hbfp.recipe("hbfp4", backend="emulate", forward="reference").backends == ("reference", "emulate", "emulate")
+    assert recipe.at("hbfp8b64").backends == recipe.backends
+    assert copy.deepcopy(recipe) == pickle.loads(pickle.dumps(recipe)) == recipe
+    assert pickle.loads(pickle.dumps(recipe)).backends == recipe.backends
+    assert hash(recipe) != hash(hbfp.recipe("hbfp4"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"forwards": hbfp.HBFP4}, "unknown part 'forwards' of a recipe: expected 'forward'"),
+        ({"forward": None}, "forward: None keeps whole modules in FP32"),
+        ({"forward": "int4"}, "forward: .*int4"),
+        ({"forward": (hbfp.HBFP4,)}, "forward: expected a format, a backend, a pair"),
+        ({"forward": 4}, "forward: expected a format, a backend, a pair"),
+        ({"weight_gradient": (hbfp.HBFP4, "hbfp4b16")}, "weight_gradient: .*cut alike"),
+        ({"backend": "gpu"}, "unknown backend 'gpu': expected one of 'integer'"),
+    ],
+)
+def test_products_that_cannot_be_read(changes, message):
+    with pytest.raises(hbfp.HBFPError, match=message):
+        hbfp.recipe("hbfp4", **changes)
+    with pytest.raises(hbfp.RuleError, match=f"rule 'a': {message}"):
+        parse_rules({"a": changes}, BASE)
+
+
+def test_a_product_with_an_unknown_backend():
+    with pytest.raises(hbfp.HBFPError, match="unknown backend 'gpu'"):
+        replace(BASE.forward, backend="gpu")
+
+
+def test_rules_product_by_product():
+    """A mapping changes the recipe of the conversion; who only names backends leaves widths to the schedule."""
+    booster = hbfp.recipe("booster")
+    rules = parse_rules(
+        {"a": {"forward": hbfp.HBFP8}, "b": {"forward": "reference"}, "c": {"backend": "emulate"}, "d": {}}, booster
+    )
+    assert [rule.pinned for rule in rules] == [True, False, False, False]
+    assert [rule.recipe.boost for rule in rules] == [None, hbfp.HBFP6, hbfp.HBFP6, hbfp.HBFP6]
+    assert rules[0].recipe.forward.formats == (hbfp.HBFP8, hbfp.HBFP8)
+    assert rules[0].recipe.weight_gradient == booster.weight_gradient
+    assert rules[2].recipe.backends == ("emulate",) * 3
+
+
 @pytest.mark.parametrize("rules", [{"a": "int4"}, {"re:(": None}, {3: None}])
 def test_rules_that_cannot_be_read(rules):
     with pytest.raises(hbfp.RuleError):

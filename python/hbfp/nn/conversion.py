@@ -1,8 +1,11 @@
 """Turning a model's layers into fixed-point ones in place, and back.
 
 A layer is converted by exchanging its class: parameters, buffers, hooks, optimizers and state_dict keys stay what they
-were. To add a layer: write a subclass of the torch class whose `forward` asks `self.hbfp_state` (see `linear.py`) and
-enter it in `LAYERS`. If it computes several products at a time, its class says how many numbers it takes
+were. A parametrised module has a class of its own, derived by torch, whose properties compute the weights: it gets
+another, derived in the same way from the fixed-point class.
+
+To add a layer: write a subclass of the torch class whose `forward` asks `self.hbfp_state` (see `linear.py`) and enter
+it in `LAYERS`. If it computes several products at a time, its class says how many numbers it takes
 (`hbfp_sites`), what they are called (`hbfp_parts`) and which weights it reads (`hbfp_weights`; see `recurrent.py`); if
 not every recipe has products for it, which it does (`hbfp_accepts`; see `convolution.py`).
 
@@ -17,8 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
@@ -97,8 +99,10 @@ _FUSED: dict[type[nn.Module], tuple[str, Any]] = {nn.TransformerEncoder: ("use_n
 _WHOLE: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
 """Classes that reach into their parts' weights without calling them: the parts are not converted by themselves."""
 
-_HARMLESS = frozenset({"__init__", "reset_parameters", "extra_repr", "__annotate__", "__annotate_func__"})
+_HARMLESS = frozenset({"__init__", "reset_parameters", "extra_repr", "__annotate__", "__annotate_func__", "_abc_impl"})
 """What a subclass may define and still be computed by its base's forward, with nothing lost."""
+
+_COMPUTES_WEIGHTS = "computes a layer's weight, outside its products"
 
 
 # --- the plan: who is converted, decided before anything changes -----------------------------------------------------
@@ -155,19 +159,15 @@ def _is_whole(module: nn.Module, note: str) -> bool:
 
 def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
     """The class to convert a module to, or None and the reason; an empty reason: it computes no products."""
-    kind = type(module)
-    if (kind in LAYERS or isinstance(module, nn.TransformerEncoderLayer)) and "forward" in module.__dict__:
+    kind = parametrize.type_before_parametrizations(module)
+    base = _base(kind, LAYERS)
+    if (base is not None or isinstance(module, nn.TransformerEncoderLayer)) and "forward" in module.__dict__:
         return None, "its forward was replaced on the instance"
     if isinstance(module, nn.TransformerEncoderLayer):
-        added = sorted(_added_methods(kind, _base(kind, CONTAINERS)))
+        added = sorted(_added(kind, _base(kind, CONTAINERS)))
         return None, f"subclass of TransformerEncoderLayer with its own {', '.join(added)}" if added else ""
-    if parametrize.is_parametrized(module):
-        kind = kind.__mro__[1]  # the class that parametrisation derived from; `_refuse` has the last word
-    if kind in LAYERS:
-        return LAYERS[kind], ""
-    base = _base(kind, LAYERS)
     if base is not None:
-        added = sorted(_added_methods(kind, base))
+        added = sorted(_added(kind, base))
         if not added or isinstance(module, LazyModuleMixin):  # the latter is for `_refuse`
             return LAYERS[base], ""
         return None, f"subclass of {base.__name__} with its own {', '.join(added)}"
@@ -182,13 +182,15 @@ def _base(kind: type, table: Mapping[type[nn.Module], type[nn.Module]]) -> Any:
     return next((base for base in kind.__mro__ if base in table), None)
 
 
-def _added_methods(kind: type, base: type) -> set[str]:
+def _added(kind: type, base: type) -> set[str]:
+    """What the classes from `kind` to `base` define that would be lost: methods, properties and class attributes."""
     between = kind.__mro__[: kind.__mro__.index(base)]
     return {
         name
         for cls in between
         for name, value in vars(cls).items()
-        if name not in _HARMLESS and (callable(value) or isinstance(value, property | staticmethod | classmethod))
+        if name not in _HARMLESS
+        and (not name.startswith("__") or callable(value) or isinstance(value, property | staticmethod | classmethod))
     }
 
 
@@ -201,12 +203,14 @@ def _refuse(candidate: _Candidate) -> None:
                               f"rules={{{candidate.names[0]!r}: None}}")  # fmt: skip
     if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
         raise ConversionError(f"{name!r} has no shape yet: run one batch through the model before converting it")
-    if any(parametrize.is_parametrized(part) or _computes_weights(part) for part in module.modules()):
-        raise ConversionError(
-            f"{name!r} is parametrised (weight_norm, spectral_norm, ...): its weight is computed anew at each use, "
-            f"which is not supported yet: remove the parametrisation, or keep it in FP32 by "
-            f"rules={{{candidate.names[0]!r}: None}}"
-        )
+    if isinstance(module, _WHOLE):
+        for part, inside in module.named_children():
+            if isinstance(inside, nn.Linear) and inside._forward_pre_hooks and "weight" not in inside._parameters:
+                raise ConversionError(
+                    f"the weight of {part!r} in {name!r} is computed by a hook (torch.nn.utils.weight_norm, "
+                    f"spectral_norm, prune), which never runs, as {part!r} is not called: use "
+                    "torch.nn.utils.parametrizations, or remove it"
+                )
     accepts: Any = getattr(candidate.target, "hbfp_accepts", None)
     if accepts is not None and candidate.recipe is not None:
         recipe, boost = candidate.recipe, candidate.recipe.boost
@@ -218,19 +222,6 @@ def _refuse(candidate: _Candidate) -> None:
                 f"{name!r}: {error}; or give the layer a format of its own, or keep it in FP32, by rules="
                 f"{{{candidate.names[0]!r}: …}}"
             ) from None
-
-
-def _computes_weights(module: nn.Module) -> bool:
-    """Whether a weight that the class declares is no parameter any more: a forward pre-hook makes it."""
-    if isinstance(module, nn.RNNBase):
-        declared = module._flat_weights_names
-    elif isinstance(module, nn.RNNCellBase):
-        declared = ["weight_ih", "weight_hh"]
-    elif isinstance(module, nn.MultiheadAttention):
-        declared = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
-    else:
-        declared = ["weight"] if isinstance(module, nn.Linear | nn.Bilinear | _ConvNd) else []
-    return any(name not in module._parameters for name in declared)
 
 
 def _decide(candidates: Sequence[_Candidate], rules: Sequence[Rule], base: Recipe) -> None:
@@ -294,11 +285,14 @@ def _some(names: Sequence[str]) -> str:
 
 def _execution_order(model: nn.Module, layers: Sequence[nn.Module], example_inputs: Any) -> list[nn.Module]:
     """The calls of `layers` in one forward pass, in evaluation mode and without gradients; nothing is left behind."""
+    arguments: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
-        arguments, keywords = (), dict(example_inputs)
-    else:
-        arguments = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-        keywords = {}
+        keywords = dict(example_inputs)
+    elif type(example_inputs) in (tuple, list):
+        arguments = tuple(example_inputs)
+    else:  # a named tuple, such as a PackedSequence, is one argument
+        arguments = (example_inputs,)
     calls: list[nn.Module] = []
 
     def note(module: nn.Module, _: Any) -> None:
@@ -369,26 +363,31 @@ def convert_(
 
     Parameters, their identity, hooks and state_dict keys do not change; `revert_` takes it all back. A converted model
     draws new random bits at each training forward; `hbfp.set_step` or a `hbfp.Booster` ties them to your own step,
-    which makes runs resumable.
+    which makes runs resumable. A weight that other parameters make (weight_norm, spectral_norm, pruning, your own
+    parametrisation) is made as before, in FP32, and the products encode what comes of it.
 
     Args:
         model: any module; a layer by itself is fine.
         recipe: "hbfp4", "hbfp6", "hbfp8", "booster", "emulator", a format, or a `hbfp.Recipe`.
-        rules: pattern -> format, recipe or None, for modules that are to differ. A pattern is a glob on the module's
-            name, or "re:" and a regular expression for all of it; it covers what is inside the module too. The first
-            that covers a module decides; None keeps FP32. A width that a rule names is not touched by schedules.
-        example_inputs: a tensor, a tuple of positional or a mapping of keyword arguments. One forward pass over them
-            tells which layer comes first and which last. Without, the order of registration is taken.
+        rules: pattern -> format, recipe, None, or a mapping that says what is to differ from `recipe` in single
+            products, as the keywords of `hbfp.recipe` do: {"forward": hbfp.HBFP6, "weight_gradient": "reference"}. A
+            pattern is a glob on the module's name, or "re:" and a regular expression for all of it; it covers what is
+            inside the module too. The first that covers a module decides; None keeps FP32. A layer for which a rule
+            names a format is not touched by schedules.
+        example_inputs: a tuple of positional or a mapping of keyword arguments; anything else is the only argument. One
+            forward pass over them tells which layer comes first and which last. Without, the order of registration is
+            taken.
         first, last: names of these layers, where you know better.
-        seed: of stochastic rounding.
+        seed: of stochastic rounding. Parts of a model that are converted one by one share random bits unless each has
+            a seed of its own.
 
     Returns:
         What was converted and what stayed in FP32, with reasons; prints as a table.
 
     Raises:
         RuleError: a rule matches nothing, or cannot be read.
-        ConversionError: a module is converted already, is parametrised or has no shape yet; or there is none to
-        convert.
+        ConversionError: a module is converted already or has no shape yet, or a hook computes its weight that never
+            runs; or there is none to convert.
         FormatError: the recipe has blocks that a layer has no products for, as convolutions have none for tiles.
         HBFPError: there is no such recipe.
 
@@ -412,12 +411,15 @@ def convert_(
     if (sites := sum(candidate.sites for candidate in chosen)) > SITES:
         raise ConversionError(f"{sites} products are more than the {SITES} that random streams tell apart")
     first_layer, last_layer, notes = _ends(model, chosen, example_inputs, (first, last))
+    if type(model).forward is nn.Module.forward and "forward" not in model.__dict__:
+        notes.append(f"{type(model).__name__} has no forward that would count steps: call hbfp.set_step at each step")
 
     root = RootState(seed=seed)
     rows = []
     site = 0
     for candidate in candidates:
-        kind, position, formats = type(candidate.module).__name__, None, None
+        before = parametrize.type_before_parametrizations(candidate.module)
+        position = formats = computed_by = None
         if candidate.recipe is not None and candidate.target is not None:
             position = _position(candidate.module, first_layer, last_layer)
             state = LayerState(
@@ -427,14 +429,15 @@ def convert_(
                 site=site,
                 position=position,
                 pinned=candidate.pinned,
-                undo=(type(candidate.module), candidate.module.__dict__.get("hbfp_state")),
+                undo=(before, candidate.module.__dict__.get("hbfp_state")),
             )
             _install(candidate.module, candidate.target, state)
-            formats = state.recipe.formats
+            formats, computed_by = state.recipe.formats, state.recipe.computed_by
+            _note_parametrisations(candidate, root)
             site += candidate.sites
         else:
             root.left.update(dict.fromkeys(candidate.names, candidate.note))
-        rows.append(ReportRow(candidate.name, kind, formats, position, candidate.note))
+        rows.append(ReportRow(candidate.name, before.__name__, formats, position, candidate.note, computed_by))
     _take_off_fused_paths(model, {id(candidate.module) for candidate in chosen})
     model.__dict__["hbfp_root"] = root
     model.register_forward_pre_hook(_advance_step)
@@ -449,7 +452,24 @@ def _at_position(recipe: Recipe, position: Position) -> Recipe:
     return recipe if recipe.boost is None or position is Position.INNER else recipe.at(recipe.boost)
 
 
+def _note_parametrisations(candidate: _Candidate, root: RootState) -> None:
+    """Says which weights are computed in FP32, and tells the audit where."""
+    if not parametrize.is_parametrized(candidate.module):
+        return
+    weights: Any = candidate.module.parametrizations
+    root.left.update(
+        {f"{name}.parametrizations.{weight}": _COMPUTES_WEIGHTS for name in candidate.names for weight in weights}
+    )
+    note = f"parametrised: {', '.join(weights)} computed in FP32"
+    candidate.note = f"{candidate.note}, {note}" if candidate.note else note
+
+
 def _install(module: nn.Module, kind: type[nn.Module], state: LayerState | None) -> None:
+    """Makes `kind` the class of a module, under the parametrisations that it may have."""
+    if parametrize.is_parametrized(module):
+        # torch gives each parametrised module a class of its own, which has its weights as properties.
+        own = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        kind = type(f"Parametrized{kind.__name__}", (kind,), own)
     module.__class__ = kind
     if state is None:
         module.__dict__.pop("hbfp_state", None)
@@ -465,7 +485,7 @@ def _take_off_fused_paths(model: nn.Module, converted: set[int]) -> None:
             continue
         kind = type(module)
         base = _base(kind, CONTAINERS)
-        if base is not None and not _added_methods(kind, base):
+        if base is not None and not _added(kind, base):
             module.__dict__["hbfp_undo"] = kind, {}
             module.__class__ = CONTAINERS[base]
         for fused, (name, value) in _FUSED.items():
@@ -493,7 +513,6 @@ def revert_(model: nn.Module) -> None:
         raise ConversionError(f"{type(model).__name__} holds no converted layer: there is nothing to take back")
     for module, state in converted:
         assert state.undo is not None
-        state.root.active = False
         _install(module, *state.undo)
     _put_back_fused_paths(model)
     for module in model.modules():

@@ -61,7 +61,7 @@ class _Recurrent(nn.RNNBase):
         given = None if hx is None else tuple(hx) if self.mode == "LSTM" else (hx,)
         if isinstance(input, PackedSequence):
             rows, sizes = input.data, tuple(input.batch_sizes.tolist())
-            initial = self._initial(given, sizes[0], batched=True)
+            initial = self._initial(given, rows, sizes[0], batched=True)
             if input.sorted_indices is not None:
                 initial = tuple(x.index_select(1, input.sorted_indices) for x in initial)
             rows, final = self._layers(state, rows, sizes, initial)
@@ -76,7 +76,7 @@ class _Recurrent(nn.RNNBase):
             raise ShapeError(f"{type(self).__name__} takes [steps, in] or a batch of these; found {tuple(input.shape)}")
         x = input.unsqueeze(1) if not batched else input.transpose(0, 1) if self.batch_first else input
         steps, sequences = x.shape[:2]
-        initial = self._initial(given, sequences, batched)
+        initial = self._initial(given, x, sequences, batched)
         rows, final = self._layers(state, x.reshape(steps * sequences, x.shape[2]), (sequences,) * steps, initial)
         out = rows.unflatten(0, (steps, sequences))
         if not batched:
@@ -86,14 +86,15 @@ class _Recurrent(nn.RNNBase):
         out, final = as_wide_as(input, out), tuple(as_wide_as(input, x) for x in final)
         return out, final if self.mode == "LSTM" else final[0]
 
-    def _initial(self, given: tuple[Tensor, ...] | None, sequences: int, batched: bool) -> tuple[Tensor, ...]:
-        """h_0, and c_0 of an LSTM: [layers · directions, sequences, width], checked; zeros if none are given."""
+    def _initial(
+        self, given: tuple[Tensor, ...] | None, x: Tensor, sequences: int, batched: bool
+    ) -> tuple[Tensor, ...]:
+        """h_0, and c_0 of an LSTM: [layers · directions, sequences, width], checked; zeros where x is if none are."""
         layers = self.num_layers * (2 if self.bidirectional else 1)
         widths = [self.proj_size or self.hidden_size, self.hidden_size][: 2 if self.mode == "LSTM" else 1]
         shapes = [(layers, sequences, width) if batched else (layers, width) for width in widths]
         if given is None:
-            device = cast(Tensor, self.weight_ih_l0).device
-            given = tuple(torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
+            given = tuple(torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in shapes)
         if [tuple(x.shape) for x in given] != shapes:
             raise ShapeError(
                 f"initial states of {type(self).__name__}: expected {' and '.join(map(str, shapes))}; found "

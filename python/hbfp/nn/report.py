@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hbfp.policy import Position
+from hbfp.policy import Backend, Position
 
 __all__ = ["ConversionReport", "ReportRow", "table"]
 
@@ -23,6 +23,8 @@ class ReportRow:
     position: Position | None = None
     note: str = ""
     """Why it stayed in FP32, or which rule decided."""
+    computed_by: str | None = None
+    """The backend, or those of the three products; None: the module stayed in FP32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,19 @@ class ConversionReport:
         return tuple(row for row in self.rows if row.formats is None)
 
     def __str__(self) -> str:
-        lines = [
-            (row.name or "(root)", row.kind, row.formats or "FP32", str(row.position or ""), row.note)
-            for row in self.rows
-        ]
+        columns = {
+            "module": [row.name or "(root)" for row in self.rows],
+            "class": [row.kind for row in self.rows],
+            "formats": [row.formats or "FP32" for row in self.rows],
+            "computed by": [row.computed_by or "" for row in self.rows],
+            "place": [str(row.position or "") for row in self.rows],
+            "note": [row.note for row in self.rows],
+        }
+        if {row.computed_by for row in self.converted} == {str(Backend.INTEGER)}:
+            del columns["computed by"]
         summary = f"{len(self.converted)} in fixed point, {len(self.left)} left in FP32"
-        return "\n".join([table(("module", "class", "formats", "place", "note"), lines), summary, *self.notes])
+        rows = list(zip(*columns.values(), strict=True))
+        return "\n".join([table(tuple(columns), rows), summary, *self.notes])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
