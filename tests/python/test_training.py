@@ -417,7 +417,7 @@ def test_train_refuses_what_would_be_another_run(small, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text(TEXT.upper())
     assert main(["train", "--resume", "--data", str(other), *out]) == 2
-    assert "not the text" in capsys.readouterr().err
+    assert "does not hold the data" in capsys.readouterr().err
 
 
 # --- hbfp demo
