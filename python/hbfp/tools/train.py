@@ -7,7 +7,10 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hbfp.training.train import Settings
 
 NAME = "train"
 HELP = "train a character-level GPT on a text, or a network for images on CIFAR, in fixed-point or FP32 arithmetic"
@@ -136,10 +139,9 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint: Path = arguments.out / CHECKPOINT
     if arguments.save_every < 1:
         raise HBFPError(f"--save-every is at least 1, not {arguments.save_every}")
-    if arguments.sample < 0:
-        raise HBFPError(f"--sample is a number of characters, not {arguments.sample}")
     if arguments.resume:
         training = Training.resume(checkpoint, given)
+        _check_sample(arguments.sample, training.settings)
         for half in arguments.out.glob(f".{CHECKPOINT}.*.tmp"):  # what a killed run was writing
             half.unlink(missing_ok=True)
     elif checkpoint.exists():
@@ -152,9 +154,8 @@ def run(arguments: argparse.Namespace) -> int:
                 if settings.arch == "gpt"
                 else "which images? give the folder or the archive of CIFAR-10 or CIFAR-100 with --data PATH"
             )
+        _check_sample(arguments.sample, settings)
         training = Training.start(settings)
-    if arguments.sample and training.settings.arch != "gpt":
-        raise HBFPError(f"--sample is no option of --arch {training.settings.arch}: leave it out")
     if not arguments.json:
         print(training.summary(), file=sys.stderr)
 
@@ -214,6 +215,15 @@ def run(arguments: argparse.Namespace) -> int:
     if written:
         print(f"\n{written}")
     return 0
+
+
+def _check_sample(characters: int, settings: "Settings") -> None:
+    from hbfp.errors import HBFPError
+
+    if characters < 0:
+        raise HBFPError(f"--sample is a number of characters, not {characters}")
+    if characters and settings.arch != "gpt":
+        raise HBFPError(f"--sample is no option of --arch {settings.arch}: leave it out")
 
 
 def _command_to_resume(arguments: argparse.Namespace) -> str:

@@ -145,8 +145,9 @@ def _from_archive(path: Path) -> dict[str, bytes]:
     except FileNotFoundError as error:
         raise FileError(f"no {path}; --data takes a folder or an archive of CIFAR") from error
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # tarfile lists all that it tried
         raise FileError(
-            f"{path} is neither a folder nor a whole tar archive ({error}); --data takes CIFAR as it is published"
+            f"{path} is neither a folder nor a whole tar archive ({reason}); --data takes CIFAR as it is published"
         ) from error
     return files
 

@@ -109,8 +109,11 @@ class Outcome:
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2)
         label = "training" if window == 1 else f"training, mean of {window} steps"
-        left.plot(np.arange(window, self.steps + 1), smooth(self.losses, window), color=colour, lw=1.4, label=label)
+        trained = smooth(self.losses, window)
+        left.plot(np.arange(window, self.steps + 1), trained, color=colour, lw=1.4, label=label)
         left.plot(steps, losses, color="black", lw=1, marker="o", ms=3, label="validation")
+        # The first validation of a network with norms can lie far above all others: it may leave the picture.
+        left.set_ylim(0, 1.05 * float(trained.max()))
         left.set_ylabel("loss (nats)")
         right.plot(steps, 100 * accuracies, color="black", lw=1, marker="o", ms=3)
         right.set_ylabel("validation accuracy (%)")
