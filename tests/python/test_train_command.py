@@ -177,21 +177,36 @@ for moment, at, threads, line, checkpoint, copy in json.load(sys.stdin):
     shutil.copy(checkpoint, copy)
 """
 
-OPTIONS = "--arch resnet20 --batch 4 --eval-every 3 --boosted-steps 2".split()
-# Of a process: its third step, half done; its second step's checkpoint; the checkpoint of step 2. Then the step of the
-# checkpoint that is left. Two threads have fewer steps: where others compute, they mostly wait for each other.
-KILLS = {1: [("optimizer", 3, 2), ("renaming", 2, 2)], 2: [("writing", 2, 0)]}
-STEPS = {1: 7, 2: 4}
+# By threads: a network with norms, and one that two threads of a busy machine do not spend their time waiting in. Then
+# the steps and the kills: when; at which step of its process (its third optimizer step, half done; its second step's
+# checkpoint; the checkpoint of step 2); the step of the checkpoint that is left.
+KILLS = {
+    1: ("--arch resnet20 --batch 4", 7, [("optimizer", 3, 2), ("renaming", 2, 2)]),
+    2: ("--arch gpt --batch 4 --layers 1 --width 64 --context 32", 5, [("writing", 2, 0)]),
+}
 
 
 @pytest.fixture(scope="module")
-def killed(data, tmp_path_factory):
+def starts(data, tmp_path_factory):
+    """By threads: the command line that begins a run, but for its output."""
+    text = tmp_path_factory.mktemp("text") / "text.txt"
+    text.write_text("".join(f"line {number}: the quick brown fox\n" for number in range(300)))
+    lines = {}
+    for threads, (options, steps, _) in KILLS.items():
+        source = text if "gpt" in options else data
+        lengths = ["--data", str(source), "--steps", str(steps), "--eval-every", "3", "--boosted-steps", "2"]
+        lines[threads] = ["train", *options.split(), *lengths]
+    return lines
+
+
+@pytest.fixture(scope="module")
+def killed(starts, tmp_path_factory):
     """For each number of threads the folder of a run that was killed, and the options that it goes on with."""
     runs, orders = {}, []
-    for threads, kills in KILLS.items():
+    for threads, (_, _, kills) in KILLS.items():
         out = tmp_path_factory.mktemp(f"threads{threads}")
         often = ["--out", str(out), "--save-every", "2", "--tensorboard", str(out / "log")]
-        line = ["train", *OPTIONS, "--steps", str(STEPS[threads]), "--data", str(data), *often]
+        line = [*starts[threads], *often]
         for number, (moment, at, _) in enumerate(kills):
             checkpoint, copy = str(out / "checkpoint.pt"), str(out / f"after{number}.pt")
             orders.append((moment, at, threads, line, checkpoint, copy))
@@ -204,17 +219,17 @@ def killed(data, tmp_path_factory):
 
 
 @pytest.mark.parametrize("threads", KILLS)
-def test_killed_and_resumed_runs_end_in_the_same_bits(threads, killed, data, tmp_path, capsys):
+def test_killed_and_resumed_runs_end_in_the_same_bits(threads, killed, starts, tmp_path, capsys):
     """SIGKILL at the worst moments leaves the last checkpoint whole, and a run that goes on from it loses nothing; its
     curves in TensorBoard have each step once."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     torch.set_num_threads(threads)
     logged = ["--out", str(tmp_path), "--tensorboard", str(tmp_path / "log")]
-    steps = STEPS[threads]
-    assert main(["train", *OPTIONS, "--steps", str(steps), "--data", str(data), *logged]) == 0
+    assert main([*starts[threads], *logged]) == 0
 
     out, line = killed[threads]
-    for number, (_, _, left) in enumerate(KILLS[threads]):
+    _, steps, kills = KILLS[threads]
+    for number, (_, _, left) in enumerate(kills):
         assert read_checkpoint(out / f"after{number}.pt")["step"] == left
     assert main(line) == 0
     assert not list(out.glob(".*.tmp")), "what the killed run left half written is gone"

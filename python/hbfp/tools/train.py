@@ -64,7 +64,7 @@ A run is a function of its options and its data: stopped by Ctrl-C, or killed, a
     run.add_argument("--seed", type=int, metavar="N", help="of weights, batches and rounding (default: 0)")
 
     length = parser.add_argument_group(
-        "how (images: by default as in the published HBFP runs; when the rate falls scales with the length)"
+        "how (defaults for images: the published HBFP runs, whose drops of the rate keep their share of any length)"
     )
     length.add_argument("--epochs", type=int, metavar="N", help="default: 160 for resnet20, 300 for the other two")
     length.add_argument("--steps", type=int, metavar="N", help="in place of epochs (default for gpt: 1000)")
@@ -88,7 +88,7 @@ A run is a function of its options and its data: stopped by Ctrl-C, or killed, a
         help="booster: steps at the end that every layer spends in HBFP6 "
         "(default: the last epoch of images, else a tenth of --steps)",
     )
-    length.add_argument("--layers", type=int, metavar="N", help="gpt: default: 4")
+    length.add_argument("--layers", type=int, metavar="N", help="gpt: blocks (default: 4)")
     length.add_argument("--width", type=int, metavar="N", help="gpt: a multiple of 64 (default: 256)")
     length.add_argument("--context", type=int, metavar="N", help="gpt: characters it sees (default: 128)")
 
