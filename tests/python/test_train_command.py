@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,9 @@ from cifar_archives import files, write_archive, write_folder
 
 from hbfp.errors import HBFPError
 from hbfp.tools.cli import main
-from hbfp.training.loop import read_checkpoint
+from hbfp.training.loop import Run, read_checkpoint, train
+from hbfp.training.plan import Plan
+from hbfp.training.scalars import ScalarLog
 from hbfp.training.train import ARCHITECTURES, CLASSIFIERS, Settings, Training
 
 
@@ -256,6 +259,20 @@ def test_killed_and_resumed_runs_end_in_the_same_bits(threads, killed, starts, t
         "validation/loss",
         "validation/accuracy",
     }
+
+
+def test_curves_are_on_disk_before_the_checkpoint(tmp_path):
+    """A resumed run does not log the steps before its checkpoint again: those still in memory would be missing."""
+    pytest.importorskip("tensorboard")
+    model = torch.nn.Linear(2, 2)
+    run = Run(model, Plan("fp32", 2), torch.zeros(1, 2))
+    batches = SimpleNamespace(batch=lambda seed, step: (torch.ones(1, 2), torch.zeros(1, dtype=torch.int64)))
+    path, seen = tmp_path / "checkpoint.pt", []
+    with ScalarLog(tmp_path / "log", run) as log:
+        flush = log._writer.flush
+        log._writer.flush = lambda: (flush(), seen.append(read_checkpoint(path)["step"] if path.exists() else None))
+        train(run, batches, path, every=1, settings={}, observers=[log])
+    assert seen[:3] == [None, 0, 1]
 
 
 def test_resumes_from_the_same_data_in_other_packing(data, tmp_path, capsys):
