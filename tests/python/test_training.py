@@ -17,11 +17,12 @@ torch = pytest.importorskip("torch")
 import hbfp
 from hbfp.errors import FileError, HBFPError
 from hbfp.tools.cli import main
+from hbfp.training.bottleneck import Bottleneck, BottleneckResNet, BottleneckShape
 from hbfp.training.data import UNKNOWN, Corpus, Digits, Windows
+from hbfp.training.densenet import DenseLayer, DenseNet, DenseNetShape, Transition
 from hbfp.training.digits import DigitsClassifier
 from hbfp.training.gpt import GPT, GPTShape, sample
 from hbfp.training.loop import (
-    Plan,
     Run,
     deferred_interrupt,
     read_checkpoint,
@@ -29,6 +30,7 @@ from hbfp.training.loop import (
     save_checkpoint,
     train,
 )
+from hbfp.training.plan import SGD, AdamW, Drops, Plan
 from hbfp.training.resnet import Block, ResNet, ResNetShape
 
 TEXT = "".join(f"line {number}: the quick brown fox\n" for number in range(200))
@@ -184,6 +186,62 @@ def test_resnet20_is_the_published_network():
     assert sum(forward) == 2 * 40_551_040
 
 
+def forward_macs(model, images):
+    return sum(row.macs for row in hbfp.audit(model, images).rows if not row.product.endswith("backward"))
+
+
+def test_resnet50_is_the_published_network_with_a_small_stem():
+    """23.5 million parameters: those of the large network but for stem and head; a stride elsewhere is other MACs."""
+    model = BottleneckResNet(BottleneckShape())
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    assert model.shape.layers == 50
+    assert len(weights) == 50 + 4  # and the convolutions of four shortcuts
+    assert sum(parameter.numel() for parameter in model.parameters()) == 23_520_842
+    assert forward_macs(model, torch.randn(1, 3, 32, 32)) == 1_297_829_888
+
+
+def test_densenet40_is_the_published_network():
+    """1.0 million parameters in the paper's table 2; a bottleneck, a compression or a wider stem has others."""
+    model = DenseNet(DenseNetShape())
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    assert len(weights) == model.shape.layers == 40
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_019_722
+    images = torch.randn(1, 3, 32, 32)
+    assert model(images).shape == (1, 10)
+    assert forward_macs(model, images) == 264_812_928
+
+
+def test_a_dense_layer_keeps_its_input_and_a_transition_halves_the_sides():
+    x = torch.rand(2, 5, 4, 4)
+    y = DenseLayer(5, 3)(x)
+    assert y.shape == (2, 8, 4, 4)
+    assert torch.equal(y[:, :5], x)
+    assert Transition(5)(x).shape == (2, 5, 2, 2)
+
+
+def test_a_bottleneck_adds_its_input_where_sizes_stay():
+    x = torch.rand(2, 8, 4, 4)
+    block = Bottleneck(8, 2, 1)
+    torch.nn.init.zeros_(block.widen_norm.weight)  # the branch adds nothing
+    assert torch.equal(block(x), x)
+    assert not isinstance(Bottleneck(8, 2, 2).shortcut, torch.nn.Identity)
+    assert Bottleneck(8, 4, 2)(x).shape == (2, 16, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        *((BottleneckShape, {name: 0}) for name in ("channels", "classes", "stem")),
+        *((BottleneckShape, sizes) for sizes in ({"widths": ()}, {"blocks": (1, 0, 1, 1)}, {"blocks": (1, 1)})),
+        *((DenseNetShape, {name: 0}) for name in ("channels", "classes", "stem", "growth", "blocks")),
+        (DenseNetShape, {"layers_per_block": 0}),
+    ],
+)
+def test_other_impossible_networks_are_refused(shape, sizes):
+    with pytest.raises(HBFPError, match=next(iter(sizes))):
+        shape(**sizes)
+
+
 def test_a_shortcut_keeps_every_second_pixel_and_adds_empty_channels():
     block = Block(2, 5, 2)
     torch.nn.init.zeros_(block.second_norm.weight)  # the branch adds nothing
@@ -213,8 +271,78 @@ def test_learning_rate_warms_up_and_ends_at_a_tenth():
     assert 0.1 < rates[-1] < 0.101
 
 
+def test_learning_rate_climbs_to_that_of_all_workers_and_drops_to_a_tenth_twice():
+    plan = Plan("fp32", 160, learning_rate=0.4, schedule=Drops((82, 122), warmup=5, start=0.1))
+    rates = [plan.rate(step) for step in range(160)]
+    assert rates[0] == 0.1
+    assert rates[:6] == sorted(set(rates[:6]))
+    assert set(rates[5:82]) == {0.4}
+    assert set(rates[82:122]) == {0.04}
+    assert set(rates[122:]) == {0.004}
+
+
+def test_weights_decay_and_norms_and_biases_do_not():
+    model = ResNet(ResNetShape(widths=(4,), blocks=1))
+    for update, decay in ((SGD(), 1e-4), (AdamW(), 0.01)):
+        decays = {
+            id(parameter): group["weight_decay"]
+            for group in update.optimizer(model, 0.1).param_groups
+            for parameter in group["params"]
+        }
+        assert len(decays) == len(list(model.parameters()))
+        for name, parameter in model.named_parameters():
+            assert decays[id(parameter)] == (0.0 if "norm" in name or name.endswith("bias") else decay)
+    (group, _) = SGD().optimizer(model, 0.1).param_groups
+    assert (group["momentum"], group["nesterov"], group["lr"]) == (0.9, True, 0.1)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "booster"])
+def test_a_run_is_the_loop_that_it_says_it_is(recipe, windows):
+    """AdamW, clipped gradients, a cosine and the last tenth boosted, written out; anything else is other bits."""
+    steps = 12
+    run = tiny_run(windows, recipe, steps)
+    for step in range(steps):
+        run.advance(windows.batch(0, step))
+
+    model = tiny_run(windows, "fp32", steps).model
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
+    if recipe == "booster":
+        hbfp.convert_(model, "booster", example_inputs=(windows.batch(0, 0)[0],), seed=0)
+        booster = hbfp.Booster(model, total_steps=steps, last_fraction=0.1)
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), fused=True)
+    if recipe == "booster":
+        hbfp.wide_weights(optimizer, model)
+    losses = []
+    for step in range(steps):
+        if recipe == "booster":
+            booster.step(step)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 if step == 0 else 1e-3 * (0.55 + 0.45 * math.cos(math.pi * ((step - 1) / (steps - 1))))
+        inputs, targets = windows.batch(0, step)
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert run.losses == losses
+    assert bits(run.model.state_dict()) == bits(model.state_dict())
+
+
 @pytest.mark.parametrize(
-    "bad", [{"recipe": "hbfp3"}, {"steps": 0}, {"learning_rate": 0.0}, {"learning_rate": math.nan}]
+    "bad",
+    [
+        {"recipe": "hbfp3"},
+        {"steps": 0},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"boosted": -1},
+        {"boosted": 2},
+    ],
 )
 def test_impossible_plans_are_refused(bad):
     with pytest.raises(HBFPError):
@@ -238,6 +366,93 @@ def test_cut_and_resumed_run_equals_the_uncut_one(recipe, windows, tmp_path):
 
     assert second.step == whole.step == 6
     assert bits(second.state_dict()) == bits(whole.state_dict())
+
+
+class Noise:
+    """Images of 8 × 8 pixels and classes, all of them random."""
+
+    def batch(self, seed, step):
+        random = np.random.default_rng((seed, step))
+        images = torch.from_numpy(random.standard_normal((4, 3, 8, 8)).astype(np.float32))
+        return images, torch.from_numpy(random.integers(3, size=4))
+
+    def validation(self):
+        return [self.batch(0, 1000), self.batch(0, 1001)]
+
+
+NETWORKS = {
+    "resnet": lambda: ResNet(ResNetShape(classes=3, widths=(4, 8), blocks=1)),
+    "bottleneck": lambda: BottleneckResNet(BottleneckShape(classes=3, stem=4, widths=(2, 4), blocks=(1, 1))),
+    "densenet": lambda: DenseNet(DenseNetShape(classes=3, stem=4, growth=3, blocks=2, layers_per_block=2)),
+    "gpt": lambda: GPT(GPTShape(90, layers=1, width=64, context=16)),
+}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_run_cut_at_every_step_equals_the_uncut_one(name, threads, windows, tmp_path):
+    """Hunts state outside of the checkpoint: the norms' buffers, momentum, phase, random streams, a validation that
+    was due, and a thread's share of the work."""
+    torch.set_num_threads(threads)
+    steps = 5
+
+    def start():
+        torch.manual_seed(0)
+        update, schedule = SGD(), Drops((3,), warmup=2, start=0.01)
+        plan = Plan("booster", steps, 0.05, boosted=2, update=update, schedule=schedule)
+        return Run(NETWORKS[name](), plan, data.batch(0, 0)[0])
+
+    data = windows if name == "gpt" else Noise()
+    whole = start()
+    train(whole, data, tmp_path / "whole.pt", every=100, settings={}, validate_every=2)
+
+    path = tmp_path / "parts.pt"
+    for last in range(1, steps + 1):
+        part = start()
+        if last > 1:
+            part.load_state_dict(read_checkpoint(path))
+        torch.rand(last)
+        if last < steps:
+            with pytest.raises(KeyboardInterrupt):
+                train(part, Interrupting(data, last), path, every=100, settings={}, validate_every=2)
+        else:
+            train(part, data, path, every=100, settings={}, validate_every=2)
+        assert part.step == last
+    assert [step for step, _, _ in whole.validations] == [2, 4, 5]
+    assert bits(read_checkpoint(path)) == bits(read_checkpoint(tmp_path / "whole.pt"))
+
+
+def test_a_validation_that_was_interrupted_is_done_after_resumption(windows, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    run = tiny_run(windows, "fp32")
+
+    class Stopping(Interrupting):
+        def validation(self):
+            yield from self.windows.validation()
+            signal.raise_signal(signal.SIGINT)
+            yield from self.windows.validation()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(run, Stopping(windows, 100), path, every=100, settings={}, validate_every=4)
+    assert read_checkpoint(path)["step"] == 4
+    assert read_checkpoint(path)["validations"] == []
+    resumed = tiny_run(windows, "fp32")
+    resumed.load_state_dict(read_checkpoint(path))
+    train(resumed, windows, path, every=100, settings={}, validate_every=4)
+    assert [step for step, _, _ in resumed.validations] == [4, 6]
+
+
+def test_there_is_a_checkpoint_from_before_the_first_step(windows, tmp_path):
+    """A run killed early must resume, too."""
+    path = tmp_path / "checkpoint.pt"
+
+    class Killed(Interrupting):
+        def batch(self, seed, step):
+            assert read_checkpoint(path)["step"] == 0
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train(tiny_run(windows, "fp32"), Killed(windows, 0), path, every=100, settings={})
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "hbfp4"])
@@ -417,7 +632,7 @@ def test_train_refuses_what_would_be_another_run(small, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text(TEXT.upper())
     assert main(["train", "--resume", "--data", str(other), *out]) == 2
-    assert "not the text" in capsys.readouterr().err
+    assert "does not hold the data" in capsys.readouterr().err
 
 
 # --- hbfp demo

@@ -35,7 +35,7 @@ class Command(Protocol):
 COMMANDS: tuple[Command, ...] = (demo, info, explain, train, bench, vectors_command)
 
 # Modules of the optional parts, and the extra that brings them.
-_EXTRAS = {"torch": "torch", "matplotlib": "demo", "rich": "demo", "sklearn": "demo"}
+_EXTRAS = {"torch": "torch", "matplotlib": "demo", "rich": "demo", "sklearn": "demo", "tensorboard": "tensorboard"}
 
 
 class _Parser(argparse.ArgumentParser):

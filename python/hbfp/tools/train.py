@@ -1,52 +1,137 @@
-"""`hbfp train`: a character-level GPT on a text of your own, in any of the arithmetics."""
+"""`hbfp train`: a GPT on a text of your own or a convolutional network on CIFAR, in any of the arithmetics."""
 
 import argparse
+import contextlib
 import json
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hbfp.training.train import Settings
 
 NAME = "train"
-HELP = "train a character-level GPT on a text file, in fixed-point or FP32 arithmetic"
+HELP = "train a character-level GPT on a text, or a network for images on CIFAR, in fixed-point or FP32 arithmetic"
+
+SAVE_EVERY = 100
 
 # Options that make the run what it is: stored in the checkpoint, not to be changed by --resume. They have no defaults
 # here, so that what was typed can be told from what was not; the defaults are those of training.train.Settings.
-_REMEMBERED = ("data", "recipe", "steps", "batch", "layers", "width", "context", "lr", "seed")
+_REMEMBERED = (
+    "arch",
+    "data",
+    "recipe",
+    "epochs",
+    "steps",
+    "batch",
+    "lr",
+    "seed",
+    "boosted_steps",
+    "eval_every",
+    "workers",
+    "layers",
+    "width",
+    "context",
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    # Other architectures will be an --arch beside --data.
-    parser.add_argument("--data", metavar="FILE", help="the text to learn, UTF-8")
-    parser.add_argument(
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.description = f"""{HELP}.
+
+  hbfp train --data book.txt
+  hbfp train --arch resnet20 --data cifar-10-binary.tar.gz
+  hbfp train --resume
+
+A run is a function of its options and its data: stopped by Ctrl-C, or killed, and resumed, it ends in the same bits."""
+
+    run = parser.add_argument_group("what is trained")
+    run.add_argument(
+        "--arch",
+        choices=("gpt", "resnet20", "resnet50-cifar", "densenet40"),
+        help="default: gpt, a character-level transformer; the others classify images of 32 × 32 pixels",
+    )
+    run.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a UTF-8 text; for images CIFAR-10 or CIFAR-100, binary or python version, the folder or the .tar.gz",
+    )
+    run.add_argument(
         "--recipe", choices=("fp32", "hbfp4", "hbfp6", "hbfp8", "booster"), help="the arithmetic (default: booster)"
     )
-    parser.add_argument("--steps", type=int, help="default: 1000")
-    parser.add_argument("--batch", type=int, help="windows of text per step (default: 8)")
-    parser.add_argument("--layers", type=int, help="default: 4")
-    parser.add_argument("--width", type=int, help="a multiple of 64 (default: 256)")
-    parser.add_argument("--context", type=int, help="characters the model sees (default: 128)")
-    parser.add_argument("--lr", type=float, help="highest learning rate of AdamW (default: 0.001)")
-    parser.add_argument("--seed", type=int, help="of weights and batches (default: 0)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("build/train"), help="folder of the checkpoint (default: %(default)s)"
+    run.add_argument("--seed", type=int, metavar="N", help="of weights, batches and rounding (default: 0)")
+
+    length = parser.add_argument_group(
+        "how (defaults for images: the published HBFP runs, whose drops of the rate keep their share of any length)"
     )
-    parser.add_argument(
-        "--save-every", type=int, default=100, metavar="N", help="steps between checkpoints (default: %(default)s)"
+    length.add_argument("--epochs", type=int, metavar="N", help="default: 160 for resnet20, 300 for the other two")
+    length.add_argument("--steps", type=int, metavar="N", help="in place of epochs (default for gpt: 1000)")
+    length.add_argument(
+        "--batch", type=int, metavar="N", help="images, or windows of text, in a step (default: 128, for gpt 8)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its options")
-    parser.add_argument(
-        "--sample", type=int, default=0, metavar="N", help="at the end, print N characters that the model writes"
+    length.add_argument(
+        "--lr", type=float, metavar="RATE", help="highest learning rate (default: SGD's 0.1, for gpt AdamW's 0.001)"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    length.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="images: compute, in one process, what N workers would: N times --batch, and a rate that climbs from --lr "
+        "to N times --lr in the first epochs (default: 1)",
+    )
+    length.add_argument(
+        "--boosted-steps",
+        type=int,
+        metavar="N",
+        help="booster: steps at the end that every layer spends in HBFP6 "
+        "(default: the last epoch of images, else a tenth of --steps)",
+    )
+    length.add_argument("--layers", type=int, metavar="N", help="gpt: blocks (default: 4)")
+    length.add_argument("--width", type=int, metavar="N", help="gpt: a multiple of 64 (default: 256)")
+    length.add_argument("--context", type=int, metavar="N", help="gpt: characters it sees (default: 128)")
+
+    out = parser.add_argument_group("what is written")
+    out.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/train"),
+        metavar="DIR",
+        help="folder of checkpoint, report and plot (default: %(default)s)",
+    )
+    out.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, with its options")
+    out.add_argument(
+        "--save-every",
+        type=int,
+        default=SAVE_EVERY,
+        metavar="N",
+        help="steps between checkpoints (default: 100)",
+    )
+    out.add_argument(
+        "--eval-every",
+        type=int,
+        metavar="N",
+        help="steps between validations (default: an epoch of images, a tenth of a run on text)",
+    )
+    out.add_argument("--tensorboard", type=Path, metavar="DIR", help="log curves there for TensorBoard")
+    out.add_argument(
+        "--sample", type=int, default=0, metavar="N", help="gpt: at the end, print N characters that it writes"
+    )
+    out.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from hbfp.errors import FileError, HBFPError
-    from hbfp.training.gpt import sample
-    from hbfp.training.loop import train
+    from hbfp.training.data import Windows
+    from hbfp.training.gpt import GPT, sample
+    from hbfp.training.loop import Observer, train
+    from hbfp.training.outcome import PLOT, REPORT, Outcome
     from hbfp.training.progress import Progress
-    from hbfp.training.train import CHECKPOINT, Settings, TextRun
+    from hbfp.training.scalars import ScalarLog
+    from hbfp.training.train import CHECKPOINT, Settings, Training
 
     given: dict[str, Any] = {
         name: getattr(arguments, name) for name in _REMEMBERED if getattr(arguments, name) is not None
@@ -55,54 +140,99 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.save_every < 1:
         raise HBFPError(f"--save-every is at least 1, not {arguments.save_every}")
     if arguments.resume:
-        text = TextRun.resume(checkpoint, given)
+        training = Training.resume(checkpoint, given)
+        _check_sample(arguments.sample, training.settings)
+        for half in arguments.out.glob(f".{CHECKPOINT}.*.tmp"):  # what a killed run was writing
+            half.unlink(missing_ok=True)
     elif checkpoint.exists():
         raise FileError(f"{checkpoint} is there already: add --resume to go on with it, or give another --out")
-    elif "data" not in given:
-        raise HBFPError("which text? give a file with --data FILE")
     else:
-        text = TextRun.start(Settings(**given))
+        settings = Settings.of({"data": "", **given})
+        if not settings.data:
+            raise HBFPError(
+                "which text? give a file with --data FILE"
+                if settings.arch == "gpt"
+                else "which images? give the folder or the archive of CIFAR-10 or CIFAR-100 with --data PATH"
+            )
+        _check_sample(arguments.sample, settings)
+        training = Training.start(settings)
+    if not arguments.json:
+        print(training.summary(), file=sys.stderr)
 
+    settings = training.settings
     try:
-        with Progress(f"train {text.settings.data}", {text.settings.recipe: text.run}) as progress:
+        with contextlib.ExitStack() as stack:
+            progress = Progress(f"train {settings.arch}", {settings.recipe: training.run})
+            observers: list[Observer] = [stack.enter_context(progress)]
+            if arguments.tensorboard is not None:
+                observers.append(stack.enter_context(ScalarLog(arguments.tensorboard, training.run)))
             train(
-                text.run,
-                text.windows,
+                training.run,
+                training.data,
                 checkpoint,
                 every=arguments.save_every,
-                settings=text.remembered,
-                report=lambda run: progress.update(),
+                settings=training.remembered,
+                validate_every=training.validate_every,
+                observers=observers,
             )
     except KeyboardInterrupt:
-        state = "in the middle of a step, the last checkpoint stands" if text.run.torn else "saved"
+        state = "in the middle of a step, the last checkpoint stands" if training.run.torn else "saved"
         print(
-            f"hbfp train: stopped after {text.run.step} of {text.settings.steps} steps, {state}. "
-            f"Go on with: hbfp train --resume --out {arguments.out}",
+            f"hbfp train: stopped after {training.run.step} of {training.run.plan.steps} steps, {state}. "
+            f"Go on with: {_command_to_resume(arguments)}",
             file=sys.stderr,
         )
         raise
 
-    score = text.run.evaluate(text.windows.validation())
-    corpus = text.windows.corpus
     written = ""
-    if arguments.sample > 0:
-        codes = sample(text.model, corpus.encode("\n"), arguments.sample, seed=text.settings.seed)
+    if arguments.sample and isinstance(training.run.model, GPT) and isinstance(training.data, Windows):
+        corpus = training.data.corpus
+        codes = sample(training.run.model, corpus.encode("\n"), arguments.sample, seed=settings.seed)
         written = corpus.decode(codes)
-    result = {
-        "steps": text.run.step,
-        "final_loss": score.loss,
-        "accuracy": score.accuracy,
-        "seconds_per_step": median(text.run.seconds) if text.run.seconds else None,
-        "checkpoint": str(checkpoint),
-        "sample": written,
-    }
+    outcome = Outcome.of(training, checkpoint)
+    outcome.write(arguments.out)
+    plot: Path | None = arguments.out / PLOT
+    try:
+        outcome.plot(arguments.out)
+    except ModuleNotFoundError as error:
+        plot = None
+        print(f"hbfp train: no plot: {error.name} is not installed; pip install 'hbfp[demo]'", file=sys.stderr)
     if arguments.json:
+        result = asdict(outcome) | {"plot": None if plot is None else str(plot), "sample": written}
+        del result["losses"]  # they are in the report
         print(json.dumps(result, indent=1))
-    else:
-        print(
-            f"validation loss {score.loss:.4f}, next character right {score.accuracy:.2%}, after {text.run.step} steps"
-        )
-        print(f"checkpoint: {checkpoint}")
-        if written:
-            print(f"\n{written}")
+        return 0
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(outcome.table())
+    if outcome.seconds_per_step is not None:
+        print(f"{1000 * outcome.seconds_per_step:.0f} ms a step (median)")
+    print(f"{outcome.share_4bit:.2%} of the multiply-accumulates at 4 bits")
+    answer = "next character" if settings.arch == "gpt" else "class"
+    print(
+        f"validation loss {outcome.final_loss:.4f}, {answer} right {outcome.accuracy:.2%}, after {outcome.steps} steps"
+    )
+    print(f"checkpoint: {checkpoint}")
+    print(f"losses and plot: {arguments.out / REPORT}{'' if plot is None else f', {plot}'}")
+    if written:
+        print(f"\n{written}")
     return 0
+
+
+def _check_sample(characters: int, settings: "Settings") -> None:
+    from hbfp.errors import HBFPError
+
+    if characters < 0:
+        raise HBFPError(f"--sample is a number of characters, not {characters}")
+    if characters and settings.arch != "gpt":
+        raise HBFPError(f"--sample is no option of --arch {settings.arch}: leave it out")
+
+
+def _command_to_resume(arguments: argparse.Namespace) -> str:
+    """With the options that the checkpoint does not remember."""
+    words = ["hbfp", "train", "--resume", "--out", str(arguments.out)]
+    if arguments.save_every != SAVE_EVERY:
+        words += ["--save-every", str(arguments.save_every)]
+    if arguments.tensorboard is not None:
+        words += ["--tensorboard", str(arguments.tensorboard)]
+    if arguments.sample:
+        words += ["--sample", str(arguments.sample)]
+    return shlex.join([*words, *(["--json"] if arguments.json else [])])

@@ -8,7 +8,7 @@ import hashlib
 import sysconfig
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
@@ -36,7 +36,7 @@ class Data(Protocol):
     def batch(self, seed: int, step: int) -> Batch:
         """The training batch of one step, the same whenever it is asked for."""
 
-    def validation(self) -> list[Batch]:
+    def validation(self) -> Iterable[Batch]:
         """The fixed validation set, none of it ever in a training batch."""
 
 
@@ -158,12 +158,19 @@ class Windows:
     held_out: int = 128
 
     def __post_init__(self) -> None:
+        if self.size < 1:
+            raise HBFPError(f"a batch has at least one window of text, not {self.size}")
         length = len(self.corpus.codes)
         if length - self._cut <= self.context:
             raise HBFPError(
                 f"{self.corpus.source} has {length} characters; a context of {self.context} needs more than "
                 f"{10 * (self.context + 1)}: give a longer text or a smaller --context"
             )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """As many windows as cover the training text once; they are drawn at random, with gaps and overlaps."""
+        return max(1, self._cut // (self.size * self.context))
 
     @property
     def _cut(self) -> int:

@@ -17,7 +17,8 @@ from hbfp.checkpoint import load_model, save_model
 from hbfp.training.data import Corpus, Data, Digits, Windows
 from hbfp.training.digits import DigitsClassifier
 from hbfp.training.gpt import GPT, GPTShape
-from hbfp.training.loop import Plan, Run, grade
+from hbfp.training.loop import Run, grade
+from hbfp.training.plan import Plan
 from hbfp.training.progress import Progress
 from hbfp.training.report import DemoReport, Packed, RunReport, TaskReport, environment
 from hbfp.training.resnet import ResNetShape
@@ -126,9 +127,9 @@ def _start(task: Task, name: str, steps: int, seed: int) -> Run:
 
 
 def _finish(task: Task, name: str, run: Run, fp32: Run, folder: Path) -> RunReport:
-    batches = task.data.validation()
+    batches = list(task.data.validation())
     outputs = run.outputs(batches)
-    score = grade(outputs, batches)
+    score = grade((scores, targets) for scores, (_, targets) in zip(outputs, batches, strict=True))
     path = folder / f"{task.name}-{name}.safetensors"
     file_bytes, identical = _pack(task, run, path, outputs)
     now, paper = _shares(task, run)

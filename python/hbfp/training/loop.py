@@ -11,7 +11,7 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,37 +25,9 @@ from hbfp.nn.conversion import convert_
 from hbfp.optim import wide_weights
 from hbfp.schedule import Booster, set_step
 from hbfp.training.data import Batch, Data
+from hbfp.training.plan import Plan
 
-RECIPES = ("fp32", "hbfp4", "hbfp6", "hbfp8", "booster")
-CHECKPOINT_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """All that a run of AdamW depends on besides model and data."""
-
-    recipe: str
-    steps: int
-    learning_rate: float = 1e-3
-    seed: int = 0
-    last_fraction: float = 0.1
-    """Booster only: the share of the steps at the end that every layer spends in the wider format."""
-
-    def __post_init__(self) -> None:
-        if self.recipe not in RECIPES:
-            raise HBFPError(f"no recipe {self.recipe!r}; known: {', '.join(RECIPES)}")
-        if self.steps < 1:
-            raise HBFPError(f"a run has at least one step, not {self.steps}")
-        if not 0 < self.learning_rate < math.inf:
-            raise HBFPError(f"the learning rate is a positive number, not {self.learning_rate}")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: a linear warm-up over a twentieth of the steps, then a cosine to a tenth."""
-        warmup = max(1, self.steps // 20)
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return self.learning_rate * (0.55 + 0.45 * math.cos(math.pi * done))
+CHECKPOINT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +49,19 @@ class Run:
         self.plan = plan
         self.step = 0
         self.losses: list[float] = []
+        self.validations: list[tuple[int, float, float]] = []
+        """Steps done, loss and accuracy, each time that the run was validated."""
         self.seconds: list[float] = []
+        """Of the steps since this process began."""
         self.torn = False
         """True while the optimizer writes: only then would a checkpoint hold half a step."""
         self.booster: Booster | None = None
         if plan.recipe != "fp32":
             convert_(model, plan.recipe, example_inputs=(example,), seed=plan.seed)
         if plan.recipe == "booster":
-            self.booster = Booster(model, total_steps=plan.steps, last_fraction=plan.last_fraction)
-        matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-        vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.99), fused=True)
+            # Epochs of one step: the plan counts in steps.
+            self.booster = Booster(model, plan.steps, steps_per_epoch=1, last_epochs=plan.boosted_steps)
+        self.optimizer = plan.update.optimizer(model, plan.learning_rate)
         if plan.recipe != "fp32":
             wide_weights(self.optimizer, model)
         self.enter(0)
@@ -117,7 +90,7 @@ class Run:
             set_step(self.model, step)
 
     def advance(self, batch: Batch) -> float:
-        """One step: forward, backward, clip, update. Returns the batch's loss; its time goes to `seconds`."""
+        """One step: forward, backward, update. Returns the batch's loss; its time goes to `seconds`."""
         inputs, targets = batch
         self.enter(self.step)
         for group in self.optimizer.param_groups:
@@ -127,7 +100,8 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss = cross_entropy(self.model(inputs), targets)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if self.plan.update.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.update.clip)
         self.torn = True
         self.optimizer.step()
         value = loss.item()
@@ -139,12 +113,26 @@ class Run:
             raise HBFPError(f"the loss of step {self.step - 1} is {value}; start again with a smaller learning rate")
         return value
 
-    def evaluate(self, batches: list[Batch]) -> Score:
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Score:
         """Score on a validation set, in the formats in force (after the last step: the final phase's)."""
-        return grade(self.outputs(batches), batches)
+        self.model.eval()
+        return grade((self.model(inputs), targets) for inputs, targets in batches)
+
+    def validate(self, batches: Iterable[Batch]) -> Score:
+        """Evaluate, and remember the score in `validations`."""
+        score = self.evaluate(batches)
+        self.validations.append((self.step, score.loss, score.accuracy))
+        return score
+
+    def due(self, every: int | None) -> bool:
+        """Whether a validation each `every` steps and at the end is due now and was not done yet."""
+        if every is None or not (self.done or (self.step and self.step % every == 0)):
+            return False
+        return not self.validations or self.validations[-1][0] != self.step
 
     @torch.no_grad()
-    def outputs(self, batches: list[Batch]) -> list[Tensor]:
+    def outputs(self, batches: Iterable[Batch]) -> list[Tensor]:
         """The model's output for each batch, in evaluation mode."""
         self.model.eval()
         return [self.model(inputs) for inputs, _ in batches]
@@ -155,6 +143,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "losses": self.losses,
+            "validations": self.validations,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -162,13 +151,14 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = int(state["step"])
         self.losses = list(state["losses"])
+        self.validations = [tuple(validation) for validation in state["validations"]]
         self.enter(max(0, min(self.step, self.plan.steps) - 1))
 
 
-def grade(outputs: list[Tensor], batches: list[Batch]) -> Score:
-    """Loss and accuracy of a model's outputs for `batches`."""
+def grade(answers: Iterable[Batch]) -> Score:
+    """Loss and accuracy of scores, each with its target classes."""
     loss, right, count = 0.0, 0, 0
-    for scores, (_, targets) in zip(outputs, batches, strict=True):
+    for scores, targets in answers:
         loss += cross_entropy(scores, targets).item() * targets.numel()
         right += int((scores.argmax(-1) == targets).sum())
         count += targets.numel()
@@ -180,6 +170,19 @@ def cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(scores.flatten(0, -2), targets.flatten())
 
 
+class Observer:
+    """What is told how a run gets on. Here, each method does nothing."""
+
+    def stepped(self, run: Run) -> None:
+        """A step is done."""
+
+    def validated(self, run: Run) -> None:
+        """The last of `run.validations` is new."""
+
+    def saving(self, run: Run) -> None:
+        """A checkpoint is about to be written: what the observer holds back would be missing after a resumption."""
+
+
 def train(
     run: Run,
     data: Data,
@@ -187,27 +190,52 @@ def train(
     *,
     every: int,
     settings: dict[str, Any],
-    report: Callable[[Run], None] = lambda run: None,
+    validate_every: int | None = None,
+    observers: Sequence[Observer] = (),
 ) -> None:
-    """Run to the plan's last step, saving a checkpoint every `every` steps and at the end.
+    """Run to the plan's last step, saving a checkpoint before the first step, every `every` steps and at the end.
 
-    `settings` is stored beside the state (plain values), `report` is called after each step. On Ctrl-C the step under
-    way is finished, the state saved, and KeyboardInterrupt raised; a second Ctrl-C does not wait for the step.
+    `settings` is stored beside the state (plain values). With `validate_every`, the run is validated every so many
+    steps and at the end. On Ctrl-C the step under way is finished, the state saved, and KeyboardInterrupt raised; a
+    second Ctrl-C does not wait for the step.
     """
+
+    def save() -> None:
+        for observer in observers:
+            observer.saving(run)
+        save_checkpoint(checkpoint, run, settings)
+
+    changed = run.step == 0
     try:
         with deferred_interrupt() as interrupted:
-            while not run.done:
-                run.advance(data.batch(run.plan.seed, run.step))
-                report(run)
+            while True:
+                if run.due(validate_every):
+                    run.validate(_until(interrupted, data.validation()))
+                    changed = True
+                    for observer in observers:
+                        observer.validated(run)
                 if interrupted():
                     raise KeyboardInterrupt
-                if run.step % every == 0:
-                    save_checkpoint(checkpoint, run, settings)
-        save_checkpoint(checkpoint, run, settings)
+                if changed and (run.done or run.step % every == 0):
+                    save()
+                if run.done:
+                    return
+                run.advance(data.batch(run.plan.seed, run.step))
+                changed = True
+                for observer in observers:
+                    observer.stepped(run)
     except KeyboardInterrupt:
         if not run.torn:
-            save_checkpoint(checkpoint, run, settings)
+            save()
         raise
+
+
+def _until(interrupted: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches; a validation can be long, so Ctrl-C does not wait for its end."""
+    for batch in batches:
+        if interrupted():
+            raise KeyboardInterrupt
+        yield batch
 
 
 @contextlib.contextmanager

@@ -13,13 +13,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hbfp.training.loop import Run
+from hbfp.training.loop import Observer, Run
 
 _LINES = 10
 _REFRESH_SECONDS = 0.25
 
 
-class Progress:
+class Progress(Observer):
     """Watches runs, by name, that advance towards the same number of steps; `update` it after each step.
 
     Used as a context. Nothing is drawn from a thread of its own: that would run in the middle of a timed step.
@@ -52,6 +52,9 @@ class Progress:
             self._live.update(self._drawing(name), refresh=True)
         else:
             print(f"{self._title}: {name}", file=sys.stderr, flush=True)
+
+    def stepped(self, run: Run) -> None:
+        self.update()
 
     def update(self) -> None:
         """Show how far the runs are, if it is time to."""
@@ -91,6 +94,7 @@ class Progress:
         table.add_column("phase")
         table.add_column("step", justify="right")
         table.add_column("")
+        table.add_column("", justify="right")
         for name, run in self._runs.items():
             table.add_row(
                 name,
@@ -99,6 +103,7 @@ class Progress:
                 run.phase,
                 f"{run.step}/{run.plan.steps}",
                 ProgressBar(run.plan.steps, run.step, width=24),
+                f"{run.step / run.plan.steps:.0%}",
             )
         return Group(Text.assemble((self._title, "bold"), "  ", (state, "dim")), table)
 

@@ -19,7 +19,7 @@ import hbfp
 from hbfp.training.loop import replacing
 
 # Okabe and Ito's colours, told apart by colour-blind readers, darkened a little to show on white as well as on black.
-_COLOURS = {"fp32": "#808080", "hbfp4": "#d9730d", "hbfp6": "#2f86d1", "booster": "#119a72"}
+COLOURS = {"fp32": "#808080", "hbfp4": "#d9730d", "hbfp6": "#2f86d1", "booster": "#119a72"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ def _section(task: TaskReport) -> str:
     heads = "".join(f"<th>{heading}</th>" for heading in _HEADINGS)
     body = ""
     for run, cells in zip(task.runs, rows(task), strict=True):
-        swatch = f'<span class="swatch" style="background: {_COLOURS[run.name]}"></span>'
+        swatch = f'<span class="swatch" style="background: {COLOURS[run.name]}"></span>'
         tail = "".join(f"<td{' class=wrong' if cell == 'DIFFERENT' else ''}>{cell}</td>" for cell in cells[1:])
         body += f"<tr><td>{swatch}{cells[0]}</td>{tail}</tr>\n"
     return f"""<h2>{html.escape(task.title)}</h2>
@@ -210,7 +210,7 @@ def _window(steps: int) -> int:
     return max(1, steps // 25)
 
 
-def _smooth(losses: Sequence[float], window: int) -> Any:
+def smooth(losses: Sequence[float], window: int) -> Any:
     """Means of the last `window` losses at each step from the first where there are that many."""
     return np.convolve(losses, np.full(window, 1 / window), mode="valid")
 
@@ -235,22 +235,22 @@ def _curves(task: TaskReport) -> str:
         "axes.spines.right": False,
     }
     window = _window(task.steps)
-    smooth = {run.name: _smooth(run.losses, window) for run in task.runs}
+    smoothed = {run.name: smooth(run.losses, window) for run in task.runs}
     steps = np.arange(window, task.steps + 1)
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for name, losses in smooth.items():
-            left.plot(steps, losses, color=_COLOURS[name], linewidth=1.6, label=name)
+        for name, losses in smoothed.items():
+            left.plot(steps, losses, color=COLOURS[name], linewidth=1.6, label=name)
             if name != "fp32":
-                right.plot(steps, losses - smooth["fp32"], color=_COLOURS[name], linewidth=1.6)
+                right.plot(steps, losses - smoothed["fp32"], color=COLOURS[name], linewidth=1.6)
         if task.task == "digits":
             left.set_yscale("log")
             left.yaxis.set_major_formatter("{x:g}")
             left.yaxis.set_minor_formatter(NullFormatter())
-        right.axhline(0, color=_COLOURS["fp32"], linewidth=1.6)
+        right.axhline(0, color=COLOURS["fp32"], linewidth=1.6)
         for axes, label in ((left, "training loss (nats)"), (right, "above FP32 (nats)")):
-            axes.axvspan(task.first_boosted_step, task.steps, color=_COLOURS["booster"], alpha=0.12, linewidth=0)
+            axes.axvspan(task.first_boosted_step, task.steps, color=COLOURS["booster"], alpha=0.12, linewidth=0)
             axes.set_xlim(0, task.steps)
             axes.set_xlabel("step")
             axes.set_ylabel(label)
