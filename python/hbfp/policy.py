@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling, is_exporting
-from torch.nn import Parameter
 
 from hbfp import ops
 from hbfp.errors import ConversionError, FormatError, HBFPError, RuleError
@@ -555,21 +554,6 @@ class Weight:
     """The axis of the blocks."""
     packs: bool = True
     """Whether encoding the tensor along this axis gives what the forward product reads."""
-
-    @property
-    def parameter(self) -> Parameter | None:
-        """The tensor that the optimizer holds; None where the layer has no weight of this name.
-
-        Raises:
-            ConversionError: it is computed at each use from other parameters (a parametrisation, pruning).
-        """
-        if self.name in self.owner._parameters:
-            return self.owner._parameters[self.name]
-        raise ConversionError(
-            f"{self.name!r} of a {type(self.owner).__name__} is computed from other parameters at each use, so that "
-            "no master copy of it exists: remove the parametrisation (torch.nn.utils.parametrize."
-            "remove_parametrizations, prune.remove), or keep the layer in FP32 by a rule"
-        )
 
 
 def weights_of(module: nn.Module, format: HBFP) -> list[Weight]:
