@@ -70,6 +70,14 @@ def bits(state):
 # --- data
 
 
+@pytest.fixture(autouse=True)
+def _signals_are_heard():
+    """A shell that starts the tests in the background has Ctrl-C ignored, which `deferred_interrupt` respects."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("make", [lambda windows: windows, lambda windows: Digits.load(8)], ids=["text", "digits"])
 def test_batches_are_a_function_of_seed_and_step(make, windows):
     # A generator that remembers would give a resumed run other batches.
