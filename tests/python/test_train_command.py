@@ -13,6 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from cifar_archives import files, write_archive, write_folder
+from nested_state import bits
 
 from hbfp.errors import HBFPError
 from hbfp.tools.cli import main
@@ -34,17 +35,6 @@ def _one_thread():
 def data(tmp_path_factory):
     """A folder with the twenty images of a small CIFAR-10."""
     return write_folder(tmp_path_factory.mktemp("cifar") / "cifar-10-batches-bin", files("binary", 10, 20, 4))
-
-
-def bits(state):
-    """Every number of a nested state, as something that compares bit for bit."""
-    if isinstance(state, torch.Tensor):
-        return (tuple(state.shape), str(state.dtype), state.detach().reshape(-1).view(torch.uint8).tolist())
-    if isinstance(state, dict):
-        return {key: bits(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [bits(value) for value in state]
-    return state
 
 
 # --- from the command line

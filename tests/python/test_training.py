@@ -14,6 +14,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from nested_state import bits
+
 import hbfp
 from hbfp.errors import FileError, HBFPError
 from hbfp.tools.cli import main
@@ -54,17 +56,6 @@ def tiny_run(windows, recipe, steps=6, seed=0):
     torch.manual_seed(seed)
     model = GPT(GPTShape(len(windows.corpus.vocabulary), layers=1, width=64, context=windows.context))
     return Run(model, Plan(recipe, steps, seed=seed), windows.batch(seed, 0)[0])
-
-
-def bits(state):
-    """Every number of a nested state, as something that compares bit for bit."""
-    if isinstance(state, torch.Tensor):
-        return (tuple(state.shape), str(state.dtype), state.detach().reshape(-1).view(torch.uint8).tolist())
-    if isinstance(state, dict):
-        return {key: bits(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return [bits(value) for value in state]
-    return state
 
 
 # --- data

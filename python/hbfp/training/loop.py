@@ -60,7 +60,7 @@ class Run:
             convert_(model, plan.recipe, example_inputs=(example,), seed=plan.seed)
         if plan.recipe == "booster":
             # Epochs of one step: the plan counts in steps.
-            self.booster = Booster(model, plan.steps, steps_per_epoch=1, last_epochs=plan.boosted_steps)
+            self.booster = Booster(model, plan.steps, last_steps=plan.boosted_steps)
         self.optimizer = plan.update.optimizer(model, plan.learning_rate)
         if plan.recipe != "fp32":
             wide_weights(self.optimizer, model)
