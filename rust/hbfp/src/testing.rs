@@ -137,7 +137,11 @@ pub fn all_kernels() -> Vec<(&'static str, &'static crate::Kernels)> {
         .filter(|level| level.is_available())
         .map(|level| (level.name(), crate::Kernels::of(level)))
         .collect();
-    out.extend([("model of avx2", models::avx2()), ("model of avx512vnni", models::avx512vnni())]);
+    out.extend([
+        ("model of avx2", models::avx2()),
+        ("model of avx512vnni", models::avx512vnni()),
+        ("model of amx", models::amx()),
+    ]);
     for level in crate::Level::ALL.into_iter().filter(|level| !level.is_available()) {
         eprintln!("NOT RUN on this machine: level {level}");
     }

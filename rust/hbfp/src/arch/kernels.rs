@@ -3,6 +3,7 @@
 use super::generic::encode::{
     BlockPlace, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, STRIP, Scaling, TOWARD_ZERO,
 };
+use super::generic::matrix_unit::PANELS;
 use super::generic::philox::Counters;
 use super::generic::product::{Correction, Tile};
 use super::level::Level;
@@ -26,6 +27,19 @@ pub(crate) struct TileKernel {
     pub(crate) for_block: fn(steps: usize, rows: usize) -> TileFn,
 }
 
+/// Kernels of a matrix unit; conditions as for the functions of the same names in [`super::generic::matrix_unit`].
+#[derive(Debug)]
+pub(crate) struct MatrixUnitKernels {
+    /// Runs a task with the unit configured for blocks of so many steps.
+    pub(crate) with: unsafe fn(steps: usize, task: &mut dyn FnMut()),
+    pub(crate) lay_out_left: unsafe fn(blocks: usize, steps: usize, panels: &[*const u8; PANELS], out: *mut u8),
+    /// Of bytes, of nibbles.
+    pub(crate) lay_out_right: [LayOutRight; 2],
+    /// The function for blocks of this many steps.
+    pub(crate) tile: fn(steps: usize) -> TileFn,
+}
+type LayOutRight = unsafe fn(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8);
+
 /// The kernels of a level. Conditions of the functions stand at the generic algorithms of the same names.
 #[derive(Debug)]
 pub struct Kernels {
@@ -36,6 +50,8 @@ pub struct Kernels {
     pub(crate) tiles: &'static [TileKernel],
     /// The same straight from nibbles.
     pub(crate) nibble_tiles: &'static [TileKernel],
+    /// For tiles of 32 × 32, where the level has a matrix unit.
+    pub(crate) matrix_unit: Option<MatrixUnitKernels>,
     pub(crate) unpack_nibbles: unsafe fn(blocks: usize, steps: usize, b: *const u8, out: *mut u8),
     pub(crate) amax_row: unsafe fn(*const f32, usize) -> u32,
     /// Indexed by rounding.
@@ -67,8 +83,10 @@ impl Kernels {
             Level::Avx2 => &avx2::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Level::Avx512Vnni => &avx512vnni::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx => &amx::KERNELS,
             #[cfg(not(target_arch = "x86_64"))]
-            Level::Avx2 | Level::Avx512Vnni => unreachable!(),
+            Level::Avx2 | Level::Avx512Vnni | Level::Amx => unreachable!(),
         }
     }
 
@@ -131,13 +149,15 @@ macro_rules! kernels {
             use crate::arch::simd::Simd;
             use crate::ceilings;
 
-            pub(crate) static KERNELS: Kernels = Kernels {
+            pub(crate) static KERNELS: Kernels = TABLE;
+            pub(crate) const TABLE: Kernels = Kernels {
                 level: $level,
                 columns: 2 * <$token>::LANES,
                 tiles: &[$(TileKernel { correction: Correction::$correction, fits: $fits, for_block: $tile }),+],
                 nibble_tiles: &[
                     $(TileKernel { correction: Correction::$nibbles_correction, fits: $nibbles_fit, for_block: $nibbles }),+
                 ],
+                matrix_unit: None,
                 unpack_nibbles,
                 amax_row,
                 round_row_i16: [round_row_i16::<NEAREST_EVEN>, round_row_i16::<NEAREST_AWAY>, round_row_i16::<TOWARD_ZERO>, round_row_i16::<STOCHASTIC>],
@@ -236,6 +256,62 @@ kernels!(
     [tile_dot4 Total DOT4], [nibbles_dot4 Total DOT4], [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 );
 
+/// Compiles the algorithms of a matrix unit for one token, and adds them to a level's table.
+macro_rules! matrix_unit {
+    ($name:ident, $level:expr, $base:ident, $token:ty, $make:expr, $attribute:tt) => {
+        pub(crate) mod $name {
+            #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
+            use super::*;
+            use crate::arch::generic::matrix_unit::{self, MatrixUnit};
+
+            pub(crate) static KERNELS: Kernels = Kernels {
+                level: $level,
+                matrix_unit: Some(MatrixUnitKernels {
+                    with,
+                    lay_out_left,
+                    lay_out_right: [lay_out_right::<false>, lay_out_right::<true>],
+                    tile: |steps| if steps == 16 { tile::<16> } else { tile::<0> },
+                }),
+                ..$base::TABLE
+            };
+
+            unsafe fn with(steps: usize, task: &mut dyn FnMut()) {
+                /// Restores also when the task panics.
+                struct Restored(Option<<$token as MatrixUnit>::Before>);
+                impl Drop for Restored {
+                    fn drop(&mut self) {
+                        self.0.take().into_iter().for_each(|before| unsafe { $make.restore(before) });
+                    }
+                }
+                let _restored = Restored(Some(unsafe { matrix_unit::configure($make, steps) }));
+                task();
+            }
+            #$attribute
+            unsafe fn lay_out_left(blocks: usize, steps: usize, panels: &[*const u8; PANELS], out: *mut u8) {
+                unsafe { matrix_unit::lay_out_left($make, blocks, steps, panels, out) }
+            }
+            #$attribute
+            unsafe fn lay_out_right<const NIBBLES: bool>(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8) {
+                unsafe { matrix_unit::lay_out_right::<_, NIBBLES>($make, blocks, steps, offset, panel, out) }
+            }
+            #$attribute
+            unsafe fn tile<const STEPS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile) {
+                unsafe { matrix_unit::tile::<_, STEPS>($make, blocks, steps, a, b, c) }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+matrix_unit!(
+    amx,
+    Level::Amx,
+    avx512vnni,
+    crate::arch::x86_64::avx512vnni::Avx512Vnni,
+    crate::arch::x86_64::avx512vnni::Avx512Vnni::assume(),
+    [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+);
+
 /// The generic kernels of the AVX2 and the AVX-512 level on plain arrays: what those levels compute, minus their
 /// intrinsics, on every machine.
 #[cfg(any(test, feature = "testing"))]
@@ -247,6 +323,15 @@ pub mod models {
     kernels!(lanes16, Level::Scalar, crate::arch::scalar::Scalar<16>, crate::arch::scalar::Scalar::<16>,
         [tile_dot4 Total DOT4], [nibbles_dot4 Total DOT4], [inline]);
 
+    matrix_unit!(
+        lanes16_and_unit,
+        Level::Scalar,
+        lanes16,
+        crate::arch::scalar::Scalar<16>,
+        crate::arch::scalar::Scalar::<16>,
+        [inline]
+    );
+
     /// The model of the AVX2 level.
     #[must_use]
     pub fn avx2() -> &'static Kernels {
@@ -256,5 +341,10 @@ pub mod models {
     #[must_use]
     pub fn avx512vnni() -> &'static Kernels {
         &lanes16::KERNELS
+    }
+    /// The model of the AMX level.
+    #[must_use]
+    pub fn amx() -> &'static Kernels {
+        &lanes16_and_unit::KERNELS
     }
 }

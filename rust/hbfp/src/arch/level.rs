@@ -12,11 +12,13 @@ pub enum Level {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ, VL and VNNI.
     Avx512Vnni,
+    /// The same with AMX: a matrix unit for 8-bit integers. Linux, which must let the process use it.
+    Amx,
 }
 
 impl Level {
     /// All levels, narrowest first.
-    pub const ALL: [Self; 3] = [Self::Scalar, Self::Avx2, Self::Avx512Vnni];
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Avx2, Self::Avx512Vnni, Self::Amx];
 
     /// Whether this CPU can run the level.
     #[must_use]
@@ -33,8 +35,10 @@ impl Level {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512Vnni.is_available() && super::x86_64::amx::is_available(),
             #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx2 | Self::Avx512Vnni => false,
+            Self::Avx2 | Self::Avx512Vnni | Self::Amx => false,
         }
     }
 
@@ -51,6 +55,7 @@ impl Level {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512Vnni => "avx512vnni",
+            Self::Amx => "amx",
         }
     }
 
@@ -80,7 +85,7 @@ impl FromStr for Level {
 
     fn from_str(text: &str) -> Result<Self> {
         Self::ALL.into_iter().find(|level| level.name() == text).ok_or_else(|| Error::Level {
-            expected: "a level scalar, avx2 or avx512vnni".into(),
+            expected: format!("a level ({})", Self::ALL.map(Self::name).join(", ")),
             found: format!("{text:?}"),
         })
     }

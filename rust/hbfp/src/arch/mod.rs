@@ -8,6 +8,8 @@ pub(crate) mod generic;
 pub(crate) mod kernels;
 pub(crate) mod level;
 pub(crate) mod scalar;
+#[cfg(any(test, feature = "testing"))]
+mod scalar_matrix_unit;
 pub(crate) mod simd;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod x86_64;

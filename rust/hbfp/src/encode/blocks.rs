@@ -59,6 +59,9 @@ pub(crate) struct Scratch {
     pub(crate) wide: Vec<i16>,
     /// A B panel taken out of nibbles.
     pub(crate) panel: AlignedBytes,
+    /// Panels as a matrix unit takes them: a task's left ones, and a right one.
+    pub(crate) unit_left: AlignedBytes,
+    pub(crate) unit_right: AlignedBytes,
     /// Strips whose panels take another form in the end.
     pub(crate) strips: AlignedBytes,
     /// A convolution's left panels, gathered for a task; which of them need the general product.

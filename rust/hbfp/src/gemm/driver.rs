@@ -8,8 +8,9 @@
 
 use super::cache::Caches;
 use super::{Epilogue, general};
+use crate::arch::generic::matrix_unit;
 use crate::arch::generic::product::{PANEL_ROWS, RIDER, Tile, b_block_bytes};
-use crate::arch::kernels::{TileFn, TileKernel};
+use crate::arch::kernels::{MatrixUnitKernels, TileFn, TileKernel};
 use crate::encode::Context;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
@@ -18,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET};
 use crate::mem::{AlignedBytes, SharedMut};
 use crate::parallel::{Stage, for_each_stage};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -140,15 +142,13 @@ pub(super) fn multiply(
         let (matrix, rest) = (task / (row_tasks * column_tasks), task % (row_tasks * column_tasks));
         let (r, c) = (rest % row_tasks * plan.row_panels, rest / row_tasks * plan.column_panels);
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-        let mut buffer = Buffer::default();
+        let (rows, columns) = (r..(r + plan.row_panels).min(al.panels), c..(c + plan.column_panels).min(bl.panels));
         for pass in 0..passes {
             let blocks = pass * plan.depth..((pass + 1) * plan.depth).min(al.blocks);
             let slice = Slice { blocks, first: pass == 0, last: pass + 1 == passes };
-            for j in c..(c + plan.column_panels).min(bl.panels) {
-                let b = product.right_panel(matrix, j, &slice, &mut scratch.panel);
-                for i in r..(r + plan.row_panels).min(al.panels) {
-                    product.tile(matrix, i, j, b, &slice, &mut buffer);
-                }
+            match product.tiles.unit {
+                Some(unit) => product.on_unit(unit, matrix, &rows, &columns, &slice, &mut scratch),
+                None => product.columns(matrix, &rows, &columns, &slice, &mut scratch.panel),
             }
         }
     };
@@ -175,7 +175,7 @@ impl Default for Buffer {
 
 /// Blocks of the reduction that a pass takes.
 struct Slice {
-    blocks: std::ops::Range<usize>,
+    blocks: Range<usize>,
     first: bool,
     last: bool,
 }
@@ -214,6 +214,15 @@ pub(super) struct Tiles<'a> {
     /// For tiles of one to four rows.
     run: Option<[TileFn; PANEL_ROWS]>,
     from_nibbles: bool,
+    /// For tiles of 32 × 32.
+    unit: Option<Unit>,
+}
+
+/// A matrix unit, and its kernel for the blocks at hand.
+#[derive(Clone, Copy)]
+struct Unit {
+    kernels: &'static MatrixUnitKernels,
+    run: TileFn,
 }
 
 impl<'a> Tiles<'a> {
@@ -226,7 +235,9 @@ impl<'a> Tiles<'a> {
         epilogue: Epilogue<'a>,
     ) -> Self {
         let run = kernel.tile.map(|tile| [1, 2, 3, 4].map(|rows| (tile.for_block)(al.steps, rows)));
-        Self { ctx, al, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles }
+        let unit = ctx.kernels.matrix_unit.as_ref().filter(|_| run.is_some() && matrix_unit::fits(al.steps));
+        let unit = unit.map(|kernels| Unit { kernels, run: (kernels.tile)(al.steps) });
+        Self { ctx, al, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles, unit }
     }
 
     /// Whether a tile, some of whose blocks needed the general product, or none, has last steps.
@@ -285,11 +296,17 @@ impl<'a> Tiles<'a> {
             }
         }
         if finish {
-            let bias = self.epilogue.bias.map(|bias| &bias[column..][..width]);
-            for r in 0..height {
-                for (c, x) in row(r).iter_mut().enumerate() {
-                    *x = general::finish(*x, bias.map(|bias| bias[c]));
-                }
+            let rows = (0..height).map(row);
+            self.finish(rows, column);
+        }
+    }
+
+    /// The last steps of rows of a tile that begins at this column.
+    fn finish<'r>(&self, rows: impl Iterator<Item = &'r mut [f32]>, column: usize) {
+        for row in rows {
+            let bias = self.epilogue.bias.map(|bias| &bias[column..][..row.len()]);
+            for (c, x) in row.iter_mut().enumerate() {
+                *x = general::finish(*x, bias.map(|bias| bias[c]));
             }
         }
     }
@@ -320,21 +337,120 @@ struct Product<'a> {
 }
 
 impl Product<'_> {
-    fn right_panel(&self, matrix: usize, j: usize, slice: &Slice, buffer: &mut AlignedBytes) -> PanelBlocks {
+    /// C over some panels of both operands and some blocks.
+    fn columns(
+        &self,
+        matrix: usize,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
+        slice: &Slice,
+        panel: &mut AlignedBytes,
+    ) {
+        let mut buffer = Buffer::default();
+        for j in columns.clone() {
+            let b = self.right_panel(matrix, j, slice, panel);
+            for i in rows.clone() {
+                self.tile(matrix, i, j, b, slice, &mut buffer);
+            }
+        }
+    }
+
+    /// The same, where a matrix unit takes all tiles of 32 × 32 that need no general product.
+    fn on_unit(
+        &self,
+        unit: Unit,
+        matrix: usize,
+        rows: &Range<usize>,
+        columns: &Range<usize>,
+        slice: &Slice,
+        scratch: &mut Scratch,
+    ) {
+        let Tiles { al, bl, out, epilogue, .. } = &self.tiles;
+        let (blocks, steps, n) = (slice.blocks.len(), al.steps, bl.lines);
+        let group_bytes = blocks * matrix_unit::block_bytes(steps);
+        // Whole groups of left panels, all of them for the fast path.
+        let fast = |first: usize| {
+            let whole =
+                first + matrix_unit::PANELS <= rows.end && (first + matrix_unit::PANELS) * PANEL_ROWS <= al.lines;
+            // SAFETY: panels of the layout, written by the stage before.
+            whole && (first..first + matrix_unit::PANELS).all(|i| !unsafe { self.a.is_general(al.panel(matrix, i)) })
+        };
+        let groups: Vec<usize> = rows.clone().step_by(matrix_unit::PANELS).filter(|&first| fast(first)).collect();
+        if blocks == 0 || groups.is_empty() {
+            return self.columns(matrix, rows, columns, slice, &mut scratch.panel);
+        }
+        let left = scratch.unit_left.reserve(groups.len() * group_bytes).as_ptr();
+        let right = scratch.unit_right.reserve(group_bytes).as_ptr();
+        for (g, &first) in groups.iter().enumerate() {
+            let panels = std::array::from_fn(|i| self.left_panel(matrix, first + i, slice).bytes);
+            // SAFETY: panels of the layout, written by the stage before; the buffer has room for the groups.
+            unsafe { (unit.kernels.lay_out_left)(blocks, steps, &panels, left.add(g * group_bytes)) };
+        }
+        let fresh = slice.first && !epilogue.accumulate;
+        let mut on_unit = || {
+            for j in columns.clone() {
+                let column = j * bl.width;
+                let panel = self.stored_right_panel(matrix, j, slice);
+                if panel.general || column + bl.width > n {
+                    self.columns(matrix, rows, &(j..j + 1), slice, &mut scratch.panel);
+                    continue;
+                }
+                let nibbles = usize::from(bl.form == Form::Nibbles);
+                // SAFETY: a panel of the layout, written by the stage before; the buffer has room for it.
+                unsafe { (unit.kernels.lay_out_right[nibbles])(blocks, steps, bl.offset(), panel.bytes, right) };
+                for (g, &first) in groups.iter().enumerate() {
+                    let at = (matrix * al.lines + first * PANEL_ROWS) * n + column;
+                    let c = Tile { c: out.pointer(at, (matrix_unit::SIDE - 1) * n + bl.width), stride: n, fresh };
+                    // SAFETY: both operands are laid out; the tile belongs to this task; the unit is configured.
+                    unsafe { (unit.run)(blocks, steps, left.add(g * group_bytes), right, c) };
+                    if slice.last && self.tiles.finishes(false) {
+                        // SAFETY: the same tile, row by row.
+                        let rows = (0..matrix_unit::SIDE).map(|r| unsafe { out.part(at + r * n, bl.width) });
+                        self.tiles.finish(rows, column);
+                    }
+                }
+                // What lies between the groups, and after them.
+                let mut done = rows.start;
+                for &first in groups.iter().chain([&rows.end]) {
+                    if done < first {
+                        self.columns(matrix, &(done..first), &(j..j + 1), slice, &mut scratch.panel);
+                    }
+                    done = first + matrix_unit::PANELS;
+                }
+            }
+        };
+        // SAFETY: the level has the unit.
+        unsafe { (unit.kernels.with)(steps, &mut on_unit) };
+    }
+
+    /// Blocks of a B panel as they are stored.
+    fn stored_right_panel(&self, matrix: usize, j: usize, slice: &Slice) -> PanelBlocks {
         let bl = &self.tiles.bl;
         let panel = bl.panel(if bl.shared { 0 } else { matrix }, j);
         // SAFETY: a panel of the layout, written by the stage before.
         let general = unsafe { self.b.is_general(panel) };
         let bytes = self.b.bytes.wrapping_add(panel * bl.panel_bytes() + slice.blocks.start * bl.block_bytes);
-        self.tiles.right_panel(PanelBlocks { bytes, general }, slice.blocks.len(), buffer)
+        PanelBlocks { bytes, general }
+    }
+
+    /// Blocks of an A panel.
+    fn left_panel(&self, matrix: usize, i: usize, slice: &Slice) -> PanelBlocks {
+        let al = &self.tiles.al;
+        let panel = al.panel(matrix, i);
+        // SAFETY: a panel of the layout, written by the stage before.
+        let general = unsafe { self.a.is_general(panel) };
+        let bytes = self.a.bytes.wrapping_add(panel * al.panel_bytes() + slice.blocks.start * al.block_bytes);
+        PanelBlocks { bytes, general }
+    }
+
+    fn right_panel(&self, matrix: usize, j: usize, slice: &Slice, buffer: &mut AlignedBytes) -> PanelBlocks {
+        self.tiles.right_panel(self.stored_right_panel(matrix, j, slice), slice.blocks.len(), buffer)
     }
 
     fn tile(&self, matrix: usize, i: usize, j: usize, b: PanelBlocks, slice: &Slice, buffer: &mut Buffer) {
         let Tiles { al, bl, .. } = &self.tiles;
         let (m, n, column) = (al.lines, bl.lines, j * bl.width);
-        let panel = al.panel(matrix, i);
-        // SAFETY: a panel of the layout, written by the stage before.
-        let general = unsafe { self.a.is_general(panel) };
+        let a = self.left_panel(matrix, i, slice);
         let place = Place {
             at: (matrix * m + i * PANEL_ROWS) * n + column,
             stride: n,
@@ -342,11 +458,10 @@ impl Product<'_> {
             width: bl.width.min(n - column),
             column,
             first: slice.first,
-            finish: slice.last && self.tiles.finishes(general | b.general),
+            finish: slice.last && self.tiles.finishes(a.general | b.general),
         };
-        let bytes = self.a.bytes.wrapping_add(panel * al.panel_bytes() + slice.blocks.start * al.block_bytes);
         // SAFETY: the panels were laid out with these layouts; a tile belongs to one task.
-        unsafe { self.tiles.tile(PanelBlocks { bytes, general }, b, slice.blocks.len(), place, buffer) };
+        unsafe { self.tiles.tile(a, b, slice.blocks.len(), place, buffer) };
     }
 }
 

@@ -1,6 +1,7 @@
 //! Algorithms told once, over the operations of [`crate::arch::simd::Simd`].
 
 pub(crate) mod encode;
+pub(crate) mod matrix_unit;
 pub(crate) mod philox;
 pub(crate) mod product;
 pub(crate) mod softmax;

@@ -97,7 +97,7 @@ unsafe fn word<S: Simd>(s: S, p: *const u8) -> S::V {
 /// # Safety
 /// `p` is valid for reading two registers.
 #[inline(always)]
-unsafe fn columns<S: Simd>(s: S, p: *const u8) -> [S::V; 2] {
+pub(crate) unsafe fn columns<S: Simd>(s: S, p: *const u8) -> [S::V; 2] {
     // SAFETY: the caller vouches for the bytes.
     unsafe { [s.load(p.cast()), s.load(p.add(4 * S::LANES).cast())] }
 }
@@ -107,7 +107,7 @@ unsafe fn columns<S: Simd>(s: S, p: *const u8) -> [S::V; 2] {
 /// # Safety
 /// `p` is valid for reading `2 * LANES` bytes.
 #[inline(always)]
-unsafe fn nibble_riders<S: Simd>(s: S, p: *const u8) -> [S::V; 2] {
+pub(crate) unsafe fn nibble_riders<S: Simd>(s: S, p: *const u8) -> [S::V; 2] {
     let base = s.splat(RIDER.wrapping_sub(EXPONENT_OFFSET << 23));
     // SAFETY: the caller vouches for the bytes.
     let c = unsafe { [s.load_u8(p), s.load_u8(p.add(S::LANES))] };
@@ -116,7 +116,7 @@ unsafe fn nibble_riders<S: Simd>(s: S, p: *const u8) -> [S::V; 2] {
 
 /// The low and the high nibbles of bytes of two registers: two steps of a B panel.
 #[inline(always)]
-fn nibbles<S: Simd>(s: S, x: [S::V; 2]) -> [[S::V; 2]; 2] {
+pub(crate) fn nibbles<S: Simd>(s: S, x: [S::V; 2]) -> [[S::V; 2]; 2] {
     let low = s.splat(0x0F0F_0F0F);
     [[s.and(x[0], low), s.and(x[1], low)], [s.and(s.sar::<4>(x[0]), low), s.and(s.sar::<4>(x[1]), low)]]
 }

@@ -1,0 +1,288 @@
+//! Tiles of 32 × 32 on a matrix unit, which multiplies 16 rows by 16 columns of bytes in one instruction (Intel SDM,
+//! volume 1, chapter 18: AMX).
+//!
+//! The unit adds up a block's products in 32 bits; vector instructions then scale the sums and add them to C, as
+//! everywhere. So that both work at once, a tile's sums leave the unit four products after they began, and are scaled
+//! three products later.
+//!
+//! # Layout
+//! Panels, as the other kernels read them, are laid out anew for a task that uses them many times. A block of 32 lines
+//! of either operand takes [`block_bytes`]; its steps come in pieces of at most 16:
+//! ```text
+//! left   [pieces][2 halves][16 rows][4 · steps of a piece] i8 codes, then i32 ea[32] << 23
+//! right  [steps][32 columns][4 k] i8 codes, then f32 2^eb[32]
+//! ```
+//! Both are signed, so that nothing has to be corrected.
+
+use super::product::{
+    PANEL_ROWS, RIDER, Tile, a_block_bytes, b_block_bytes, columns, nibble_block_bytes, nibble_riders, nibbles,
+};
+use crate::arch::simd::Simd;
+
+/// Rows and columns of a tile of C.
+pub(crate) const SIDE: usize = 32;
+/// Left panels of a tile.
+pub(crate) const PANELS: usize = SIDE / PANEL_ROWS;
+/// Rows and columns of a product of the unit.
+const HALF: usize = SIDE / 2;
+/// Most steps of a product of the unit.
+const PIECE: usize = 16;
+
+/// Bytes of a block of 32 lines.
+pub(crate) const fn block_bytes(steps: usize) -> usize {
+    4 * SIDE * (steps + 1)
+}
+
+/// Whether the unit takes blocks of so many steps: whole pieces, long enough to pay for what follows each block.
+pub(crate) const fn fits(steps: usize) -> bool {
+    steps.is_multiple_of(PIECE) || steps == PIECE / 2
+}
+
+/// Steps of a piece.
+const fn piece_steps(steps: usize) -> usize {
+    if steps < PIECE { steps } else { PIECE }
+}
+
+/// Eight tile registers: 0 to 3 hold sums, 4 and 5 left, 6 and 7 right codes.
+///
+/// # Safety
+/// Methods but `configure` need a configuration of the calling thread; pointers are valid for what is read or written.
+pub(crate) trait MatrixUnit: Simd {
+    /// What was configured before.
+    type Before;
+    /// Makes the registers ready for pieces of `steps` steps.
+    unsafe fn configure(self, steps: usize) -> Self::Before;
+    /// Undoes that.
+    unsafe fn restore(self, before: Self::Before);
+    /// 16 × 16 sums to memory.
+    unsafe fn store_sums<const T: usize>(self, to: *mut i32);
+    unsafe fn clear<const T: usize>(self);
+    /// Rows of a register, `stride` bytes apart.
+    unsafe fn fill<const T: usize>(self, from: *const u8, stride: usize);
+    /// Sums += left codes · right codes.
+    unsafe fn multiply<const SUMS: usize, const LEFT: usize, const RIGHT: usize>(self);
+    /// Four rows of 64 bytes, from 16 steps of a panel.
+    unsafe fn panel_rows(self, panel: *const u8, to: *mut u8);
+}
+
+/// Configures the unit for blocks of `steps` steps.
+///
+/// # Safety
+/// The CPU and the process may use the unit.
+#[inline(always)]
+pub(crate) unsafe fn configure<S: MatrixUnit>(s: S, steps: usize) -> S::Before {
+    // SAFETY: the caller's word.
+    unsafe { s.configure(piece_steps(steps)) }
+}
+
+/// Lays out eight left panels.
+///
+/// # Safety
+/// `panels` are valid for reading `blocks` blocks of `steps` steps of a panel with 8-bit codes, `out` for writing as many
+/// blocks.
+#[inline(always)]
+pub(crate) unsafe fn lay_out_left<S: MatrixUnit>(
+    s: S,
+    blocks: usize,
+    steps: usize,
+    panels: &[*const u8; PANELS],
+    out: *mut u8,
+) {
+    let piece = piece_steps(steps);
+    let row_bytes = 4 * piece;
+    for block in 0..blocks {
+        for (p, panel) in panels.iter().enumerate() {
+            // SAFETY: all offsets are inside the blocks that the caller vouches for.
+            unsafe {
+                let from = panel.add(block * a_block_bytes(steps, false));
+                let out = out.add(block * block_bytes(steps));
+                for first in (0..steps).step_by(piece) {
+                    let from = from.add(4 * PANEL_ROWS * first);
+                    let to = out.add(4 * SIDE * first + PANEL_ROWS * p * row_bytes);
+                    if piece == PIECE {
+                        s.panel_rows(from, to);
+                        continue;
+                    }
+                    for (row, t) in (0..PANEL_ROWS).flat_map(|row| (0..piece).map(move |t| (row, t))) {
+                        let word = from.cast::<i32>().add(PANEL_ROWS * t + row).read_unaligned();
+                        to.add(row * row_bytes).cast::<i32>().add(t).write_unaligned(word);
+                    }
+                }
+                let riders = from.add(4 * PANEL_ROWS * (steps + 1));
+                let to = out.add(4 * SIDE * steps + 4 * PANEL_ROWS * p);
+                to.copy_from_nonoverlapping(riders, 4 * PANEL_ROWS);
+            }
+        }
+    }
+}
+
+/// Lays out a right panel of codes raised by `offset`, bytes or nibbles.
+///
+/// # Safety
+/// `panel` is valid for reading `blocks` blocks of `steps` steps of 32 columns, `out` for writing as many blocks.
+#[inline(always)]
+pub(crate) unsafe fn lay_out_right<S: MatrixUnit, const NIBBLES: bool>(
+    s: S,
+    blocks: usize,
+    steps: usize,
+    offset: i32,
+    panel: *const u8,
+    out: *mut u8,
+) {
+    const BYTES: i32 = 0x0101_0101;
+    const { assert!(2 * S::LANES == SIDE) };
+    // u − offset: no byte of the sum passes 255, and 128 off it is a change of the highest bit.
+    let (raise, sign) = (s.splat(BYTES * (128 - offset)), s.splat(BYTES << 7));
+    let one = s.splat(0x3F80_0000 - RIDER);
+    let bytes = if NIBBLES { nibble_block_bytes(steps, SIDE) } else { b_block_bytes(steps, SIDE) };
+    for block in 0..blocks {
+        // SAFETY: all offsets are inside the blocks that the caller vouches for.
+        unsafe {
+            let from = panel.add(block * bytes);
+            let out = out.add(block * block_bytes(steps));
+            for t in 0..steps {
+                let [x, y] = if NIBBLES {
+                    nibbles(s, columns(s, from.add(4 * SIDE * (t / 2))))[t % 2]
+                } else {
+                    columns(s, from.add(4 * SIDE * t))
+                };
+                let to = out.add(4 * SIDE * t);
+                s.store(to.cast(), s.xor(s.add(x, raise), sign));
+                s.store(to.add(2 * SIDE).cast(), s.xor(s.add(y, raise), sign));
+            }
+            let [x, y] = if NIBBLES {
+                nibble_riders(s, from.add(4 * SIDE * steps.div_ceil(2)))
+            } else {
+                columns(s, from.add(4 * SIDE * steps))
+            };
+            let to = out.add(4 * SIDE * steps);
+            s.store(to.cast(), s.add(x, one));
+            s.store(to.add(2 * SIDE).cast(), s.add(y, one));
+        }
+    }
+}
+
+/// A block whose sums are in memory or on their way there.
+#[derive(Clone, Copy)]
+struct Ends {
+    left: *const u8,
+    right: *const u8,
+}
+
+#[repr(align(64))]
+struct Aligned<T>(T);
+
+/// A quarter of C += its sums · 2^(ea+eb), each product exact, each sum rounded once.
+///
+/// # Safety
+/// `sums` is valid for reading four quarters, `c` for reading and writing a tile; the ends for reading 32 words.
+#[inline(always)]
+unsafe fn add_scaled<S: Simd>(s: S, quarter: usize, sums: *const i32, of: Ends, c: *mut f32) {
+    let (half, side) = (quarter / 2, quarter % 2);
+    // SAFETY: the caller's word.
+    unsafe {
+        let (sums, c) = (sums.add(HALF * HALF * quarter), c.add(SIDE * HALF * half + HALF * side));
+        let left = of.left.add(4 * HALF * half);
+        let eb = s.load(of.right.add(4 * HALF * side).cast());
+        for row in 0..HALF {
+            let scale = s.add(eb, s.splat(left.cast::<i32>().add(row).read_unaligned()));
+            let at = c.add(SIDE * row);
+            let sum = s.mul_add_f32(s.to_f32(s.load(sums.add(HALF * row))), scale, s.load(at.cast()));
+            s.store(at.cast(), sum);
+        }
+    }
+}
+
+/// Starts a block's products of tile `T`, after the sums of the block before have left it.
+///
+/// # Safety
+/// As for [`tile`]; the unit is configured.
+#[inline(always)]
+unsafe fn advance<S: MatrixUnit, const T: usize, const LEFT: usize, const RIGHT: usize>(
+    s: S,
+    steps: usize,
+    a: *const u8,
+    b: *const u8,
+    sums: *mut i32,
+) {
+    let piece = piece_steps(steps);
+    let (row_bytes, piece_bytes) = (4 * piece, 4 * SIDE * piece);
+    let (a, b) = (a.wrapping_add((LEFT - 4) * HALF * row_bytes), b.wrapping_add((RIGHT - 6) * 4 * HALF));
+    // SAFETY: pieces of the block that the caller vouches for.
+    unsafe {
+        s.store_sums::<T>(sums.add(HALF * HALF * T));
+        s.clear::<T>();
+        for p in 0..steps / piece {
+            // One piece: the registers that an earlier tile of the block has filled still hold it.
+            if T == 0 || T == 2 || steps > piece {
+                s.fill::<LEFT>(a.add(p * piece_bytes), row_bytes);
+            }
+            if T == 0 || T == 1 || steps > piece {
+                s.fill::<RIGHT>(b.add(p * piece_bytes), 4 * SIDE);
+            }
+            s.multiply::<T, LEFT, RIGHT>();
+        }
+    }
+}
+
+/// C tile of 32 × 32 += left · right.
+///
+/// # Safety
+/// - `a` and `b` are valid for reading `blocks` blocks of the layouts above, which [`fits`];
+/// - `c` is valid for reading and writing 32 rows of 32 elements; blocks > 0;
+/// - the calling thread's unit is [configured](configure) for blocks of `steps` steps.
+#[inline(always)]
+pub(crate) unsafe fn tile<S: MatrixUnit, const STEPS: usize>(
+    s: S,
+    blocks: usize,
+    steps: usize,
+    a: *const u8,
+    b: *const u8,
+    c: Tile,
+) {
+    let steps = if STEPS == 0 { steps } else { STEPS };
+    let (bytes, ends) = (block_bytes(steps), 4 * SIDE * steps);
+    let mut sums = Aligned([[0i32; HALF * HALF]; 4]);
+    let mut own = Aligned([0f32; SIDE * SIDE]);
+    let sums = (&raw mut sums.0).cast::<i32>();
+    let own = (&raw mut own.0).cast::<f32>();
+    // SAFETY: all offsets are inside the blocks, the buffers and the tile that the caller vouches for.
+    unsafe {
+        if !c.fresh {
+            for row in 0..SIDE {
+                own.add(SIDE * row).copy_from_nonoverlapping(c.c.add(row * c.stride), SIDE);
+            }
+        }
+        s.clear::<0>();
+        s.clear::<1>();
+        s.clear::<2>();
+        s.clear::<3>();
+        // Of the block before, and the one before that: at first zeros, which leave +0.0 and all else as they are.
+        let mut before = [Ends { left: a.add(ends), right: b.add(ends) }; 2];
+        for block in 0..blocks {
+            let (a, b) = (a.add(block * bytes), b.add(block * bytes));
+            advance::<S, 0, 4, 6>(s, steps, a, b, sums);
+            add_scaled(s, 1, sums, before[1], own);
+            advance::<S, 1, 4, 7>(s, steps, a, b, sums);
+            add_scaled(s, 2, sums, before[1], own);
+            advance::<S, 2, 5, 6>(s, steps, a, b, sums);
+            add_scaled(s, 3, sums, before[1], own);
+            advance::<S, 3, 5, 7>(s, steps, a, b, sums);
+            add_scaled(s, 0, sums, before[0], own);
+            before = [Ends { left: a.add(ends), right: b.add(ends) }, before[0]];
+        }
+        add_scaled(s, 1, sums, before[1], own);
+        add_scaled(s, 2, sums, before[1], own);
+        add_scaled(s, 3, sums, before[1], own);
+        s.store_sums::<0>(sums);
+        s.store_sums::<1>(sums.add(HALF * HALF));
+        s.store_sums::<2>(sums.add(2 * HALF * HALF));
+        s.store_sums::<3>(sums.add(3 * HALF * HALF));
+        for t in 0..4 {
+            add_scaled(s, t, sums, before[0], own);
+        }
+        for row in 0..SIDE {
+            c.c.add(row * c.stride).copy_from_nonoverlapping(own.add(SIDE * row), SIDE);
+        }
+    }
+}
