@@ -46,6 +46,39 @@ fn all_levels_and_teams_agree_on_large_products_and_softmax() {
 }
 
 #[test]
+fn large_outputs_that_go_around_the_caches_are_whole() {
+    // Hunted: rows that are not on cache lines, panels at the edges, parts that other threads' stores leave behind.
+    let k = 64;
+    for (m, n) in [(1000, 2112), (2048, 1024), (1030, 2050)] {
+        let (x, w) = (Fill::Plain.values(m * k, 1), Fill::Plain.values(k * n, 2));
+        let run = |kernels: &'static Kernels, team: &dyn Team, threads, shift: usize, bias: bool| {
+            let ctx = Context { kernels, team, threads };
+            let operand = |data, shape: &[usize]| Operand::Floats {
+                x: FloatTensor::new(data, shape).unwrap(),
+                axis: 1,
+                format: line(6, 64),
+                mode: mode(Rounding::NearestEven, 0),
+            };
+            // On a cache line, and off it.
+            let mut memory = vec![f32::NAN; m * n + 32];
+            let from = (64 - memory.as_ptr() as usize % 64) / 4 % 16 + shift;
+            let out = &mut memory[from..][..m * n];
+            let epilogue = Epilogue { accumulate: false, bias: bias.then_some(&w[..n]) };
+            let b = Right::Operand(operand(&w, &[n, k]));
+            product(&ctx, &operand(&x, &[m, k]), &b, out, epilogue, &mut Workspace::default()).unwrap();
+            bits(out)
+        };
+        let best = Kernels::of(hbfp::Level::ALL.into_iter().rev().find(|level| level.is_available()).unwrap());
+        for bias in [false, true] {
+            let expected = run(Kernels::of(hbfp::Level::Scalar), &Serial, 1, 0, bias);
+            assert!(run(best, &Pool::new(), 2, 0, bias) == expected, "{m}×{n}, two threads");
+            assert!(run(best, &Serial, 1, 4, bias) == expected, "{m}×{n}, off a cache line");
+            assert!(run(hbfp::testing::models::amx(), &Serial, 1, 0, bias) == expected, "{m}×{n}, the model");
+        }
+    }
+}
+
+#[test]
 fn softmax_is_a_softmax() {
     let (rows, columns) = (9, 37);
     let x = Fill::Plain.values(rows * columns, 8);

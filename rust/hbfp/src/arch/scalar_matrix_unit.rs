@@ -2,6 +2,7 @@
 
 use super::generic::matrix_unit::MatrixUnit;
 use super::scalar::Scalar;
+use super::simd::Simd;
 use std::cell::RefCell;
 
 /// Eight registers of 16 rows of 64 bytes, and the steps that they are configured for; 0: not configured.
@@ -63,6 +64,11 @@ impl MatrixUnit for Scalar<16> {
                 }
             }
         });
+    }
+    unsafe fn store_around(self, p: *mut i32, v: Self::V) {
+        assert!((p as usize).is_multiple_of(64), "a store around the caches that is no cache line");
+        // SAFETY: see above.
+        unsafe { self.store(p, v) };
     }
     unsafe fn panel_rows(self, panel: *const u8, to: *mut u8) {
         for (row, t) in (0..4).flat_map(|row| (0..16).map(move |t| (row, t))) {

@@ -31,6 +31,13 @@ const SERIAL_ELEMENTS: usize = 1 << 18;
 /// Tasks for each thread, so that all end together.
 const TASKS_PER_WORKER: usize = 8;
 
+/// Elements of the reduction, and left panels, of a task on a matrix unit.
+const UNIT_DEPTH: usize = 4096;
+const UNIT_PANELS: usize = 64;
+
+/// Bytes of C from which on it goes around the caches.
+const AROUND_CACHES: usize = 8 << 20;
+
 /// The right operand of [`multiply`].
 pub(super) enum Right<'a> {
     Packed(PanelsRef),
@@ -57,19 +64,25 @@ struct Plan {
 }
 
 impl Plan {
-    /// For panels of which `encoded` elements are still to be laid out.
-    fn new(ctx: &Context<'_>, al: &PanelLayout, bl: &PanelLayout, encoded: usize) -> Self {
+    /// For panels of which `encoded` elements are still to be laid out, and which a matrix unit takes `on_unit`.
+    fn new(ctx: &Context<'_>, al: &PanelLayout, bl: &PanelLayout, encoded: usize, on_unit: bool) -> Self {
         let caches = Caches::get();
         let macs = al.matrices.saturating_mul(al.lines).saturating_mul(bl.lines).saturating_mul(al.k.max(1));
         let small = macs < SERIAL_MACS && encoded < SERIAL_ELEMENTS;
         let workers = if small { 1 } else { ctx.threads.max(1) };
         // Half of the first level for B; a few rows pass over B but once.
         let b_block = b_block_bytes(bl.steps, bl.width);
-        let depth = if al.panels <= 2 { al.blocks } else { (caches.l1 / 2 / b_block).max(1024 / al.block) };
+        let depth = match (al.panels, on_unit) {
+            (..=2, _) => al.blocks,
+            // A unit works faster than C comes and goes: few passes over it.
+            (_, true) => UNIT_DEPTH / al.block,
+            (_, false) => (caches.l1 / 2 / b_block).max(1024 / al.block),
+        };
         let depth = depth.clamp(1, al.blocks.max(1));
         // Most of the second level for A, the rest for what passes through it; tasks of equal size.
-        let most = (caches.l2 * 5 / 8 / (depth * al.block_bytes)).clamp(8, 256);
-        let mut row_panels = al.panels.div_ceil(al.panels.div_ceil(most));
+        let (most, whole) = if on_unit { (UNIT_PANELS, matrix_unit::PANELS) } else { (256, 1) };
+        let most = (caches.l2 * 5 / 8 / (depth * al.block_bytes)).clamp(8, most);
+        let mut row_panels = al.panels.div_ceil(al.panels.div_ceil(most)).next_multiple_of(whole);
         let mut column_panels = 16.min(bl.panels);
         if workers > 1 {
             let tasks = |r: usize, c: usize| al.matrices * al.panels.div_ceil(r) * bl.panels.div_ceil(c);
@@ -78,7 +91,7 @@ impl Plan {
                 if column_panels > 1 {
                     column_panels = column_panels.div_ceil(2);
                 } else {
-                    row_panels = row_panels.div_ceil(2);
+                    row_panels = row_panels.div_ceil(2).next_multiple_of(whole);
                 }
             }
         }
@@ -111,7 +124,6 @@ pub(super) fn multiply(
     let encoded = elements(&al)
         + kept.as_ref().map_or(0, |job| elements(&job.layout))
         + if let Right::Fresh(job) = &right { elements(&job.layout) } else { 0 };
-    let plan = Plan::new(ctx, &al, &bl, encoded);
     let a = left.panels.as_ref();
     let (b, fresh) = match right {
         Right::Packed(b) => (b, None),
@@ -119,10 +131,11 @@ pub(super) fn multiply(
     };
     let together = 1 + usize::from(kept.is_some());
     let fillings = Fillings::new(ctx, [Some(left), kept, fresh].into_iter().flatten(), together);
-    let row_tasks = al.panels.div_ceil(plan.row_panels);
-    let column_tasks = bl.panels.div_ceil(plan.column_panels);
     let out = SharedMut::new(out);
     let tiles = Tiles::new(ctx, kernel, al, bl, out, epilogue);
+    let plan = Plan::new(ctx, &al, &bl, encoded, tiles.unit.is_some());
+    let row_tasks = al.panels.div_ceil(plan.row_panels);
+    let column_tasks = bl.panels.div_ceil(plan.column_panels);
     let product = Product { a, b, tiles };
     let passes = al.blocks.div_ceil(plan.depth).max(1);
     let failed = AtomicBool::new(false);
@@ -235,7 +248,8 @@ impl<'a> Tiles<'a> {
         epilogue: Epilogue<'a>,
     ) -> Self {
         let run = kernel.tile.map(|tile| [1, 2, 3, 4].map(|rows| (tile.for_block)(al.steps, rows)));
-        let unit = ctx.kernels.matrix_unit.as_ref().filter(|_| run.is_some() && matrix_unit::fits(al.steps));
+        let worthwhile = run.is_some() && matrix_unit::fits(al.steps) && al.panels >= matrix_unit::PANELS;
+        let unit = ctx.kernels.matrix_unit.as_ref().filter(|_| worthwhile);
         let unit = unit.map(|kernels| Unit { kernels, run: (kernels.tile)(al.steps) });
         Self { ctx, al, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles, unit }
     }
@@ -279,13 +293,13 @@ impl<'a> Tiles<'a> {
         let in_place = width == columns && (c as usize | (4 * stride)).is_multiple_of(32);
         if let (Some(run), true) = (run, in_place) {
             // SAFETY: the caller's word; the kernel writes as many rows as there are.
-            unsafe { run(blocks, al.steps, a.bytes, b.bytes, Tile { c, stride, fresh }) };
+            unsafe { run(blocks, al.steps, a.bytes, b.bytes, Tile { c, stride, fresh, around: false }) };
         } else {
             let buffer = &mut buffer.0[..PANEL_ROWS * columns];
             for (r, to) in buffer.chunks_exact_mut(columns).take(height).enumerate() {
                 if fresh { to.fill(0.0) } else { to[..width].copy_from_slice(row(r)) }
             }
-            let tile = Tile { c: buffer.as_mut_ptr(), stride: columns, fresh: false };
+            let tile = Tile { c: buffer.as_mut_ptr(), stride: columns, fresh: false, around: false };
             match run {
                 // SAFETY: as above; the buffer has 4 rows.
                 Some(run) => unsafe { run(blocks, al.steps, a.bytes, b.bytes, tile) },
@@ -387,6 +401,9 @@ impl Product<'_> {
             unsafe { (unit.kernels.lay_out_left)(blocks, steps, &panels, left.add(g * group_bytes)) };
         }
         let fresh = slice.first && !epilogue.accumulate;
+        // A large C that is written once would push all else out of the caches, and be read before it is written.
+        let large = size_of::<f32>() * n * al.lines * al.matrices >= AROUND_CACHES;
+        let around = large && fresh && slice.last && !self.tiles.finishes(false) && n.is_multiple_of(16);
         let mut on_unit = || {
             for j in columns.clone() {
                 let column = j * bl.width;
@@ -400,7 +417,8 @@ impl Product<'_> {
                 unsafe { (unit.kernels.lay_out_right[nibbles])(blocks, steps, bl.offset(), panel.bytes, right) };
                 for (g, &first) in groups.iter().enumerate() {
                     let at = (matrix * al.lines + first * PANEL_ROWS) * n + column;
-                    let c = Tile { c: out.pointer(at, (matrix_unit::SIDE - 1) * n + bl.width), stride: n, fresh };
+                    let c = out.pointer(at, (matrix_unit::SIDE - 1) * n + bl.width);
+                    let c = Tile { c, stride: n, fresh, around: around && (c as usize).is_multiple_of(64) };
                     // SAFETY: both operands are laid out; the tile belongs to this task; the unit is configured.
                     unsafe { (unit.run)(blocks, steps, left.add(g * group_bytes), right, c) };
                     if slice.last && self.tiles.finishes(false) {

@@ -190,7 +190,7 @@ impl Pair {
                 )
             };
             let at = base.wrapping_add(i * PANEL_ROWS * stride + j * bl.width);
-            let tile = Tile { c: at, stride, fresh: fresh && from == 0 };
+            let tile = Tile { c: at, stride, fresh: fresh && from == 0, around: false };
             let [general_a, general_b] =
                 [(a, ap), (b, bp)].map(|(operand, panel)| operand.panels.general[panel].load(Ordering::Relaxed) != 0);
             let general = general_a | general_b;

@@ -18,6 +18,7 @@ use super::product::{
     PANEL_ROWS, RIDER, Tile, a_block_bytes, b_block_bytes, columns, nibble_block_bytes, nibble_riders, nibbles,
 };
 use crate::arch::simd::Simd;
+use std::mem::MaybeUninit;
 
 /// Rows and columns of a tile of C.
 pub(crate) const SIDE: usize = 32;
@@ -61,6 +62,8 @@ pub(crate) trait MatrixUnit: Simd {
     unsafe fn fill<const T: usize>(self, from: *const u8, stride: usize);
     /// Sums += left codes · right codes.
     unsafe fn multiply<const SUMS: usize, const LEFT: usize, const RIGHT: usize>(self);
+    /// A register to a cache line, around the caches; for other threads after [`MatrixUnit::restore`].
+    unsafe fn store_around(self, p: *mut i32, v: Self::V);
     /// Four rows of 64 bytes, from 16 steps of a panel.
     unsafe fn panel_rows(self, panel: *const u8, to: *mut u8);
 }
@@ -229,7 +232,7 @@ unsafe fn advance<S: MatrixUnit, const T: usize, const LEFT: usize, const RIGHT:
 ///
 /// # Safety
 /// - `a` and `b` are valid for reading `blocks` blocks of the layouts above, which [`fits`];
-/// - `c` is valid for reading and writing 32 rows of 32 elements; blocks > 0;
+/// - `c` is valid for reading and writing 32 rows of 32 elements, on cache lines if it goes around them; blocks > 0;
 /// - the calling thread's unit is [configured](configure) for blocks of `steps` steps.
 #[inline(always)]
 pub(crate) unsafe fn tile<S: MatrixUnit, const STEPS: usize>(
@@ -242,47 +245,66 @@ pub(crate) unsafe fn tile<S: MatrixUnit, const STEPS: usize>(
 ) {
     let steps = if STEPS == 0 { steps } else { STEPS };
     let (bytes, ends) = (block_bytes(steps), 4 * SIDE * steps);
-    let mut sums = Aligned([[0i32; HALF * HALF]; 4]);
-    let mut own = Aligned([0f32; SIDE * SIDE]);
-    let sums = (&raw mut sums.0).cast::<i32>();
-    let own = (&raw mut own.0).cast::<f32>();
-    // SAFETY: all offsets are inside the blocks, the buffers and the tile that the caller vouches for.
+    let mut sums = MaybeUninit::<Aligned<[[i32; HALF * HALF]; 4]>>::uninit();
+    let mut own = MaybeUninit::<Aligned<[f32; SIDE * SIDE]>>::uninit();
+    let sums = sums.as_mut_ptr().cast::<i32>();
+    let own = own.as_mut_ptr().cast::<f32>();
+    // SAFETY: all offsets are inside the blocks, the buffers and the tile that the caller vouches for. C is filled here,
+    // sums by the unit before they are read.
     unsafe {
-        if !c.fresh {
-            for row in 0..SIDE {
-                own.add(SIDE * row).copy_from_nonoverlapping(c.c.add(row * c.stride), SIDE);
-            }
+        for row in 0..SIDE {
+            let [x, y] = if c.fresh { [s.splat(0); 2] } else { columns(s, c.c.add(row * c.stride).cast()) };
+            s.store(own.add(SIDE * row).cast(), x);
+            s.store(own.add(SIDE * row + HALF).cast(), y);
         }
         s.clear::<0>();
         s.clear::<1>();
         s.clear::<2>();
         s.clear::<3>();
-        // Of the block before, and the one before that: at first zeros, which leave +0.0 and all else as they are.
+        // The block before, and the one before that.
         let mut before = [Ends { left: a.add(ends), right: b.add(ends) }; 2];
         for block in 0..blocks {
             let (a, b) = (a.add(block * bytes), b.add(block * bytes));
             advance::<S, 0, 4, 6>(s, steps, a, b, sums);
-            add_scaled(s, 1, sums, before[1], own);
+            if block > 1 {
+                add_scaled(s, 1, sums, before[1], own);
+            }
             advance::<S, 1, 4, 7>(s, steps, a, b, sums);
-            add_scaled(s, 2, sums, before[1], own);
+            if block > 1 {
+                add_scaled(s, 2, sums, before[1], own);
+            }
             advance::<S, 2, 5, 6>(s, steps, a, b, sums);
-            add_scaled(s, 3, sums, before[1], own);
+            if block > 1 {
+                add_scaled(s, 3, sums, before[1], own);
+            }
             advance::<S, 3, 5, 7>(s, steps, a, b, sums);
-            add_scaled(s, 0, sums, before[0], own);
+            if block > 0 {
+                add_scaled(s, 0, sums, before[0], own);
+            }
             before = [Ends { left: a.add(ends), right: b.add(ends) }, before[0]];
         }
-        add_scaled(s, 1, sums, before[1], own);
-        add_scaled(s, 2, sums, before[1], own);
-        add_scaled(s, 3, sums, before[1], own);
+        if blocks > 1 {
+            add_scaled(s, 1, sums, before[1], own);
+            add_scaled(s, 2, sums, before[1], own);
+            add_scaled(s, 3, sums, before[1], own);
+        }
         s.store_sums::<0>(sums);
         s.store_sums::<1>(sums.add(HALF * HALF));
         s.store_sums::<2>(sums.add(2 * HALF * HALF));
         s.store_sums::<3>(sums.add(3 * HALF * HALF));
-        for t in 0..4 {
-            add_scaled(s, t, sums, before[0], own);
+        for quarter in 0..4 {
+            add_scaled(s, quarter, sums, before[0], own);
         }
         for row in 0..SIDE {
-            c.c.add(row * c.stride).copy_from_nonoverlapping(own.add(SIDE * row), SIDE);
+            let to = c.c.add(row * c.stride);
+            let [x, y] = columns(s, own.add(SIDE * row).cast());
+            if c.around {
+                s.store_around(to.cast(), x);
+                s.store_around(to.add(HALF).cast(), y);
+            } else {
+                s.store(to.cast(), x);
+                s.store(to.add(HALF).cast(), y);
+            }
         }
     }
 }

@@ -42,6 +42,8 @@ pub(crate) struct Tile {
     pub(crate) stride: usize,
     /// Whether sums start from +0.0, whatever C holds.
     pub(crate) fresh: bool,
+    /// Whether a kernel that can writes it to memory around the caches.
+    pub(crate) around: bool,
 }
 
 /// What a fresh tile starts from.

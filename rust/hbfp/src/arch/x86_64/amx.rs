@@ -90,8 +90,12 @@ impl MatrixUnit for Avx512Vnni {
     }
     #[inline(always)]
     unsafe fn restore(self, before: Configuration) {
-        // SAFETY: see above. Palette 0, nothing configured, releases the registers.
-        unsafe { asm!("ldtilecfg [{0}]", in(reg) &raw const before, options(nostack, preserves_flags)) }
+        // SAFETY: see above. Palette 0, nothing configured, releases the registers. The fence: what was stored around the
+        // caches is there for other threads.
+        unsafe {
+            asm!("ldtilecfg [{0}]", in(reg) &raw const before, options(nostack, preserves_flags));
+            _mm_sfence();
+        }
     }
     #[inline(always)]
     unsafe fn store_sums<const T: usize>(self, to: *mut i32) {
@@ -124,6 +128,11 @@ impl MatrixUnit for Avx512Vnni {
                 _ => unreachable!(),
             }
         }
+    }
+    #[inline(always)]
+    unsafe fn store_around(self, p: *mut i32, v: __m512i) {
+        // SAFETY: see above.
+        unsafe { _mm512_stream_si512(p.cast(), v) }
     }
     #[inline(always)]
     unsafe fn panel_rows(self, panel: *const u8, to: *mut u8) {
