@@ -182,6 +182,8 @@ def fraction(case: str, shape: str, own: str, other: str) -> Figure:
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
+_LEVELS = ("scalar", "avx2", "avx512vnni", "amx")
+
 _CUBE = "1024x1024x1024"
 _WIDE = "256x4096x4096"
 _ROWS = "32x4096x4096"
@@ -192,7 +194,7 @@ _GGML = ("ggml Q4_0", "ggml Q4_0 repacked")
 
 
 def _bars(avx2: tuple[float, float] | None = None, vnni: tuple[float, float] | None = None) -> Bars:
-    levels = {"avx2": avx2, "avx512vnni": vnni}
+    levels = {"avx2": avx2, "avx512vnni": vnni, "amx": vnni}
     return {level: bars for level, bars in levels.items() if bars is not None}
 
 
@@ -202,7 +204,9 @@ def _packed(label: str, own: str, avx2: tuple[float, float], vnni: tuple[float, 
 
 def _share_of_peak(label: str, own: str, vnni: tuple[float, float]) -> Gate:
     figure = share("packed", _CUBE, own, ceilings.PEAK)
-    return Gate(f"packed product {label}, share of multiply-add peak", figure, _bars(None, vnni), "{:.0f} %")
+    # A matrix unit's peak is far above what can leave it: there the share is told, and has no bar.
+    bars = {level: bar for level, bar in _bars(None, vnni).items() if level != "amx"}
+    return Gate(f"packed product {label}, share of multiply-add peak", figure, bars, "{:.0f} %")
 
 
 def _forward(shape: str) -> list[Gate]:
@@ -226,7 +230,7 @@ def _encoder(rounding: str, avx2: tuple[float, float], vnni: tuple[float, float]
 def _overhead(own: str, *, barred: bool = True) -> Gate:
     label = f"overhead of {own}, µs"
     # Through torch, without a graph: what autograd adds is torch's own, and what numpy's views cost is not a layer's.
-    bars = dict.fromkeys(("scalar", "avx2", "avx512vnni") if barred else (), (10.0, 5.0))
+    bars = dict.fromkeys(_LEVELS if barred else (), (10.0, 5.0))
     figure = above("overhead", "8x64x64", own, EMPTY)
     return Gate(label, figure, bars, "{:.1f}", at_most=True, threads="one")
 
@@ -245,7 +249,7 @@ def _layer(label: str, case: str, shape: str, avx2: tuple[float, float], vnni: t
 
 def _memory(label: str, case: str, shape: str, bar: tuple[float, float] | None = None) -> Gate:
     figure = fraction(case, shape, "hbfp4", _FP32)
-    bars = {} if bar is None else dict.fromkeys(("scalar", "avx2", "avx512vnni"), bar)
+    bars = {} if bar is None else dict.fromkeys(_LEVELS, bar)
     return Gate(label, figure, bars, at_most=True, loosened=False)
 
 

@@ -60,7 +60,7 @@ def _measure(
         if not distance <= _TOLERANCE:
             raise WrongAnswer(f"{case} {shape}: {distance:.2f} of the norm away from FP32")
     contestants: dict[str, Call] = {name: timed(name) for name in (_OURS, _FP32)}
-    if bench.results.level == "avx512vnni":
+    if bench.results.level in ("avx512vnni", "amx"):
         contestants[_BF16] = timed(_BF16)
     else:
         bench.results.not_run(case, _BF16, "its bars are those of CPUs with AVX-512; elsewhere bf16 is emulated")

@@ -2,6 +2,7 @@
 //! figures beside these; no product uses them.
 #![allow(unsafe_code, reason = "calls of kernels")]
 
+use crate::arch::generic::matrix_unit::PEAK_ROUND;
 use crate::arch::level::Level;
 use crate::arch::simd::Simd;
 use crate::encode::Context;
@@ -15,13 +16,18 @@ const CHAINS: usize = 12;
 /// Runs `rounds` rounds of multiply-adds in registers on each of the context's threads; returns the operations done,
 /// a multiplication and an addition counted as two.
 ///
-/// The instructions are those that the level's products stand on: vpmaddubsw for AVX2, vpdpbusd for AVX-512 VNNI, plain
-/// arithmetic for scalar. The vpaddw that follows each vpmaddubsw is left out: it has pipes of its own, and a loop with
+/// The instructions are those that the level's products stand on: vpmaddubsw for AVX2, vpdpbusd for AVX-512 VNNI, tdpbssd
+/// for AMX, plain arithmetic for scalar. The vpaddw that follows each vpmaddubsw is left out: it has pipes of its own, and a loop with
 /// both reaches 80 to 89 % on Zen 3 as their order happens to be, which a kernel may pass and so is no ceiling.
 #[must_use]
 pub fn multiply_adds(ctx: &Context<'_>, rounds: usize) -> u64 {
     let threads = ctx.threads.max(1);
     let kernels = ctx.kernels;
+    if let Some(unit) = &kernels.matrix_unit {
+        // SAFETY: `Kernels::of` vouches that the CPU runs the level.
+        for_each_task(ctx.team, threads, threads, &|_, _| unsafe { (unit.peak)(black_box(rounds)) });
+        return PEAK_ROUND * rounds as u64 * threads as u64;
+    }
     let multiply = if kernels.level == Level::Avx2 { kernels.peak_pairs } else { kernels.peak_dot4 };
     for_each_task(ctx.team, threads, threads, &|_, _| {
         // SAFETY: `Kernels::of` vouches that the CPU runs the level.

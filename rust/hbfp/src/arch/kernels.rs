@@ -37,6 +37,7 @@ pub(crate) struct MatrixUnitKernels {
     pub(crate) lay_out_right: [LayOutRight; 2],
     /// The function for blocks of this many steps.
     pub(crate) tile: fn(steps: usize) -> TileFn,
+    pub(crate) peak: unsafe fn(rounds: usize),
 }
 type LayOutRight = unsafe fn(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8);
 
@@ -271,6 +272,7 @@ macro_rules! matrix_unit {
                     lay_out_left,
                     lay_out_right: [lay_out_right::<false>, lay_out_right::<true>],
                     tile: |steps| if steps == 16 { tile::<16> } else { tile::<0> },
+                    peak,
                 }),
                 ..$base::TABLE
             };
@@ -285,6 +287,9 @@ macro_rules! matrix_unit {
                 }
                 let _restored = Restored(Some(unsafe { matrix_unit::configure($make, steps) }));
                 task();
+            }
+            unsafe fn peak(rounds: usize) {
+                unsafe { with(16, &mut || matrix_unit::peak($make, rounds)) }
             }
             #$attribute
             unsafe fn lay_out_left(blocks: usize, steps: usize, panels: &[*const u8; PANELS], out: *mut u8) {

@@ -165,6 +165,26 @@ pub(crate) unsafe fn lay_out_right<S: MatrixUnit, const NIBBLES: bool>(
     }
 }
 
+/// Operations of a round of [`peak`]: a multiplication and an addition count as two.
+pub(crate) const PEAK_ROUND: u64 = 4 * 2 * (HALF * HALF * 4 * PIECE) as u64;
+
+/// Products of registers that nothing loads or stores: the unit's rate.
+///
+/// # Safety
+/// The unit is [configured](configure) for pieces of 16 steps.
+#[inline(always)]
+pub(crate) unsafe fn peak<S: MatrixUnit>(s: S, rounds: usize) {
+    for _ in 0..rounds {
+        // SAFETY: the caller's word.
+        unsafe {
+            s.multiply::<0, 4, 6>();
+            s.multiply::<1, 4, 7>();
+            s.multiply::<2, 5, 6>();
+            s.multiply::<3, 5, 7>();
+        }
+    }
+}
+
 /// A block whose sums are in memory or on their way there.
 #[derive(Clone, Copy)]
 struct Ends {
