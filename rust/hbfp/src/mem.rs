@@ -104,6 +104,9 @@ impl<'a, T> SharedMut<'a, T> {
     pub(crate) unsafe fn from_raw(ptr: *mut T, len: usize) -> Self {
         Self { ptr, len, lifetime: PhantomData }
     }
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
     pub(crate) fn as_ptr(&self) -> *const T {
         self.ptr
     }

@@ -49,6 +49,22 @@ pub(crate) struct Part {
     pub(crate) n: usize,
 }
 
+/// Panels in the forms that tiles are multiplied from.
+#[derive(Debug, Default)]
+pub(crate) struct TileBuffers {
+    /// A B panel taken out of nibbles.
+    pub(crate) panel: AlignedBytes,
+    /// A task's A panels, and a B panel, for a matrix unit.
+    pub(crate) unit_left: AlignedBytes,
+    pub(crate) unit_right: AlignedBytes,
+}
+
+impl TileBuffers {
+    fn bytes(&self) -> usize {
+        self.panel.capacity() + self.unit_left.capacity() + self.unit_right.capacity()
+    }
+}
+
 /// Buffers of one worker, reused from block to block.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
@@ -57,11 +73,7 @@ pub(crate) struct Scratch {
     transposed: Vec<u16>,
     pub(crate) codes: Vec<i8>,
     pub(crate) wide: Vec<i16>,
-    /// A B panel taken out of nibbles.
-    pub(crate) panel: AlignedBytes,
-    /// Panels as a matrix unit takes them: a task's left ones, and a right one.
-    pub(crate) unit_left: AlignedBytes,
-    pub(crate) unit_right: AlignedBytes,
+    pub(crate) tiles: TileBuffers,
     /// Strips whose panels take another form in the end.
     pub(crate) strips: AlignedBytes,
     /// A convolution's left panels, gathered for a task; which of them need the general product.
@@ -93,7 +105,7 @@ impl Scratch {
         4 * (self.staging.len() + self.zeros.len())
             + 2 * (self.random.len() + self.transposed.len() + self.wide.len())
             + self.codes.len()
-            + self.panel.capacity()
+            + self.tiles.bytes()
             + self.strips.capacity()
             + self.gathered.capacity()
             + 4 * self.patches.len()

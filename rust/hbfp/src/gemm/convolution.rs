@@ -7,7 +7,8 @@
 #![allow(clippy::too_many_arguments, reason = "a product: two operands, their codings, the output")]
 
 use super::cache::Caches;
-use super::driver::{Buffer, Kernel, PanelBlocks, Place, Tiles};
+use super::driver::UNIT_DEPTH;
+use super::tiles::{Kernel, PanelBlocks, Place, Task, Tiles};
 use super::{Coding, Epilogue, ROOM, Workspace, fitting, general, offset};
 use crate::arch::generic::encode::{ROW_PADDING, STRIP};
 use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
@@ -400,14 +401,21 @@ impl Convolution {
         let tiles = Tiles::new(ctx, kernel_of_tiles, al, joined, out, epilogue);
         // Rows of a task belong to one sample where they are patches: these have random bits of their own.
         let (samples, rows_each) = if flatten { (self.batch, row_pixels) } else { (1, self.batch * row_pixels) };
-        let plan = Plan::new(&al, &joined, rows_each.div_ceil(PANEL_ROWS), pieces, samples * self.groups, workers);
+        let plan = Plan::new(
+            &al,
+            &joined,
+            rows_each.div_ceil(PANEL_ROWS),
+            pieces,
+            samples * self.groups,
+            workers,
+            tiles.on_unit(),
+        );
         let row_tasks = rows_each.div_ceil(PANEL_ROWS).div_ceil(plan.row_panels);
         let column_tasks = joined.panels.div_ceil(plan.column_panels);
         let line_bytes = image_layout.panel_bytes() / PANEL_ROWS;
         let multiply = |worker: usize, task: usize| {
             let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
             let scratch = &mut *scratch;
-            let mut buffer = Buffer::default();
             let (row_task, rest) = (task % row_tasks, task / row_tasks);
             let (column_task, rest) = (rest % column_tasks, rest / column_tasks);
             let (g, sample) = (rest % self.groups, rest / self.groups);
@@ -447,30 +455,39 @@ impl Convolution {
                 for panel in 0..panels {
                     scratch.general[panels + panel] |= scratch.general[panel];
                 }
-                for j in j..(j + plan.column_panels).min(joined.panels) {
-                    // SAFETY: a panel of the layout, written by the stage before.
-                    let general = unsafe { rights[g].is_general(j) };
-                    let at = j * joined.panel_bytes() + slice.start * right_layout.blocks * joined.block_bytes;
-                    let b = PanelBlocks { bytes: rights[g].bytes.wrapping_add(at), general };
-                    for i in 0..panels {
+                let task = Task {
+                    blocks: slice.len() * al.blocks,
+                    rows: 0..panels,
+                    columns: j..(j + plan.column_panels).min(joined.panels),
+                    left: |i| PanelBlocks {
+                        bytes: gathered.wrapping_add(i * panel_bytes),
+                        general: scratch.general[i],
+                    },
+                    right: |j| PanelBlocks {
+                        bytes: rights[g].bytes.wrapping_add(
+                            j * joined.panel_bytes() + slice.start * right_layout.blocks * joined.block_bytes,
+                        ),
+                        // SAFETY: a panel of the layout, written by the stage before.
+                        general: unsafe { rights[g].is_general(j) },
+                    },
+                    place: |i, j, general| {
                         let row = task_rows.start + i * PANEL_ROWS;
-                        let a =
-                            PanelBlocks { bytes: gathered.wrapping_add(i * panel_bytes), general: scratch.general[i] };
                         let column = g * rows.columns + j * joined.width;
                         let last = slice.end == pieces;
-                        let place = Place {
+                        Place {
                             at: (sample * row_pixels + row) * rows.out_channels + column,
                             stride: rows.out_channels,
                             height: PANEL_ROWS.min(task_rows.end - row),
                             width: joined.width.min(rows.columns - j * joined.width),
                             column,
                             first: slice.start == 0,
+                            last,
                             finish: last && tiles.finishes(general || scratch.general[panels + i]),
-                        };
-                        // SAFETY: the panels hold the slice's blocks; a tile belongs to one task.
-                        unsafe { tiles.tile(a, b, slice.len() * al.blocks, place, &mut buffer) };
-                    }
-                }
+                        }
+                    },
+                };
+                // SAFETY: the panels hold the slice's blocks; a tile belongs to one task.
+                unsafe { task.run(&tiles, &mut scratch.tiles) };
             }
         };
         run_stages(ctx, workers, &fillings, scratch, samples * self.groups * row_tasks * column_tasks, &multiply)
@@ -814,7 +831,7 @@ impl Convolution {
         let out = SharedMut::new(out);
         let tiles = Tiles::new(ctx, Kernel { tile, from_nibbles: false }, al, joined, out, Epilogue::default());
         let workers = ctx.threads.max(1);
-        let plan = Plan::new(&al, &joined, taps * quads, out_pixels, self.groups, workers);
+        let plan = Plan::new(&al, &joined, taps * quads, out_pixels, self.groups, workers, tiles.on_unit());
         let row_tasks = (taps * quads).div_ceil(plan.row_panels);
         let column_tasks = joined.panels.div_ceil(plan.column_panels);
         let piece_bytes = al.blocks * al.block_bytes;
@@ -824,7 +841,6 @@ impl Convolution {
         let multiply = |worker: usize, task: usize| {
             let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
             let scratch = &mut *scratch;
-            let mut buffer = Buffer::default();
             let (row_task, rest) = (task % row_tasks, task / row_tasks);
             let (column_task, g) = (rest % column_tasks, rest / column_tasks);
             let first = row_task * plan.row_panels;
@@ -861,33 +877,39 @@ impl Convolution {
                 for panel in 0..panels {
                     scratch.general[panels + panel] |= scratch.general[panel];
                 }
-                for j in j..(j + plan.column_panels).min(joined.panels) {
-                    // SAFETY: a panel of the layout, written by the stage before.
-                    let general = unsafe { rights[g].is_general(j) };
-                    let at = j * joined.panel_bytes() + slice.start * right_layout.blocks * joined.block_bytes;
-                    let b = PanelBlocks { bytes: rights[g].bytes.wrapping_add(at), general };
-                    for (i, panel) in task_panels.clone().enumerate() {
-                        let (tap, q) = (panel / quads, panel % quads);
-                        let a = PanelBlocks {
-                            bytes: to.as_ptr().wrapping_add(i * panel_bytes).cast_const(),
-                            general: scratch.general[i],
-                        };
+                let task = Task {
+                    blocks: slice.len() * al.blocks,
+                    rows: 0..panels,
+                    columns: j..(j + plan.column_panels).min(joined.panels),
+                    left: |i| PanelBlocks {
+                        bytes: to.as_ptr().wrapping_add(i * panel_bytes).cast_const(),
+                        general: scratch.general[i],
+                    },
+                    right: |j| PanelBlocks {
+                        bytes: rights[g].bytes.wrapping_add(
+                            j * joined.panel_bytes() + slice.start * right_layout.blocks * joined.block_bytes,
+                        ),
+                        // SAFETY: a panel of the layout, written by the stage before.
+                        general: unsafe { rights[g].is_general(j) },
+                    },
+                    place: |i, j, general| {
+                        let (tap, q) = ((first + i) / quads, (first + i) % quads);
                         let column = j * joined.width;
-                        let row = (g * taps + tap) * channels + q * PANEL_ROWS;
                         let last = slice.end == out_pixels;
-                        let place = Place {
-                            at: row * columns + column,
+                        Place {
+                            at: ((g * taps + tap) * channels + q * PANEL_ROWS) * columns + column,
                             stride: columns,
                             height: PANEL_ROWS.min(channels - q * PANEL_ROWS),
                             width: joined.width.min(columns - column),
                             column,
                             first: slice.start == 0,
+                            last,
                             finish: last && tiles.finishes(general || scratch.general[panels + i]),
-                        };
-                        // SAFETY: the panels hold the slice's blocks; a tile belongs to one task.
-                        unsafe { tiles.tile(a, b, slice.len() * al.blocks, place, &mut buffer) };
-                    }
-                }
+                        }
+                    },
+                };
+                // SAFETY: the panels hold the slice's blocks; a tile belongs to one task.
+                unsafe { task.run(&tiles, &mut scratch.tiles) };
             }
         };
         run_stages(ctx, workers, &fillings, scratch, self.groups * row_tasks * column_tasks, &multiply)
@@ -1018,10 +1040,12 @@ impl Plan {
         pieces: usize,
         products: usize,
         workers: usize,
+        on_unit: bool,
     ) -> Self {
         let caches = Caches::get();
         // Half of the first level for B, half of the second for A.
         let depth = (caches.l1 / 2 / bl.block_bytes).max(1024 / al.block);
+        let depth = if on_unit { UNIT_DEPTH / al.block } else { depth };
         let pieces = (depth / al.blocks).clamp(1, pieces.max(1));
         let most = (caches.l2 / 2 / (pieces * al.blocks * al.block_bytes)).clamp(4, 128);
         let column_panels = 16.min(bl.panels.max(1));

@@ -6,20 +6,19 @@
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint tiles")]
 #![allow(clippy::too_many_arguments, reason = "a product: two operands, the output, its epilogue and its kernel")]
 
+use super::Epilogue;
 use super::cache::Caches;
-use super::{Epilogue, general};
+use super::tiles::{Kernel, PanelBlocks, Place, Task, Tiles};
 use crate::arch::generic::matrix_unit;
-use crate::arch::generic::product::{PANEL_ROWS, RIDER, Tile, b_block_bytes};
-use crate::arch::kernels::{MatrixUnitKernels, TileFn, TileKernel};
+use crate::arch::generic::product::{PANEL_ROWS, RIDER, b_block_bytes};
 use crate::encode::Context;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
 use crate::encode::panels::{Fillings, Form, Job, PanelLayout, PanelsRef, reserve_scratch};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET};
-use crate::mem::{AlignedBytes, SharedMut};
+use crate::mem::SharedMut;
 use crate::parallel::{Stage, for_each_stage};
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -32,23 +31,13 @@ const SERIAL_ELEMENTS: usize = 1 << 18;
 const TASKS_PER_WORKER: usize = 8;
 
 /// Elements of the reduction, and left panels, of a task on a matrix unit.
-const UNIT_DEPTH: usize = 4096;
+pub(super) const UNIT_DEPTH: usize = 4096;
 const UNIT_PANELS: usize = 64;
-
-/// Bytes of C from which on it goes around the caches.
-const AROUND_CACHES: usize = 8 << 20;
 
 /// The right operand of [`multiply`].
 pub(super) enum Right<'a> {
     Packed(PanelsRef),
     Fresh(Job<'a>),
-}
-
-/// The kernel of a product; without one, every tile takes the general path.
-#[derive(Clone, Copy)]
-pub(super) struct Kernel {
-    pub(super) tile: Option<&'static TileKernel>,
-    pub(super) from_nibbles: bool,
 }
 
 /// Sizes of tasks, from the shape and the caches.
@@ -133,10 +122,9 @@ pub(super) fn multiply(
     let fillings = Fillings::new(ctx, [Some(left), kept, fresh].into_iter().flatten(), together);
     let out = SharedMut::new(out);
     let tiles = Tiles::new(ctx, kernel, al, bl, out, epilogue);
-    let plan = Plan::new(ctx, &al, &bl, encoded, tiles.unit.is_some());
+    let plan = Plan::new(ctx, &al, &bl, encoded, tiles.on_unit() && al.panels >= matrix_unit::PANELS);
     let row_tasks = al.panels.div_ceil(plan.row_panels);
     let column_tasks = bl.panels.div_ceil(plan.column_panels);
-    let product = Product { a, b, tiles };
     let passes = al.blocks.div_ceil(plan.depth).max(1);
     let failed = AtomicBool::new(false);
     let failure: Mutex<Option<Error>> = Mutex::new(None);
@@ -158,11 +146,31 @@ pub(super) fn multiply(
         let (rows, columns) = (r..(r + plan.row_panels).min(al.panels), c..(c + plan.column_panels).min(bl.panels));
         for pass in 0..passes {
             let blocks = pass * plan.depth..((pass + 1) * plan.depth).min(al.blocks);
-            let slice = Slice { blocks, first: pass == 0, last: pass + 1 == passes };
-            match product.tiles.unit {
-                Some(unit) => product.on_unit(unit, matrix, &rows, &columns, &slice, &mut scratch),
-                None => product.columns(matrix, &rows, &columns, &slice, &mut scratch.panel),
-            }
+            // SAFETY: panels of the layouts, written by the stage before.
+            let blocks_of = |of: PanelsRef, layout: &PanelLayout, panel: usize| unsafe {
+                let at = panel * layout.panel_bytes() + blocks.start * layout.block_bytes;
+                PanelBlocks { bytes: of.bytes.wrapping_add(at), general: of.is_general(panel) }
+            };
+            let (first, last) = (pass == 0, pass + 1 == passes);
+            let task = Task {
+                blocks: blocks.len(),
+                rows: rows.clone(),
+                columns: columns.clone(),
+                left: |i| blocks_of(a, &al, al.panel(matrix, i)),
+                right: |j| blocks_of(b, &bl, bl.panel(if bl.shared { 0 } else { matrix }, j)),
+                place: |i, j, general| Place {
+                    at: (matrix * m + i * PANEL_ROWS) * n + j * bl.width,
+                    stride: n,
+                    height: PANEL_ROWS.min(m - i * PANEL_ROWS),
+                    width: bl.width.min(n - j * bl.width),
+                    column: j * bl.width,
+                    first,
+                    last,
+                    finish: last && tiles.finishes(general),
+                },
+            };
+            // SAFETY: the panels were laid out with these layouts; a tile belongs to one task.
+            unsafe { task.run(&tiles, &mut scratch.tiles) };
         }
     };
     let stages = [
@@ -171,316 +179,6 @@ pub(super) fn multiply(
     ];
     for_each_stage(ctx.team, plan.workers, &stages);
     failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
-}
-
-/// Widest B panel.
-const MAX_COLUMNS: usize = 32;
-
-/// A tile on its own.
-#[repr(align(64))]
-pub(super) struct Buffer([f32; PANEL_ROWS * MAX_COLUMNS]);
-
-impl Default for Buffer {
-    fn default() -> Self {
-        Self([0.0; PANEL_ROWS * MAX_COLUMNS])
-    }
-}
-
-/// Blocks of the reduction that a pass takes.
-struct Slice {
-    blocks: Range<usize>,
-    first: bool,
-    last: bool,
-}
-
-/// Some blocks of a panel.
-#[derive(Clone, Copy)]
-pub(super) struct PanelBlocks {
-    pub(super) bytes: *const u8,
-    pub(super) general: bool,
-}
-
-/// Where a tile lies in C.
-#[derive(Clone, Copy)]
-pub(super) struct Place {
-    /// Its first element.
-    pub(super) at: usize,
-    /// Elements from a row to the next.
-    pub(super) stride: usize,
-    pub(super) height: usize,
-    pub(super) width: usize,
-    /// Its first column, for the bias.
-    pub(super) column: usize,
-    /// Whether these are its first blocks.
-    pub(super) first: bool,
-    /// Whether these are its last blocks, and something is left to do after them: see [`Tiles::finishes`].
-    pub(super) finish: bool,
-}
-
-/// What writes tiles of C.
-pub(super) struct Tiles<'a> {
-    ctx: &'a Context<'a>,
-    pub(super) al: PanelLayout,
-    pub(super) bl: PanelLayout,
-    out: SharedMut<'a, f32>,
-    epilogue: Epilogue<'a>,
-    /// For tiles of one to four rows.
-    run: Option<[TileFn; PANEL_ROWS]>,
-    from_nibbles: bool,
-    /// For tiles of 32 × 32.
-    unit: Option<Unit>,
-}
-
-/// A matrix unit, and its kernel for the blocks at hand.
-#[derive(Clone, Copy)]
-struct Unit {
-    kernels: &'static MatrixUnitKernels,
-    run: TileFn,
-}
-
-impl<'a> Tiles<'a> {
-    pub(super) fn new(
-        ctx: &'a Context<'a>,
-        kernel: Kernel,
-        al: PanelLayout,
-        bl: PanelLayout,
-        out: SharedMut<'a, f32>,
-        epilogue: Epilogue<'a>,
-    ) -> Self {
-        let run = kernel.tile.map(|tile| [1, 2, 3, 4].map(|rows| (tile.for_block)(al.steps, rows)));
-        let worthwhile = run.is_some() && matrix_unit::fits(al.steps) && al.panels >= matrix_unit::PANELS;
-        let unit = ctx.kernels.matrix_unit.as_ref().filter(|_| worthwhile);
-        let unit = unit.map(|kernels| Unit { kernels, run: (kernels.tile)(al.steps) });
-        Self { ctx, al, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles, unit }
-    }
-
-    /// Whether a tile, some of whose blocks needed the general product, or none, has last steps.
-    pub(super) fn finishes(&self, general: bool) -> bool {
-        general || self.epilogue.accumulate || self.epilogue.bias.is_some()
-    }
-
-    /// `blocks` blocks of a B panel, unpacked into `buffer` unless the kernel takes them as they are.
-    pub(super) fn right_panel(&self, panel: PanelBlocks, blocks: usize, buffer: &mut AlignedBytes) -> PanelBlocks {
-        if self.bl.form == Form::Bytes || self.from_nibbles {
-            return panel;
-        }
-        PanelBlocks { bytes: self.unpack(panel.bytes, blocks, buffer), ..panel }
-    }
-
-    fn unpack(&self, nibbles: *const u8, blocks: usize, buffer: &mut AlignedBytes) -> *const u8 {
-        let out = buffer.reserve(blocks * b_block_bytes(self.bl.steps, self.bl.width));
-        // SAFETY: `blocks` blocks of nibbles lie there, and the buffer has room for as many of bytes.
-        unsafe { (self.ctx.kernels.unpack_nibbles)(blocks, self.bl.steps, nibbles, out.as_ptr()) };
-        out.as_ptr()
-    }
-
-    /// One tile of C over some blocks; one that sticks out goes through a buffer.
-    ///
-    /// # Safety
-    /// The panels hold `blocks` blocks of the layouts; the tile belongs to one task.
-    #[inline]
-    pub(super) unsafe fn tile(&self, a: PanelBlocks, b: PanelBlocks, blocks: usize, place: Place, buffer: &mut Buffer) {
-        let Self { al, bl, .. } = self;
-        let Place { at, stride, height, width, column, first, finish } = place;
-        let columns = bl.width;
-        let c = self.out.pointer(at, (height - 1) * stride + width);
-        // SAFETY: a tile belongs to one task, and each of its rows is taken once at a time.
-        let row = |r: usize| unsafe { self.out.part(at + r * stride, width) };
-        let fresh = first && !self.epilogue.accumulate;
-        let general = a.general | b.general;
-        let run = self.run.filter(|_| !general && blocks > 0).map(|run| run[height - 1]);
-        // Every second access to a row off its register's alignment would touch two cache lines, block after block.
-        let in_place = width == columns && (c as usize | (4 * stride)).is_multiple_of(32);
-        if let (Some(run), true) = (run, in_place) {
-            // SAFETY: the caller's word; the kernel writes as many rows as there are.
-            unsafe { run(blocks, al.steps, a.bytes, b.bytes, Tile { c, stride, fresh, around: false }) };
-        } else {
-            let buffer = &mut buffer.0[..PANEL_ROWS * columns];
-            for (r, to) in buffer.chunks_exact_mut(columns).take(height).enumerate() {
-                if fresh { to.fill(0.0) } else { to[..width].copy_from_slice(row(r)) }
-            }
-            let tile = Tile { c: buffer.as_mut_ptr(), stride: columns, fresh: false, around: false };
-            match run {
-                // SAFETY: as above; the buffer has 4 rows.
-                Some(run) => unsafe { run(blocks, al.steps, a.bytes, b.bytes, tile) },
-                None => self.general_tile(a.bytes, b.bytes, blocks, buffer),
-            }
-            for (r, from) in buffer.chunks_exact(columns).take(height).enumerate() {
-                row(r).copy_from_slice(&from[..width]);
-            }
-        }
-        if finish {
-            let rows = (0..height).map(row);
-            self.finish(rows, column);
-        }
-    }
-
-    /// The last steps of rows of a tile that begins at this column.
-    fn finish<'r>(&self, rows: impl Iterator<Item = &'r mut [f32]>, column: usize) {
-        for row in rows {
-            let bias = self.epilogue.bias.map(|bias| &bias[column..][..row.len()]);
-            for (c, x) in row.iter_mut().enumerate() {
-                *x = general::finish(*x, bias.map(|bias| bias[c]));
-            }
-        }
-    }
-
-    #[cold]
-    fn general_tile(&self, a: *const u8, b: *const u8, blocks: usize, tile: &mut [f32]) {
-        if blocks == 0 {
-            return;
-        }
-        let mut buffer = AlignedBytes::default();
-        let b = if self.from_nibbles { self.unpack(b, blocks, &mut buffer) } else { b };
-        let b_block = b_block_bytes(self.bl.steps, self.bl.width);
-        // SAFETY: the panels were laid out with these layouts.
-        let (a, b) = unsafe {
-            (
-                std::slice::from_raw_parts(a, blocks * self.al.block_bytes),
-                std::slice::from_raw_parts(b, blocks * b_block),
-            )
-        };
-        general::tile(&self.al, &self.bl, a, b, tile);
-    }
-}
-
-struct Product<'a> {
-    a: PanelsRef,
-    b: PanelsRef,
-    tiles: Tiles<'a>,
-}
-
-impl Product<'_> {
-    /// C over some panels of both operands and some blocks.
-    fn columns(
-        &self,
-        matrix: usize,
-        rows: &Range<usize>,
-        columns: &Range<usize>,
-        slice: &Slice,
-        panel: &mut AlignedBytes,
-    ) {
-        let mut buffer = Buffer::default();
-        for j in columns.clone() {
-            let b = self.right_panel(matrix, j, slice, panel);
-            for i in rows.clone() {
-                self.tile(matrix, i, j, b, slice, &mut buffer);
-            }
-        }
-    }
-
-    /// The same, where a matrix unit takes all tiles of 32 × 32 that need no general product.
-    fn on_unit(
-        &self,
-        unit: Unit,
-        matrix: usize,
-        rows: &Range<usize>,
-        columns: &Range<usize>,
-        slice: &Slice,
-        scratch: &mut Scratch,
-    ) {
-        let Tiles { al, bl, out, epilogue, .. } = &self.tiles;
-        let (blocks, steps, n) = (slice.blocks.len(), al.steps, bl.lines);
-        let group_bytes = blocks * matrix_unit::block_bytes(steps);
-        // Whole groups of left panels, all of them for the fast path.
-        let fast = |first: usize| {
-            let whole =
-                first + matrix_unit::PANELS <= rows.end && (first + matrix_unit::PANELS) * PANEL_ROWS <= al.lines;
-            // SAFETY: panels of the layout, written by the stage before.
-            whole && (first..first + matrix_unit::PANELS).all(|i| !unsafe { self.a.is_general(al.panel(matrix, i)) })
-        };
-        let groups: Vec<usize> = rows.clone().step_by(matrix_unit::PANELS).filter(|&first| fast(first)).collect();
-        if blocks == 0 || groups.is_empty() {
-            return self.columns(matrix, rows, columns, slice, &mut scratch.panel);
-        }
-        let left = scratch.unit_left.reserve(groups.len() * group_bytes).as_ptr();
-        let right = scratch.unit_right.reserve(group_bytes).as_ptr();
-        for (g, &first) in groups.iter().enumerate() {
-            let panels = std::array::from_fn(|i| self.left_panel(matrix, first + i, slice).bytes);
-            // SAFETY: panels of the layout, written by the stage before; the buffer has room for the groups.
-            unsafe { (unit.kernels.lay_out_left)(blocks, steps, &panels, left.add(g * group_bytes)) };
-        }
-        let fresh = slice.first && !epilogue.accumulate;
-        // A large C that is written once would push all else out of the caches, and be read before it is written.
-        let large = size_of::<f32>() * n * al.lines * al.matrices >= AROUND_CACHES;
-        let around = large && fresh && slice.last && !self.tiles.finishes(false) && n.is_multiple_of(16);
-        let mut on_unit = || {
-            for j in columns.clone() {
-                let column = j * bl.width;
-                let panel = self.stored_right_panel(matrix, j, slice);
-                if panel.general || column + bl.width > n {
-                    self.columns(matrix, rows, &(j..j + 1), slice, &mut scratch.panel);
-                    continue;
-                }
-                let nibbles = usize::from(bl.form == Form::Nibbles);
-                // SAFETY: a panel of the layout, written by the stage before; the buffer has room for it.
-                unsafe { (unit.kernels.lay_out_right[nibbles])(blocks, steps, bl.offset(), panel.bytes, right) };
-                for (g, &first) in groups.iter().enumerate() {
-                    let at = (matrix * al.lines + first * PANEL_ROWS) * n + column;
-                    let c = out.pointer(at, (matrix_unit::SIDE - 1) * n + bl.width);
-                    let c = Tile { c, stride: n, fresh, around: around && (c as usize).is_multiple_of(64) };
-                    // SAFETY: both operands are laid out; the tile belongs to this task; the unit is configured.
-                    unsafe { (unit.run)(blocks, steps, left.add(g * group_bytes), right, c) };
-                    if slice.last && self.tiles.finishes(false) {
-                        // SAFETY: the same tile, row by row.
-                        let rows = (0..matrix_unit::SIDE).map(|r| unsafe { out.part(at + r * n, bl.width) });
-                        self.tiles.finish(rows, column);
-                    }
-                }
-                // What lies between the groups, and after them.
-                let mut done = rows.start;
-                for &first in groups.iter().chain([&rows.end]) {
-                    if done < first {
-                        self.columns(matrix, &(done..first), &(j..j + 1), slice, &mut scratch.panel);
-                    }
-                    done = first + matrix_unit::PANELS;
-                }
-            }
-        };
-        // SAFETY: the level has the unit.
-        unsafe { (unit.kernels.with)(steps, &mut on_unit) };
-    }
-
-    /// Blocks of a B panel as they are stored.
-    fn stored_right_panel(&self, matrix: usize, j: usize, slice: &Slice) -> PanelBlocks {
-        let bl = &self.tiles.bl;
-        let panel = bl.panel(if bl.shared { 0 } else { matrix }, j);
-        // SAFETY: a panel of the layout, written by the stage before.
-        let general = unsafe { self.b.is_general(panel) };
-        let bytes = self.b.bytes.wrapping_add(panel * bl.panel_bytes() + slice.blocks.start * bl.block_bytes);
-        PanelBlocks { bytes, general }
-    }
-
-    /// Blocks of an A panel.
-    fn left_panel(&self, matrix: usize, i: usize, slice: &Slice) -> PanelBlocks {
-        let al = &self.tiles.al;
-        let panel = al.panel(matrix, i);
-        // SAFETY: a panel of the layout, written by the stage before.
-        let general = unsafe { self.a.is_general(panel) };
-        let bytes = self.a.bytes.wrapping_add(panel * al.panel_bytes() + slice.blocks.start * al.block_bytes);
-        PanelBlocks { bytes, general }
-    }
-
-    fn right_panel(&self, matrix: usize, j: usize, slice: &Slice, buffer: &mut AlignedBytes) -> PanelBlocks {
-        self.tiles.right_panel(self.stored_right_panel(matrix, j, slice), slice.blocks.len(), buffer)
-    }
-
-    fn tile(&self, matrix: usize, i: usize, j: usize, b: PanelBlocks, slice: &Slice, buffer: &mut Buffer) {
-        let Tiles { al, bl, .. } = &self.tiles;
-        let (m, n, column) = (al.lines, bl.lines, j * bl.width);
-        let a = self.left_panel(matrix, i, slice);
-        let place = Place {
-            at: (matrix * m + i * PANEL_ROWS) * n + column,
-            stride: n,
-            height: PANEL_ROWS.min(m - i * PANEL_ROWS),
-            width: bl.width.min(n - column),
-            column,
-            first: slice.first,
-            finish: slice.last && self.tiles.finishes(a.general | b.general),
-        };
-        // SAFETY: the panels were laid out with these layouts; a tile belongs to one task.
-        unsafe { self.tiles.tile(a, b, slice.blocks.len(), place, buffer) };
-    }
 }
 
 /// Codes of a packed right operand. Blocks of zeros come back with another exponent, which no product can tell.

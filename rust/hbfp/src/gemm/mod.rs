@@ -6,6 +6,7 @@ pub mod convolution;
 mod driver;
 mod general;
 pub(crate) mod strips;
+mod tiles;
 
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::arch::kernels::TileKernel;
@@ -532,6 +533,6 @@ pub fn product_keeping(
         }
         _ => unreachable!("resolved above"),
     };
-    let kernel = driver::Kernel { tile: kernel, from_nibbles: from_nibbles.is_some() };
+    let kernel = tiles::Kernel { tile: kernel, from_nibbles: from_nibbles.is_some() };
     driver::multiply(ctx, left, kept, right, right_layout, out, epilogue, kernel, scratch)
 }
