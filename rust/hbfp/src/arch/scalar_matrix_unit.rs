@@ -70,10 +70,10 @@ impl MatrixUnit for Scalar<16> {
         // SAFETY: see above.
         unsafe { self.store(p, v) };
     }
-    unsafe fn panel_rows(self, panel: *const u8, to: *mut u8) {
-        for (row, t) in (0..4).flat_map(|row| (0..16).map(move |t| (row, t))) {
+    unsafe fn panel_rows<const STEPS: usize>(self, panel: *const u8, to: *mut u8) {
+        for (row, t) in (0..4).flat_map(|row| (0..STEPS).map(move |t| (row, t))) {
             // SAFETY: see above.
-            unsafe { to.add(64 * row + 4 * t).copy_from_nonoverlapping(panel.add(16 * t + 4 * row), 4) };
+            unsafe { to.add(4 * (STEPS * row + t)).copy_from_nonoverlapping(panel.add(16 * t + 4 * row), 4) };
         }
     }
 }

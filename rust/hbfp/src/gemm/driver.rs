@@ -75,9 +75,12 @@ impl Plan {
         let mut column_panels = 16.min(bl.panels);
         if workers > 1 {
             let tasks = |r: usize, c: usize| al.matrices * al.panels.div_ceil(r) * bl.panels.div_ceil(c);
-            while tasks(row_panels, column_panels) < TASKS_PER_WORKER * workers && (row_panels > 8 || column_panels > 1)
+            // Each task of a unit lays its left panels out anew.
+            let fewest = if on_unit { 4 } else { 1 };
+            while tasks(row_panels, column_panels) < TASKS_PER_WORKER * workers
+                && (row_panels > 8 || column_panels > fewest)
             {
-                if column_panels > 1 {
+                if column_panels > fewest {
                     column_panels = column_panels.div_ceil(2);
                 } else {
                     row_panels = row_panels.div_ceil(2).next_multiple_of(whole);

@@ -215,7 +215,8 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
     /// The panels hold as many blocks of the layouts, and stay as they are; the tiles belong to the task.
     pub(super) unsafe fn run(&self, tiles: &Tiles<'_>, buffers: &mut TileBuffers) {
         let groups = match tiles.unit {
-            Some(_) if self.blocks > 0 => self.groups(tiles),
+            // One panel of B would not pay for laying out those of A.
+            Some(_) if self.blocks > 0 && self.columns.len() > 1 => self.groups(tiles),
             _ => Vec::new(),
         };
         // SAFETY: the caller's word.

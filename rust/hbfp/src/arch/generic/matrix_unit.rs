@@ -64,8 +64,8 @@ pub(crate) trait MatrixUnit: Simd {
     unsafe fn multiply<const SUMS: usize, const LEFT: usize, const RIGHT: usize>(self);
     /// A register to a cache line, around the caches; for other threads after [`MatrixUnit::restore`].
     unsafe fn store_around(self, p: *mut i32, v: Self::V);
-    /// Four rows of 64 bytes, from 16 steps of a panel.
-    unsafe fn panel_rows(self, panel: *const u8, to: *mut u8);
+    /// Four rows from 16 steps of a panel, or 8.
+    unsafe fn panel_rows<const STEPS: usize>(self, panel: *const u8, to: *mut u8);
 }
 
 /// Configures the unit for blocks of `steps` steps.
@@ -92,7 +92,6 @@ pub(crate) unsafe fn lay_out_left<S: MatrixUnit>(
     out: *mut u8,
 ) {
     let piece = piece_steps(steps);
-    let row_bytes = 4 * piece;
     for block in 0..blocks {
         for (p, panel) in panels.iter().enumerate() {
             // SAFETY: all offsets are inside the blocks that the caller vouches for.
@@ -101,14 +100,11 @@ pub(crate) unsafe fn lay_out_left<S: MatrixUnit>(
                 let out = out.add(block * block_bytes(steps));
                 for first in (0..steps).step_by(piece) {
                     let from = from.add(4 * PANEL_ROWS * first);
-                    let to = out.add(4 * SIDE * first + PANEL_ROWS * p * row_bytes);
+                    let to = out.add(4 * SIDE * first + PANEL_ROWS * p * 4 * piece);
                     if piece == PIECE {
-                        s.panel_rows(from, to);
-                        continue;
-                    }
-                    for (row, t) in (0..PANEL_ROWS).flat_map(|row| (0..piece).map(move |t| (row, t))) {
-                        let word = from.cast::<i32>().add(PANEL_ROWS * t + row).read_unaligned();
-                        to.add(row * row_bytes).cast::<i32>().add(t).write_unaligned(word);
+                        s.panel_rows::<PIECE>(from, to);
+                    } else {
+                        s.panel_rows::<{ PIECE / 2 }>(from, to);
                     }
                 }
                 let riders = from.add(4 * PANEL_ROWS * (steps + 1));

@@ -135,15 +135,22 @@ impl MatrixUnit for Avx512Vnni {
         unsafe { _mm512_stream_si512(p.cast(), v) }
     }
     #[inline(always)]
-    unsafe fn panel_rows(self, panel: *const u8, to: *mut u8) {
+    unsafe fn panel_rows<const STEPS: usize>(self, panel: *const u8, to: *mut u8) {
         // SAFETY: see above.
         unsafe {
-            let [a, b, c, d] = [
-                every_fourth(panel),
-                every_fourth(panel.add(16)),
-                every_fourth(panel.add(32)),
-                every_fourth(panel.add(48)),
-            ];
+            if STEPS == 8 {
+                let (a, b) = (both(panel), both(panel.add(16)));
+                let (c, d) = (both(panel.add(32)), both(panel.add(48)));
+                let (ab0, ab1) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+                let (cd0, cd1) = (_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+                _mm256_storeu_si256(to.cast(), _mm256_unpacklo_epi64(ab0, cd0));
+                _mm256_storeu_si256(to.add(32).cast(), _mm256_unpackhi_epi64(ab0, cd0));
+                _mm256_storeu_si256(to.add(64).cast(), _mm256_unpacklo_epi64(ab1, cd1));
+                _mm256_storeu_si256(to.add(96).cast(), _mm256_unpackhi_epi64(ab1, cd1));
+                return;
+            }
+            let (a, b) = (every_fourth(panel), every_fourth(panel.add(16)));
+            let (c, d) = (every_fourth(panel.add(32)), every_fourth(panel.add(48)));
             let (ab0, ab1) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
             let (cd0, cd1) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
             _mm512_storeu_si512(to.cast(), _mm512_unpacklo_epi64(ab0, cd0));
@@ -154,22 +161,25 @@ impl MatrixUnit for Avx512Vnni {
     }
 }
 
-/// Every fourth step of 13, in each of which a word is a row.
+/// A step, and the fourth one after it, in each of which a word is a row.
+///
+/// # Safety
+/// `steps` is valid for reading 5 steps of 16 bytes.
+#[inline(always)]
+unsafe fn both(steps: *const u8) -> __m256i {
+    // SAFETY: the caller's word.
+    unsafe {
+        let first = _mm256_castsi128_si256(_mm_loadu_si128(steps.cast()));
+        _mm256_inserti128_si256::<1>(first, _mm_loadu_si128(steps.add(64).cast()))
+    }
+}
+
+/// Every fourth step of 13.
 ///
 /// # Safety
 /// `steps` is valid for reading 13 steps of 16 bytes.
 #[inline(always)]
 unsafe fn every_fourth(steps: *const u8) -> __m512i {
     // SAFETY: the caller's word.
-    unsafe {
-        let low = _mm256_inserti128_si256::<1>(
-            _mm256_castsi128_si256(_mm_loadu_si128(steps.cast())),
-            _mm_loadu_si128(steps.add(64).cast()),
-        );
-        let high = _mm256_inserti128_si256::<1>(
-            _mm256_castsi128_si256(_mm_loadu_si128(steps.add(128).cast())),
-            _mm_loadu_si128(steps.add(192).cast()),
-        );
-        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
-    }
+    unsafe { _mm512_inserti64x4::<1>(_mm512_castsi256_si512(both(steps)), both(steps.add(128))) }
 }
