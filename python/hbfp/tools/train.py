@@ -45,7 +45,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
   hbfp train --arch resnet20 --data cifar-10-binary.tar.gz
   hbfp train --resume
 
-A run is a function of its options and its data: stopped by Ctrl-C, or killed, and resumed, it ends in the same bits."""
+A run is a function of its options and its data: stopped by Ctrl-C or SIGTERM, or killed, and resumed, it ends in the
+same bits."""
 
     run = parser.add_argument_group("what is trained")
     run.add_argument(
@@ -131,6 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hbfp.training.outcome import PLOT, REPORT, Outcome
     from hbfp.training.progress import Progress
     from hbfp.training.scalars import ScalarLog
+    from hbfp.training.stopping import Terminated
     from hbfp.training.train import CHECKPOINT, Settings, Training
 
     given: dict[str, Any] = {
@@ -175,13 +177,15 @@ def run(arguments: argparse.Namespace) -> int:
                 validate_every=training.validate_every,
                 observers=observers,
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         state = "in the middle of a step, the last checkpoint stands" if training.run.torn else "saved"
         print(
             f"hbfp train: stopped after {training.run.step} of {training.run.plan.steps} steps, {state}. "
             f"Go on with: {_command_to_resume(arguments)}",
             file=sys.stderr,
         )
+        if isinstance(stop, Terminated):
+            return 143
         raise
 
     written = ""

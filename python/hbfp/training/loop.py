@@ -8,13 +8,10 @@ import contextlib
 import math
 import os
 import pickle
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 import torch
@@ -26,6 +23,7 @@ from hbfp.optim import wide_weights
 from hbfp.schedule import Booster, set_step
 from hbfp.training.data import Batch, Data
 from hbfp.training.plan import Plan
+from hbfp.training.stopping import Stop, deferred_interrupt
 
 CHECKPOINT_VERSION = 2
 
@@ -196,8 +194,8 @@ def train(
     """Run to the plan's last step, saving a checkpoint before the first step, every `every` steps and at the end.
 
     `settings` is stored beside the state (plain values). With `validate_every`, the run is validated every so many
-    steps and at the end. On Ctrl-C the step under way is finished, the state saved, and KeyboardInterrupt raised; a
-    second Ctrl-C does not wait for the step.
+    steps and at the end. On Ctrl-C the step under way is finished, the state saved, and KeyboardInterrupt raised; on
+    SIGTERM likewise Terminated, which is one. A second signal does not wait for the step.
     """
 
     def save() -> None:
@@ -214,8 +212,8 @@ def train(
                     changed = True
                     for observer in observers:
                         observer.validated(run)
-                if interrupted():
-                    raise KeyboardInterrupt
+                if (stop := interrupted()) is not None:
+                    raise stop
                 if changed and (run.done or run.step % every == 0):
                     save()
                 if run.done:
@@ -230,34 +228,12 @@ def train(
         raise
 
 
-def _until(interrupted: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+def _until(interrupted: Callable[[], Stop | None], batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; a validation can be long, so Ctrl-C does not wait for its end."""
     for batch in batches:
-        if interrupted():
-            raise KeyboardInterrupt
+        if (stop := interrupted()) is not None:
+            raise stop
         yield batch
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C is noted (the value asked for tells) and the second raises as usual."""
-    noted = False
-    # Only the main thread is given signals; and who started us in the background asked that Ctrl-C be ignored.
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
-        yield lambda: noted
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal noted
-        noted = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def save_checkpoint(path: Path, run: Run, settings: dict[str, Any]) -> None:
