@@ -106,7 +106,7 @@ class Audit:
         return self._fraction(sum(chosen))
 
     def require(self, share: float = 1.0) -> None:
-        """Raises HBFPError unless at least this fraction of the MACs ran in fixed point; the message lists the rest, line by line."""
+        """Raises HBFPError unless at least this fraction of the MACs ran in fixed point; it lists the rest in lines."""
         if self.share() < share:
             rest = "".join(f"\n  {row.layer}: {row.product}, {row.macs:,} MACs ({row.reason})" for row in self.fp32)
             raise HBFPError(

@@ -5,23 +5,22 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, MappingProxyType
-from typing import TypeAlias
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: whatever stops for Ctrl-C stops for it, too."""
 
 
-Stop: TypeAlias = type[KeyboardInterrupt]
-
-SIGNALS: Mapping[int, Stop] = MappingProxyType({signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated})
+SIGNALS: Mapping[int, type[KeyboardInterrupt]] = MappingProxyType(
+    {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
+)
 """What each signal is raised as."""
 
 
 @contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], Stop | None]]:
-    """Within, the first signal is noted (the value asked for tells which), and the second does what it always did."""
-    noted: Stop | None = None
+def deferred_interrupt() -> Iterator[Callable[[], int]]:
+    """Within, the first signal is noted, and its number told to who asks (0: none); the second does what it did."""
+    noted = 0
     # Only the main thread is given signals; and who started us in the background asked that Ctrl-C be ignored.
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -30,7 +29,7 @@ def deferred_interrupt() -> Iterator[Callable[[], Stop | None]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal noted
-        noted = SIGNALS[number]
+        noted = number
         put_back()
 
     def put_back() -> None:
