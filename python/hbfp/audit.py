@@ -106,10 +106,12 @@ class Audit:
         return self._fraction(sum(chosen))
 
     def require(self, share: float = 1.0) -> None:
-        """Raises HBFPError unless at least this fraction of the MACs ran in fixed point; the message lists the rest."""
+        """Raises HBFPError unless at least this fraction of the MACs ran in fixed point; it lists the rest in lines."""
         if self.share() < share:
-            rest = "; ".join(f"{row.layer}: {row.product}, {row.macs} MACs ({row.reason})" for row in self.fp32)
-            raise HBFPError(f"expected {share:.2%} of MACs in fixed point; found {self.share():.2%}: {rest}")
+            rest = "".join(f"\n  {row.layer}: {row.product}, {row.macs:,} MACs ({row.reason})" for row in self.fp32)
+            raise HBFPError(
+                f"expected {share:.2%} of MACs in fixed point; found {self.share():.2%}; not in fixed point:{rest}"
+            )
 
     def _fraction(self, macs: int) -> float:
         return macs / self.macs if self.macs else 0.0

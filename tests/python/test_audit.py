@@ -347,10 +347,11 @@ def test_the_three_reasons():
             super().__init__()
             self.inner = nn.Sequential(nn.Linear(8, 8), Scaled(8, 8), nn.Linear(8, 8))
             self.late = nn.Identity()
+            self.own = nn.Parameter(torch.randn(8, 8))  # that it has matrices of its own is no reason
 
         def forward(self, x):
             y = self.late(self.inner(x))
-            return y @ y.T, hbfp.nn.functional.matmul(y, y.T, recipe="hbfp6")
+            return y @ y.T @ x @ self.own, hbfp.nn.functional.matmul(y, y.T, recipe="hbfp6")
 
     model = Model()
     hbfp.convert_(model, "hbfp4", rules={"inner.0": None})

@@ -803,6 +803,33 @@ def test_scalars_for_tensorboard():
         assert all(math.isfinite(value) for _, value, _ in writer.scalars)
 
 
+def test_scalars_in_a_file_of_events(tmp_path):
+    """A tag or a value that the real writer takes otherwise than the one above."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+
+    model = model_of("Linear")
+    with hbfp.watch(model) as watch, SummaryWriter(str(tmp_path)) as writer:
+        steps(model, 2)
+        watch.to_tensorboard(writer)
+    log = accumulator.EventAccumulator(str(tmp_path))
+    log.Reload()
+    found = {(tag, event.step): event.value for tag in log.Tags()["scalars"] for event in log.Scalars(tag)}
+    expected = {}
+    for row in (*watch.at(1), *watch.at(2)):
+        figures = {
+            "sqnr": row.sqnr,
+            "saturated": row.saturated_share,
+            "zeroed": row.zeroed_share,
+            "nan_blocks": row.nan_blocks,
+        }
+        where = f"{row.layer}/{row.product}/{row.operand}".replace(" ", "_")
+        for kind, value in figures.items():
+            expected[f"hbfp/{kind}/{where}", row.step] = float(np.float32(value))  # as events hold it
+    assert found == expected
+    assert len(found) == 4 * len(watch.at(1)) * 2
+
+
 def test_picture(tmp_path):
     pytest.importorskip("matplotlib")
     watch = watched()

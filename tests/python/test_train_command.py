@@ -285,7 +285,6 @@ def test_resumes_from_the_same_data_in_other_packing(data, tmp_path, capsys):
         ("--arch resnet20", "which images?"),
         ("--arch resnet20 --data {data} --layers 3", "--layers is no option of --arch resnet20"),
         ("--arch resnet20 --data {data} --sample 3", "--sample is no option of --arch resnet20"),
-        ("--data {data} --workers 3", "--workers is no option of --arch gpt"),
         ("--arch densenet40 --data {data} --steps 3 --epochs 2", "give one of them"),
         ("--arch densenet40 --data {data} --steps 0", "--steps is at least 1, not 0"),
         ("--arch densenet40 --data {data} --epochs -1", "--epochs is at least 1, not -1"),

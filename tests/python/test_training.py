@@ -26,7 +26,6 @@ from hbfp.training.digits import DigitsClassifier
 from hbfp.training.gpt import GPT, GPTShape, sample
 from hbfp.training.loop import (
     Run,
-    deferred_interrupt,
     read_checkpoint,
     replacing,
     save_checkpoint,
@@ -34,6 +33,7 @@ from hbfp.training.loop import (
 )
 from hbfp.training.plan import SGD, AdamW, Drops, Plan
 from hbfp.training.resnet import Block, ResNet, ResNetShape
+from hbfp.training.stopping import Terminated, deferred_interrupt
 
 TEXT = "".join(f"line {number}: the quick brown fox\n" for number in range(200))
 
@@ -64,9 +64,15 @@ def tiny_run(windows, recipe, steps=6, seed=0):
 @pytest.fixture(autouse=True)
 def _signals_are_heard():
     """A shell that starts the tests in the background has Ctrl-C ignored, which `deferred_interrupt` respects."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def terminate(number, frame):
+        raise Terminated  # by default the signal ends the process, which here is pytest
+
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("make", [lambda windows: windows, lambda windows: Digits.load(8)], ids=["text", "digits"])
@@ -508,15 +514,43 @@ def test_interrupt_leaves_a_checkpoint_that_resumes(windows, tmp_path):
     assert bits(resumed.state_dict()) == bits(whole.state_dict())
 
 
-def test_first_signal_waits_for_the_step(windows, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)], ids=["Ctrl-C", "SIGTERM"]
+)
+def test_first_signal_waits_for_the_step(number, raised, windows, tmp_path):
     # A signal in the middle of the optimizer would leave half of the weights a step behind.
     run = tiny_run(windows, "fp32")
-    run.optimizer.register_step_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT) if run.step == 2 else None)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
+    run.optimizer.register_step_pre_hook(lambda *_: os.kill(os.getpid(), number) if run.step == 2 else None)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as stop:
         train(run, windows, tmp_path / "checkpoint.pt", every=100, settings={})
-    assert signal.getsignal(signal.SIGINT) is before
+    assert stop.type is raised
+    assert signal.getsignal(number) is before
     assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 3
+
+
+def test_a_forward_that_was_interrupted_leaves_no_trace(tmp_path):
+    """Norms count a batch in the forward pass: the step that a second Ctrl-C broke off would count twice."""
+    digits, path = Digits.load(), tmp_path / "checkpoint.pt"
+
+    def run():
+        torch.manual_seed(0)
+        return Run(DigitsClassifier((8,)), Plan("fp32", 4), digits.batch(0, 0)[0])
+
+    def interrupt(*_):
+        if broken.step == 2:
+            raise KeyboardInterrupt
+
+    broken = run()
+    broken.model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, digits, path, every=100, settings={})
+    resumed, whole = run(), run()
+    resumed.load_state_dict(read_checkpoint(path))
+    assert resumed.step == 2
+    train(resumed, digits, path, every=100, settings={})
+    train(whole, digits, tmp_path / "whole.pt", every=100, settings={})
+    assert bits(read_checkpoint(path)) == bits(read_checkpoint(tmp_path / "whole.pt"))
 
 
 def test_half_a_step_is_not_saved(windows, tmp_path):
@@ -533,12 +567,27 @@ def test_half_a_step_is_not_saved(windows, tmp_path):
     assert read_checkpoint(tmp_path / "checkpoint.pt")["step"] == 2
 
 
-def test_second_signal_is_raised_at_once():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_second_signal_is_raised_at_once(number):
+    """Of whichever kind: torchrun passes Ctrl-C on as SIGTERM to workers that the terminal has told already."""
     with deferred_interrupt() as interrupted:
-        signal.raise_signal(signal.SIGINT)
-        assert interrupted()
+        assert interrupted() == 0
+        signal.raise_signal(number)
+        assert interrupted() == number
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    """`nohup` and `&` have Ctrl-C ignored; SIGTERM must be heard all the same."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with deferred_interrupt() as interrupted:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupted() == 0
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupted() == signal.SIGTERM
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -593,27 +642,26 @@ def test_train_from_the_command_line(small, tmp_path, capsys):
     assert read_checkpoint(out / "checkpoint.pt")["settings"]["recipe"] == "hbfp4"
 
 
-def test_train_stopped_and_resumed(small, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_train_stopped_and_resumed(number, code, small, tmp_path, capsys, monkeypatch):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert main(["train", *small, "--out", str(whole)]) == 0
     batch = Windows.batch
+
+    def stopping(self, seed, step):
+        if step == 2:
+            signal.raise_signal(number)
+        return batch(self, seed, step)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Windows, "batch", lambda self, seed, step: Interrupting(_Plain(self, batch), 2).batch(seed, step))
-        assert main(["train", *small, "--out", str(parts)]) == 130
-    assert f"hbfp train --resume --out {parts}" in capsys.readouterr().err
+        patch.setattr(Windows, "batch", stopping)
+        assert main(["train", *small, "--out", str(parts)]) == code
+    told = capsys.readouterr().err
+    assert "stopped after 3 of 4 steps, saved" in told
+    assert f"hbfp train --resume --out {parts}" in told
     assert main(["train", "--resume", "--out", str(parts)]) == 0
     ours, theirs = (read_checkpoint(folder / "checkpoint.pt") for folder in (parts, whole))
     assert bits(ours) == bits(theirs)
-
-
-class _Plain:
-    """A data set behind the method it had before it was replaced."""
-
-    def __init__(self, windows, batch):
-        self.windows, self.original = windows, batch
-
-    def batch(self, seed, step):
-        return self.original(self.windows, seed, step)
 
 
 def test_train_refuses_what_would_be_another_run(small, tmp_path, capsys):

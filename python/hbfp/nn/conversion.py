@@ -102,6 +102,9 @@ _WHOLE: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
 _HARMLESS = frozenset({"__init__", "reset_parameters", "extra_repr", "__annotate__", "__annotate_func__", "_abc_impl"})
 """What a subclass may define and still be computed by its base's forward, with nothing lost."""
 
+_MAY_MULTIPLY = "may multiply by "
+"""Begins the note on a module that has matrices of its own. Whether it does is what the audit finds."""
+
 _COMPUTES_WEIGHTS = "computes a layer's weight, outside its products"
 
 
@@ -173,7 +176,7 @@ def _target(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
         return None, f"subclass of {base.__name__} with its own {', '.join(added)}"
     own = [name for name, parameter in module.named_parameters(recurse=False) if parameter.dim() > 1]
     if own and not kind.__module__.startswith("torch.nn."):
-        return None, f"multiplies by {', '.join(own)} itself, if at all: use hbfp.nn.functional (hbfp.audit counts)"
+        return None, f"{_MAY_MULTIPLY}{', '.join(own)} itself: hbfp.audit tells, hbfp.nn.functional helps"
     return None, ""
 
 
@@ -435,7 +438,7 @@ def convert_(
             formats, computed_by = state.recipe.formats, state.recipe.computed_by
             _note_parametrisations(candidate, root)
             site += candidate.sites
-        else:
+        elif not candidate.note.startswith(_MAY_MULTIPLY):
             root.left.update(dict.fromkeys(candidate.names, candidate.note))
         rows.append(ReportRow(candidate.name, before.__name__, formats, position, candidate.note, computed_by))
     _take_off_fused_paths(model, {id(candidate.module) for candidate in chosen})

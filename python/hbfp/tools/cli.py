@@ -1,7 +1,8 @@
 """The `hbfp` command: one subcommand per file of this folder.
 
 Results go to standard output, progress and errors to standard error. Exit codes: 0 done; 1 a check found differences;
-2 bad input or usage, with one line that says what to do; 130 stopped by Ctrl-C; 141 nobody reads the output any more.
+2 bad input or usage, with one line that says what to do; 130 stopped by Ctrl-C; 141 nobody reads the output any more;
+143 `hbfp train` stopped by SIGTERM.
 
 A command's file is cheap to import: what it needs beyond the standard library it imports when it runs, so that
 `hbfp info` works where torch is not installed.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hbfp.training.processes import Processes
     from hbfp.training.train import Settings
 
 NAME = "train"
@@ -44,8 +45,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
   hbfp train --data book.txt
   hbfp train --arch resnet20 --data cifar-10-binary.tar.gz
   hbfp train --resume
+  torchrun --standalone --nproc-per-node 4 --no-python hbfp train --data book.txt
 
-A run is a function of its options and its data: stopped by Ctrl-C, or killed, and resumed, it ends in the same bits."""
+A run is a function of its options and its data: stopped by Ctrl-C or SIGTERM, or killed, and resumed, it ends in the
+same bits."""
 
     run = parser.add_argument_group("what is trained")
     run.add_argument(
@@ -78,8 +81,8 @@ A run is a function of its options and its data: stopped by Ctrl-C, or killed, a
         "--workers",
         type=int,
         metavar="N",
-        help="images: compute, in one process, what N workers would: N times --batch, and a rate that climbs from --lr "
-        "to N times --lr in the first epochs (default: 1)",
+        help="a step has N times --batch; for images a rate that climbs from --lr to N times --lr in the first epochs. "
+        "Processes that torchrun starts divide the workers among them (default: one for each process)",
     )
     length.add_argument(
         "--boosted-steps",
@@ -122,6 +125,13 @@ A run is a function of its options and its data: stopped by Ctrl-C, or killed, a
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from hbfp.training.processes import joined
+
+    with joined() as processes:
+        return _run(arguments, processes)
+
+
+def _run(arguments: argparse.Namespace, processes: "Processes") -> int:
     from rich.console import Console
 
     from hbfp.errors import FileError, HBFPError
@@ -131,6 +141,7 @@ def run(arguments: argparse.Namespace) -> int:
     from hbfp.training.outcome import PLOT, REPORT, Outcome
     from hbfp.training.progress import Progress
     from hbfp.training.scalars import ScalarLog
+    from hbfp.training.stopping import Terminated
     from hbfp.training.train import CHECKPOINT, Settings, Training
 
     given: dict[str, Any] = {
@@ -140,14 +151,14 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.save_every < 1:
         raise HBFPError(f"--save-every is at least 1, not {arguments.save_every}")
     if arguments.resume:
-        training = Training.resume(checkpoint, given)
+        training = Training.resume(checkpoint, given, processes)
         _check_sample(arguments.sample, training.settings)
         for half in arguments.out.glob(f".{CHECKPOINT}.*.tmp"):  # what a killed run was writing
             half.unlink(missing_ok=True)
     elif checkpoint.exists():
         raise FileError(f"{checkpoint} is there already: add --resume to go on with it, or give another --out")
     else:
-        settings = Settings.of({"data": "", **given})
+        settings = Settings.of({"data": "", **given}, processes.count)
         if not settings.data:
             raise HBFPError(
                 "which text? give a file with --data FILE"
@@ -155,16 +166,18 @@ def run(arguments: argparse.Namespace) -> int:
                 else "which images? give the folder or the archive of CIFAR-10 or CIFAR-100 with --data PATH"
             )
         _check_sample(arguments.sample, settings)
-        training = Training.start(settings)
-    if not arguments.json:
+        training = Training.start(settings, processes.rank)
+    if processes.leads and not arguments.json:
         print(training.summary(), file=sys.stderr)
 
     settings = training.settings
     try:
         with contextlib.ExitStack() as stack:
-            progress = Progress(f"train {settings.arch}", {settings.recipe: training.run})
-            observers: list[Observer] = [stack.enter_context(progress)]
-            if arguments.tensorboard is not None:
+            observers: list[Observer] = []
+            if processes.leads:
+                progress = Progress(f"train {settings.arch}", {settings.recipe: training.run})
+                observers.append(stack.enter_context(progress))
+            if processes.leads and arguments.tensorboard is not None:
                 observers.append(stack.enter_context(ScalarLog(arguments.tensorboard, training.run)))
             train(
                 training.run,
@@ -175,15 +188,21 @@ def run(arguments: argparse.Namespace) -> int:
                 validate_every=training.validate_every,
                 observers=observers,
             )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         state = "in the middle of a step, the last checkpoint stands" if training.run.torn else "saved"
-        print(
-            f"hbfp train: stopped after {training.run.step} of {training.run.plan.steps} steps, {state}. "
-            f"Go on with: {_command_to_resume(arguments)}",
-            file=sys.stderr,
-        )
+        if processes.leads:
+            again = "Go on with" if processes.count == 1 else f"Go on, in {processes.count} processes, with"
+            print(
+                f"hbfp train: stopped after {training.run.step} of {training.run.plan.steps} steps, {state}. "
+                f"{again}: {_command_to_resume(arguments)}",
+                file=sys.stderr,
+            )
+        if isinstance(stop, Terminated):
+            return 143
         raise
 
+    if not processes.leads:
+        return 0
     written = ""
     if arguments.sample and isinstance(training.run.model, GPT) and isinstance(training.data, Windows):
         corpus = training.data.corpus

@@ -8,13 +8,10 @@ import contextlib
 import math
 import os
 import pickle
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
 
 import torch
@@ -26,8 +23,10 @@ from hbfp.optim import wide_weights
 from hbfp.schedule import Booster, set_step
 from hbfp.training.data import Batch, Data
 from hbfp.training.plan import Plan
+from hbfp.training.processes import ALONE, LostProcess, Processes
+from hbfp.training.stopping import SIGNALS, deferred_interrupt
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +40,14 @@ class Score:
 class Run:
     """A model in training: converted by the plan's recipe, its optimizer, and how far it is.
 
-    `example` is a batch's inputs: the forward pass over it tells which layers come first and last.
+    `example` is a batch's inputs: the forward pass over it tells which layers come first and last. With several
+    `processes` each has a run of the same model and plan, and they advance together.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, example: Tensor) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, example: Tensor, processes: Processes = ALONE) -> None:
         self.model = model
         self.plan = plan
+        self.processes = processes
         self.step = 0
         self.losses: list[float] = []
         self.validations: list[tuple[int, float, float]] = []
@@ -57,7 +58,8 @@ class Run:
         """True while the optimizer writes: only then would a checkpoint hold half a step."""
         self.booster: Booster | None = None
         if plan.recipe != "fp32":
-            convert_(model, plan.recipe, example_inputs=(example,), seed=plan.seed)
+            # Each process draws bits of its own for its rows, so that their rounding averages out, too.
+            convert_(model, plan.recipe, example_inputs=(example,), seed=(plan.seed + processes.rank) % 2**64)
         if plan.recipe == "booster":
             # Epochs of one step: the plan counts in steps.
             self.booster = Booster(model, plan.steps, last_steps=plan.boosted_steps)
@@ -90,21 +92,28 @@ class Run:
             set_step(self.model, step)
 
     def advance(self, batch: Batch) -> float:
-        """One step: forward, backward, update. Returns the batch's loss; its time goes to `seconds`."""
-        inputs, targets = batch
+        """One step: forward, backward, update. Returns the batch's loss; its time goes to `seconds`.
+
+        Of several processes each is given the whole batch.
+        """
+        inputs, targets = self.processes.part(batch)
         self.enter(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.plan.rate(self.step)
         self.model.train()
         started = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = cross_entropy(self.model(inputs), targets)
-        loss.backward()
+        with _buffers_kept(self.model):
+            loss = cross_entropy(self.model(inputs), targets)
+            loss.backward()
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            mean = loss.detach()
+            self.processes.average([*gradients, mean])
         if self.plan.update.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.update.clip)
         self.torn = True
         self.optimizer.step()
-        value = loss.item()
+        value = mean.item()
         self.seconds.append(time.perf_counter() - started)
         self.losses.append(value)
         self.step += 1
@@ -155,6 +164,18 @@ class Run:
         self.enter(max(0, min(self.step, self.plan.steps) - 1))
 
 
+@contextlib.contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """On an error buffers are what they were: a norm that has counted a batch would count it again once resumed."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    except BaseException:
+        for buffer, value in before:
+            buffer.copy_(value)
+        raise
+
+
 def grade(answers: Iterable[Batch]) -> Score:
     """Loss and accuracy of scores, each with its target classes."""
     loss, right, count = 0.0, 0, 0
@@ -196,8 +217,9 @@ def train(
     """Run to the plan's last step, saving a checkpoint before the first step, every `every` steps and at the end.
 
     `settings` is stored beside the state (plain values). With `validate_every`, the run is validated every so many
-    steps and at the end. On Ctrl-C the step under way is finished, the state saved, and KeyboardInterrupt raised; a
-    second Ctrl-C does not wait for the step.
+    steps and at the end. On Ctrl-C the step under way is finished, the state saved, and KeyboardInterrupt raised; on
+    SIGTERM likewise Terminated, which is one. A second signal does not wait for the step. Of several processes the
+    first validates and saves, and all stop after the same step if one is told to.
     """
 
     def save() -> None:
@@ -205,18 +227,20 @@ def train(
             observer.saving(run)
         save_checkpoint(checkpoint, run, settings)
 
+    leads = run.processes.leads
     changed = run.step == 0
     try:
         with deferred_interrupt() as interrupted:
             while True:
-                if run.due(validate_every):
-                    run.validate(_until(interrupted, data.validation()))
-                    changed = True
-                    for observer in observers:
-                        observer.validated(run)
-                if interrupted():
-                    raise KeyboardInterrupt
-                if changed and (run.done or run.step % every == 0):
+                if leads and run.due(validate_every):
+                    with contextlib.suppress(_Interrupted):
+                        run.validate(_until(interrupted, data.validation()))
+                        changed = True
+                        for observer in observers:
+                            observer.validated(run)
+                if stop := run.processes.highest(interrupted()):
+                    raise SIGNALS[stop]
+                if leads and changed and (run.done or run.step % every == 0):
                     save()
                 if run.done:
                     return
@@ -224,40 +248,22 @@ def train(
                 changed = True
                 for observer in observers:
                     observer.stepped(run)
-    except KeyboardInterrupt:
-        if not run.torn:
+    except (KeyboardInterrupt, LostProcess):
+        if leads and not run.torn:
             save()
         raise
 
 
-def _until(interrupted: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+class _Interrupted(Exception):
+    """A validation was broken off."""
+
+
+def _until(interrupted: Callable[[], int], batches: Iterable[Batch]) -> Iterator[Batch]:
     """The batches; a validation can be long, so Ctrl-C does not wait for its end."""
     for batch in batches:
         if interrupted():
-            raise KeyboardInterrupt
+            raise _Interrupted
         yield batch
-
-
-@contextlib.contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within, the first Ctrl-C is noted (the value asked for tells) and the second raises as usual."""
-    noted = False
-    # Only the main thread is given signals; and who started us in the background asked that Ctrl-C be ignored.
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
-        yield lambda: noted
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal noted
-        noted = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: noted
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def save_checkpoint(path: Path, run: Run, settings: dict[str, Any]) -> None:

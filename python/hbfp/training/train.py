@@ -22,6 +22,7 @@ from hbfp.training.gpt import GPT, GPTShape
 from hbfp.training.images import Images
 from hbfp.training.loop import Run, read_checkpoint
 from hbfp.training.plan import SGD, AdamW, Cosine, Drops, Plan
+from hbfp.training.processes import ALONE, Processes
 from hbfp.training.resnet import ResNet, ResNetShape
 
 CHECKPOINT = "checkpoint.pt"
@@ -56,7 +57,6 @@ _TEXT_DEFAULTS: Mapping[str, Any] = {
     "context": 128,
 }
 _TEXT_ONLY = ("layers", "width", "context")
-_IMAGES_ONLY = ("workers",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Settings:
     data: str
     recipe: str
     batch: int
-    """Windows of text, or images of each worker, in a step."""
+    """Windows of text, or images, of each worker in a step."""
     lr: float
     """The highest; for images, of each worker."""
     seed: int
@@ -77,36 +77,40 @@ class Settings:
     boosted_steps: int | None = None
     eval_every: int | None = None
     """Steps between validations; None: an epoch of images, a tenth of a run on text."""
-    workers: int | None = None
-    """Images only: one process computes what so many would, the batch and the rate of all."""
+    workers: int = 1
+    """A step has the batches of so many, and for images the rate of all."""
+    processes: int = 1
+    """Among which the workers are divided evenly."""
     layers: int | None = None
     width: int | None = None
     context: int | None = None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "Settings":
-        """The options typed, and the architecture's defaults for all others."""
+    def of(cls, given: Mapping[str, Any], processes: int = 1) -> "Settings":
+        """The options typed, and the architecture's defaults for all others; of each process, one worker."""
         arch = given.get("arch", "gpt")
         if arch not in ARCHITECTURES:
             raise HBFPError(f"no architecture {arch!r}; known: {', '.join(ARCHITECTURES)}")
-        for name in _IMAGES_ONLY if arch == "gpt" else _TEXT_ONLY:
-            if name in given:
+        for name in _TEXT_ONLY:
+            if arch != "gpt" and name in given:
                 raise HBFPError(f"--{name} is no option of --arch {arch}: leave it out")
         if "epochs" in given and "steps" in given:
             raise HBFPError("--epochs and --steps are both the length of the run: give one of them")
-        defaults: dict[str, Any] = {"arch": arch, "recipe": "booster", "seed": 0}
+        defaults: dict[str, Any] = {"arch": arch, "recipe": "booster", "seed": 0, "workers": processes}
         if arch == "gpt":
             defaults |= _TEXT_DEFAULTS
         else:
-            defaults |= {"epochs": CLASSIFIERS[arch].epochs, "batch": 128, "lr": 0.1, "workers": 1}
+            defaults |= {"epochs": CLASSIFIERS[arch].epochs, "batch": 128, "lr": 0.1}
         for name, other in (("epochs", "steps"), ("steps", "epochs")):
             if name in given:
                 defaults.pop(other, None)
-        settings = cls(**defaults | dict(given))
+        settings = cls(**defaults | dict(given), processes=processes)
         for name in ("epochs", "steps", "batch", "workers", "eval_every"):
             value = getattr(settings, name)
             if value is not None and value < 1:
                 raise HBFPError(f"{option(name)} is at least 1, not {value}")
+        if settings.workers % processes:
+            raise HBFPError(f"--workers is a multiple of the {processes} processes, not {settings.workers}")
         return settings
 
 
@@ -121,27 +125,27 @@ class Training:
     run: Run
 
     @classmethod
-    def start(cls, settings: Settings) -> "Training":
-        """Model, data and optimizer at step 0."""
+    def start(cls, settings: Settings, rank: int = 0) -> "Training":
+        """Model, data and optimizer at step 0, in the process of that rank."""
         data: Windows | Images
         if settings.arch == "gpt":
             corpus = Corpus.read(Path(settings.data))
-            data = Windows(corpus, settings.batch, settings.context or 0)
+            data = Windows(corpus, settings.batch * settings.workers, settings.context or 0)
             sha256 = corpus.sha256
             shape = GPTShape(len(corpus.vocabulary), settings.layers or 0, settings.width or 0, settings.context or 0)
         else:
             cifar = CIFAR.read(Path(settings.data))
-            data = Images(cifar, settings.batch * (settings.workers or 1))
+            data = Images(cifar, settings.batch * settings.workers)
             sha256 = cifar.sha256
         plan = _plan(settings, data.steps_per_epoch)
         torch.manual_seed(settings.seed)
         model = GPT(shape) if settings.arch == "gpt" else CLASSIFIERS[settings.arch].build(cifar.classes)
         example, _ = data.batch(settings.seed, 0)
-        return cls(settings, data, sha256, Run(model, plan, example))
+        return cls(settings, data, sha256, Run(model, plan, example, Processes(settings.processes, rank)))
 
     @classmethod
-    def resume(cls, checkpoint: Path, given: Mapping[str, Any]) -> "Training":
-        """The run that `checkpoint` was taken of.
+    def resume(cls, checkpoint: Path, given: Mapping[str, Any], processes: Processes = ALONE) -> "Training":
+        """The run that `checkpoint` was taken of, in as many processes.
 
         `given` holds the options typed with --resume: only `data` may differ, and only in where the same data lie now.
         """
@@ -150,7 +154,12 @@ class Training:
         names = {field.name for field in fields(Settings)}
         if not isinstance(stored, dict) or set(stored) != names | {"sha256"}:
             raise FileError(f"{checkpoint} is not a checkpoint of `hbfp train`")
-        for name in names - {"data"}:
+        if stored["processes"] != processes.count:
+            raise HBFPError(
+                f"{checkpoint} was started in {_number(stored['processes'])}, not in {processes.count}: "
+                "go on with it in as many, or start another run with another --out"
+            )
+        for name in names - {"data", "processes"}:
             if name in given and given[name] != stored[name]:
                 typed = option(name)
                 started = f"{typed} {stored[name]}" if stored[name] is not None else f"no {typed}"
@@ -159,7 +168,7 @@ class Training:
                     f"leave {typed} out to go on with it, or start another run with another --out"
                 )
         settings = Settings(**{name: stored[name] for name in names} | {"data": given.get("data", stored["data"])})
-        self = cls.start(settings)
+        self = cls.start(settings, processes.rank)
         if self.sha256 != stored["sha256"]:
             raise HBFPError(
                 f"{settings.data} does not hold the data that {checkpoint} was trained on; give those with --data"
@@ -190,7 +199,12 @@ class Training:
             length = f"{settings.epochs} epochs of {self.data.steps_per_epoch:,} steps"
         source = self.data.corpus.source if isinstance(self.data, Windows) else self.data.cifar.source
         boosted = f", the last {plan.boosted_steps:,} boosted" if plan.recipe == "booster" else ""
-        return f"{settings.arch} in {plan.recipe} on {source}: {length} of {self.data.size}{boosted}"
+        spread = f", in {_number(settings.processes)}" if settings.processes > 1 else ""
+        return f"{settings.arch} in {plan.recipe} on {source}: {length} of {self.data.size}{boosted}{spread}"
+
+
+def _number(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def option(name: str) -> str:
@@ -216,5 +230,5 @@ def _plan(settings: Settings, steps_per_epoch: int) -> Plan:
         return steps * epoch // published.epochs
 
     schedule = Drops(tuple(part(drop) for drop in published.drops), part(published.warmup), settings.lr)
-    rate = settings.lr * (settings.workers or 1)
+    rate = settings.lr * settings.workers
     return Plan(settings.recipe, steps, rate, settings.seed, boosted, SGD(), schedule)
