@@ -90,6 +90,6 @@ def unpack(parts: Int4Pack, name: str = "array", format: HBFP | str | None = Non
     ones[..., 0] = 1
     unit = torch.eye(2 * packed.shape[1], dtype=torch.bfloat16)
     codes = torch.ops.aten._weight_int4pack_mm_for_cpu(unit, packed, group, ones).T
-    scales = scales_and_zeros[..., 0].T.to(torch.float64, copy=True)
-    groups = Groups(np.from_dlpack(codes.int().reshape(*scales.shape, group)), np.from_dlpack(scales.contiguous()))
+    scales = np.from_dlpack(scales_and_zeros[..., 0].float().T.contiguous()).astype(np.float64)
+    groups = Groups(np.from_dlpack(codes.int().reshape(*scales.shape, group)), scales)
     return array_of(groups, where, format or f"hbfp4b{group}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,9 @@ from hbfp.array import BlockArray
 from hbfp.errors import ExportError
 from hbfp.format import HBFP
 
-__all__ = ["Groups", "array_of", "check", "groups_of", "place", "refuse", "required", "whole_file"]
+__all__ = ["Groups", "array_of", "check", "exponent_bytes", "groups_of", "place", "refuse", "required", "whole_file"]
+
+Index: TypeAlias = tuple[int, ...]
 
 NAN_BYTE = 255
 EXPONENT_BIAS = 127
@@ -37,7 +39,7 @@ def place(array: BlockArray, name: str) -> str:
     return array.source or f"tensor {name!r}"
 
 
-def refuse(where: str, field: str, expected: str, found: object, block: tuple[int, ...] | None = None) -> NoReturn:
+def refuse(where: str, field: str, expected: str, found: object, block: Index | None = None) -> NoReturn:
     """Raises the ExportError that every format raises; `block` is an index of `BlockArray.exponents`."""
     number = "" if block is None else f"block {[int(index) for index in block]}: "
     raise ExportError(f"{where}: {number}{field}: expected {expected}; found {found}")
@@ -127,32 +129,39 @@ def array_of(groups: Groups, where: str, format: HBFP | str) -> BlockArray:
     group = codes.shape[-1]
     if format.block is None or format.block % group:
         refuse(where, "format", f"blocks of {group} or a multiple along the last axis", format)
-    nan = np.isnan(scales)
-    mantissas, exponents = np.frexp(np.where(nan, 0.0, np.abs(scales)))
-    wrong = np.argwhere(~nan & (mantissas != 0.5) & (scales != 0))
-    if len(wrong):
-        first = tuple(wrong[0])
-        refuse(where, "scale", "a power of two", f"{scales[first]:.9g}", _merged(first, format, group))
-    signs = np.where(np.isfinite(scales), np.sign(scales), 0).astype(np.int64)
-    codes = codes.astype(np.int64) * signs[..., None]
+    codes = codes.astype(np.int64) * np.where(scales == 0, 0, np.where(scales < 0, -1, 1))[..., None]
+    codes[np.isnan(scales)] = 0
+    bytes_ = exponent_bytes(scales, where, lambda first: _block_of(first, format, group))
     wrong = np.argwhere(np.abs(codes) > format.max_code)
     if len(wrong):
         first = tuple(wrong[0])
         limit = f"codes -{format.max_code} ... {format.max_code} of {format}"
-        refuse(where, "code", limit, int(codes[first]), _merged(first[:-1], format, group))
-    bytes_ = np.where(scales == 0, 0, exponents - 1 + EXPONENT_BIAS)
-    wrong = np.argwhere((bytes_ < 0) | (bytes_ >= NAN_BYTE))
-    if len(wrong):
-        first = tuple(wrong[0])
-        found = f"2^{bytes_[first] - EXPONENT_BIAS}"
-        refuse(where, "scale", "2^-127 ... 2^127", found, _merged(first, format, group))
-    bytes_ = np.where(nan, NAN_BYTE, bytes_)
+        refuse(where, "code", limit, int(codes[first]), _block_of(first[:-1], format, group))
     shape = (*codes.shape[:-2], codes.shape[-2] * group)
-    merged = _merge(bytes_, codes.any(axis=-1) | nan, format.block // group, where)
+    merged = _merge(bytes_, codes.any(axis=-1) | (bytes_ == NAN_BYTE), format.block // group, where)
     return BlockArray.from_parts(codes.reshape(shape), merged, format, shape)
 
 
-def _merged(group: tuple[Any, ...], format: HBFP, size: int) -> tuple[int, ...]:
+def exponent_bytes(
+    scales: NDArray[Any], where: str, block_of: Callable[[Index], Index] = lambda first: first
+) -> NDArray[np.int64]:
+    """c = s + 127 of scales ±2^s, 0 of 0, 255 of NaN.
+
+    Raises:
+        ExportError: a scale that is no power of two, or not in 2^-127 ... 2^127; names the block that `block_of` makes
+            of its index.
+    """
+    nan = np.isnan(scales)
+    mantissas, exponents = np.frexp(np.where(nan, 0.0, np.abs(scales)))
+    bytes_ = np.where(scales == 0, 0, exponents.astype(np.int64) - 1 + EXPONENT_BIAS)
+    wrong = np.argwhere(~nan & ((mantissas != 0.5) & (scales != 0) | (bytes_ < 0) | (bytes_ >= NAN_BYTE)))
+    if len(wrong):
+        first = tuple(wrong[0])
+        refuse(where, "scale", "a power of two, 2^-127 ... 2^127", f"{scales[first]:.9g}", block_of(first))
+    return np.where(nan, NAN_BYTE, bytes_)
+
+
+def _block_of(group: Index, format: HBFP, size: int) -> Index:
     assert format.block is not None
     return (*group[:-1], group[-1] * size // format.block)
 

@@ -1,0 +1,511 @@
+"""ONNX, opset 21: blocked `DequantizeLinear` for arrays, and networks of linear layers that compute the same bits.
+
+An array is INT4, INT8 or INT16 codes and a float32 scale 2^s for each block: `DequantizeLinear` with `block_size`
+multiplies the two, which is exact (docs/spec.md 1.8). Every scale exponent of HBFP is a float32, the last block of a
+line may be short in ONNX too, and so all arrays fit but those with a NaN block.
+
+A network also encodes its activations. That is a local function of standard operators, computed in float64, where
+nothing of it rounds but what the format rounds: the scale is the largest magnitude's unit in the first place, which
+Rump finds without a logarithm ("Error estimation of floating-point summation and dot product", BIT 52, 2012, algorithm
+3.5), times a power of two. The product's blocks are summed in the specification's order by a `Scan`: of one block all
+products are whole multiples of one power of two and their sums stay below 2^24 of it, so that float32 adds them exactly
+in any order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from hbfp.array import BlockArray
+from hbfp.errors import FileError
+from hbfp.exports.lossless import check, exponent_bytes, place, refuse, required, whole_file
+from hbfp.format import HBFP, ExponentRule, Rounding
+
+__all__ = ["Quantized", "load", "pack", "save", "save_network", "unpack"]
+
+OPSET = 21
+IR_VERSION = 10  # the one of opset 21
+DOMAIN = "hbfp"
+LARGEST_FILE = 2**31 - 1  # protobuf's; more would need files beside the file
+CODES, SCALES = ".codes", ".scales"
+EXACT_SUM = 2**24  # float32 has all integers up to here
+
+
+class Quantized(NamedTuple):
+    """The inputs and attributes of a DequantizeLinear."""
+
+    codes: NDArray[Any]
+    """Integers of the logical shape."""
+    bits: int
+    """4, 8 or 16: INT4, INT8 or INT16."""
+    scales: NDArray[np.float32]
+    """Of the logical shape with the blocked axis counted in blocks; without dimensions if there is one for all."""
+    axis: int
+    block: int | None
+    """The `block_size`; None where one scale serves all."""
+
+
+def pack(array: BlockArray, name: str = "array") -> Quantized:
+    """An array as DequantizeLinear takes it.
+
+    Args:
+        array: any, in lines along any axis, in tiles (their scales are repeated for every row) or as a whole tensor.
+        name: of the tensor, for messages.
+
+    Raises:
+        ExportError: a NaN block.
+        CodeError: the array was read from a file that holds forbidden codes.
+    """
+    check(array, place(array, name), 16, "ONNX")
+    format, shape, exponents = array.format, array.shape, array.exponents
+    block = format.tile or format.block
+    # One dimension and one block: onnxruntime takes a single scale for that of the whole tensor, and block_size amiss.
+    if block is None or not shape or exponents.shape == (1,):
+        block, exponents = None, exponents.reshape(-1)[:1].reshape(())
+    elif format.tile is not None and len(shape) > 1:
+        exponents = exponents.repeat(format.tile, axis=-2)[..., : shape[-2], :]
+    scales = np.ldexp(np.float32(1), exponents.astype(np.int32) - 127)
+    bits = next(width for width in (4, 8, 16) if format.bits <= width)
+    return Quantized(array.mantissas, bits, np.asarray(scales, np.float32), array.axis, block)
+
+
+def unpack(parts: Quantized, name: str = "array", format: HBFP | str | None = None) -> BlockArray:
+    """The array of such parts.
+
+    Args:
+        parts: codes less their zero point, scales, axis and block.
+        name: of the tensor, for messages.
+        format: of the result; None: of the codes' width. Another one must have the same blocks and all codes.
+
+    Raises:
+        ExportError: a scale that is no power of two; a code that the format does not have; other blocks; parts that do
+            not fit together.
+    """
+    return _array(parts, f"tensor {name!r}", format)
+
+
+def _array(parts: Quantized, where: str, format: HBFP | str | None) -> BlockArray:
+    codes, bits, scales, axis, block = parts
+    if block is not None and not 1 <= block <= 1024:
+        refuse(where, "block_size", "1 to 1024", block)
+    wanted = HBFP.parse(format) if format is not None else HBFP(bits, block)
+    if wanted.block != block or wanted.tile is not None:
+        refuse(where, "format", f"blocks of {block if block is not None else 'the whole tensor'}", wanted)
+    axis = wanted.blocked_axis(axis, codes.shape)
+    shape = list(codes.shape) if block is not None else []
+    if block is not None:
+        shape[axis] = -(-shape[axis] // block)
+    if list(scales.shape) != shape:
+        refuse(where, "scales", f"shape {shape}, one scale for each block", list(scales.shape))
+    outside = np.argwhere(np.abs(codes.astype(np.int64)) > wanted.max_code)
+    if len(outside):
+        first = [int(part) for part in outside[0]]
+        number = tuple(part // block if place == axis and block else part for place, part in enumerate(first))
+        limit = f"codes -{wanted.max_code} ... {wanted.max_code} of {wanted}"
+        refuse(where, "code", limit, int(codes[tuple(first)]), number if block is not None else None)
+    bytes_ = exponent_bytes(scales, where)
+    if block is None:
+        bytes_ = bytes_.reshape((1,) * codes.ndim)
+    return BlockArray.from_parts(codes, bytes_, wanted, codes.shape, axis)
+
+
+# --- files of arrays -------------------------------------------------------------------------------------------------
+
+
+def save(path: str | os.PathLike[str], tensors: Mapping[str, BlockArray | ArrayLike]) -> None:
+    """Writes a model without inputs whose outputs are the tensors: encoded arrays decoded, plain arrays as they are.
+
+    Args:
+        path: of the file, which appears complete or not at all; one that exists is replaced.
+        tensors: by name.
+
+    Raises:
+        ExportError: an array has a NaN block; a plain array is of a type that ONNX does not have; two tensors would
+            have one name; the file would be larger than 2 GiB. Nothing is written.
+        ModuleNotFoundError: the package onnx is not installed.
+        OSError: the file cannot be written.
+    """
+    graph = _Graph()
+    for name, value in tensors.items():
+        if isinstance(value, BlockArray):
+            graph.dequantize(name, pack(value, name))
+            graph.output(name, value.shape)
+        else:
+            array = np.asarray(value)
+            graph.initializer(name, array)
+            graph.output(name, array.shape, array.dtype)
+    graph.write(path)
+
+
+def load(
+    path: str | os.PathLike[str], formats: Mapping[str, HBFP | str] | None = None
+) -> dict[str, BlockArray | NDArray[Any]]:
+    """Reads a file: what a DequantizeLinear makes of constants as `BlockArray`, all other constants as arrays, by name.
+
+    Args:
+        path: of the file; any ONNX model, of which only the main graph's initializers and DequantizeLinear are read.
+        formats: by name, where another one than the codes' width is wanted (`unpack`).
+
+    Raises:
+        ExportError: a tensor does not fit (`unpack`), or has one scale for each channel.
+        FileError: the file is damaged or not ONNX.
+        ModuleNotFoundError: the package onnx is not installed.
+        OSError: the file cannot be read.
+    """
+    where = os.fspath(path)
+    onnx = required("onnx")
+    decode_error = required("google.protobuf.message").DecodeError
+    try:
+        graph = onnx.load(where).graph
+        constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    # What protobuf, numpy and onnx raise where bytes, lengths and types don't fit together.
+    except (decode_error, onnx.checker.ValidationError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise FileError(f"{where}: expected an ONNX file; found one that cannot be read: {error}") from error
+    result: dict[str, BlockArray | NDArray[Any]] = {}
+    parts: set[str] = set()
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
+            continue
+        if all(name in constants or not name for name in node.input):
+            name = node.output[0]
+            tensor = f"{where}: tensor {name!r}"
+            result[name] = _array(_quantized(node, constants, tensor), tensor, (formats or {}).get(name))
+            parts.update(node.input)
+    return result | {name: array for name, array in constants.items() if name not in parts}
+
+
+_WIDTHS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "int16": 16, "uint16": 16}
+
+
+def _quantized(node: Any, constants: Mapping[str, NDArray[Any]], where: str) -> Quantized:
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    codes, scales, *zero = (constants[name] for name in node.input if name)
+    if codes.dtype.name not in _WIDTHS:
+        refuse(where, "type", f"one of {', '.join(_WIDTHS)}", codes.dtype.name)
+    bits = _WIDTHS[codes.dtype.name]
+    block = attributes.get("block_size", 0) or None
+    axis = attributes.get("axis", 1)
+    if block is None and scales.ndim:
+        refuse(where, "scales", "one for each block, or one for all", f"one for each index of axis {axis}")
+    codes = codes.astype(np.int64)
+    if zero and block is None:
+        codes = codes - zero[0].astype(np.int64)
+    elif zero and block and zero[0].shape == scales.shape and -codes.ndim <= axis < codes.ndim:
+        lifted = zero[0].astype(np.int64).repeat(block, axis)
+        codes = codes - lifted.take(np.arange(codes.shape[axis]), axis)
+    elif zero:
+        refuse(where, "zero point", f"shape {list(scales.shape)}, that of the scales", list(zero[0].shape))
+    return Quantized(codes, bits, scales, axis if block is not None else -1, block)
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+
+def save_network(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, BlockArray | ArrayLike],
+    layers: Sequence[str],
+    *,
+    activations: HBFP | str | None = None,
+    rounding: str | Rounding = Rounding.NEAREST_EVEN,
+    exact: bool = True,
+) -> None:
+    """Writes a runnable model of converted linear layers with a ReLU between one and the next.
+
+    Its input "x" is float32 [batch, in], its output "y" float32 [batch, out]. It computes what the layers compute in
+    torch, and `hbfp.linear` in numpy, bit for bit, apart from the sign of NaN, wherever a block's sum is not below
+    2^-126 nor beyond float32.
+
+    Args:
+        path: of the file, which appears complete or not at all; one that exists is replaced.
+        tensors: holds "<layer>.weight" [out, in], encoded in lines along `in`, and perhaps "<layer>.bias" for each
+            layer: `hbfp.load` of a file of `save_model`.
+        layers: their names, in the order in which they run.
+        activations: format of every layer's input, None for that of the layer's weight, as the recipes have it.
+        rounding: of the activations; not stochastic.
+        exact: sum the blocks in the specification's order. False: one MatMul for each layer, which is faster and may
+            round sums otherwise: by up to 2^-23 of the sum of the magnitudes of the blocks' terms, for each block.
+
+    Raises:
+        ExportError: a layer is missing or does not follow on the one before; a weight is not encoded so, or in blocks
+            other than the activations'; a block's sum would not be exact in float32; stochastic rounding; the file
+            would be larger than 2 GiB. Nothing is written.
+        ModuleNotFoundError: the package onnx is not installed.
+        OSError: the file cannot be written.
+    """
+    how = Rounding.parse(rounding)
+    if how is Rounding.STOCHASTIC:
+        refuse("activations", "rounding", "a deterministic one", "'stochastic', which needs random bits")
+    if not layers:
+        refuse("network", "layers", "the names of its linear layers, in their order", "none")
+    graph = _Graph()
+    product = graph.function(_product(exact))
+    current, width = "x", None
+    for number, layer in enumerate(layers):
+        name = f"{layer}.weight"
+        weight = _weight(tensors, name, width)
+        format = weight.format if activations is None else HBFP.parse(activations)
+        _check_product(place(weight, name), weight.format, format, weight.shape[1], exact)
+        lines, encoder = graph.function(_lines(weight.format)), graph.function(_encoder(format, how))
+        if width is None:
+            graph.input("x", ("batch", weight.shape[1]))
+        width = weight.shape[0]
+        graph.dequantize(name, pack(weight, name))
+        graph.node(lines, [name], f"{name}.blocks")
+        graph.node(encoder, [current], f"{layer}.input.blocks")
+        current = graph.node(product, [f"{layer}.input.blocks", f"{name}.blocks"], f"{layer}.product")
+        bias = tensors.get(f"{layer}.bias")
+        if bias is not None:
+            graph.initializer(f"{layer}.bias", _bias(bias, f"{layer}.bias", width))
+            current = graph.node("Add", [current, f"{layer}.bias"], f"{layer}.sum")
+        if number < len(layers) - 1:
+            current = graph.node("Relu", [current], f"{layer}.relu")
+    graph.node("Identity", [current], "y")
+    graph.output("y", ("batch", width))
+    graph.write(path)
+
+
+def _weight(tensors: Mapping[str, BlockArray | ArrayLike], name: str, width: int | None) -> BlockArray:
+    where = f"tensor {name!r}"
+    weight = tensors.get(name)
+    if not isinstance(weight, BlockArray):
+        refuse(where, "layer", "an encoded weight", "no such tensor" if weight is None else "a plain one")
+    where = place(weight, name)
+    if weight.ndim != 2 or weight.axis != 1 or weight.format.block is None:
+        expected = "[out, in] in lines along its inputs"
+        refuse(where, "weight", expected, f"{list(weight.shape)} in {weight.format} along axis {weight.axis}")
+    if width is not None and weight.shape[1] != width:
+        refuse(where, "inputs", f"{width}, the outputs of the layer before", weight.shape[1])
+    return weight
+
+
+def _bias(bias: BlockArray | ArrayLike, name: str, width: int) -> NDArray[np.float32]:
+    array = np.asarray(bias)
+    if array.dtype != np.float32 or array.shape != (width,):
+        refuse(f"tensor {name!r}", "bias", f"float32 [{width}]", f"{array.dtype} {list(array.shape)}")
+    return array
+
+
+def _check_product(where: str, weight: HBFP, activations: HBFP, length: int, exact: bool) -> None:
+    if activations.block != weight.block:
+        refuse(where, "blocks", f"those of the activations, {activations}", weight)
+    assert weight.block is not None
+    largest = min(weight.block, length) * weight.max_code * activations.max_code
+    if exact and largest > EXACT_SUM:
+        found = f"up to {largest} in {activations} · {weight}: exact=False does without"
+        refuse(where, "sum of a block", "at most 2^24, which float32 adds exactly, for the order of sums", found)
+
+
+def _lines(format: HBFP) -> str:
+    """[rows, n] -> [rows, blocks, elements of a block], zeros filling the last one."""
+    return f'''
+        <opset_import: ["": {OPSET}], domain: "{DOMAIN}">
+        lines_of_{format.block} (x) => (blocks)
+        {{
+            block = Constant <value_ints = [{format.block}]> ()
+            zero = Constant <value_ints = [0]> ()
+            length = Shape <start = 1> (x)
+            short = Mod (length, block)
+            missing = Sub (block, short)
+            fill = Mod (missing, block)
+            pads = Concat <axis = 0> (zero, fill)
+            axis = Constant <value_ints = [1]> ()
+            filled = Pad (x, pads, , axis)
+            shape = Constant <value_ints = [0, -1, {format.block}]> ()
+            blocks = Reshape (filled, shape)
+        }}'''
+
+
+_ROUNDINGS = {
+    Rounding.NEAREST_EVEN: "rounded = Round (y)",
+    Rounding.NEAREST_AWAY: """
+            half = Constant <value = double {0.5}> ()
+            sign = Sign (y)
+            size = Abs (y)
+            more = Add (size, half)
+            whole = Floor (more)
+            rounded = Mul (sign, whole)""",
+    Rounding.TOWARD_ZERO: """
+            sign = Sign (y)
+            size = Abs (y)
+            whole = Floor (size)
+            rounded = Mul (sign, whole)""",
+}
+
+# From the scale that floor(log2 amax) gives, clauses 2.2 to 2.4.
+_RULES = {
+    ExponentRule.MAX_EXPONENT: "chosen = Identity (natural)",
+    ExponentRule.CEIL: """
+            lower = Constant <value = double {0.5}> ()
+            halved = Mul (natural, lower)
+            is_power = Equal (amax, first)
+            chosen = Where (is_power, halved, natural)""",
+    ExponentRule.NO_CLIP: """
+            limit = Mul (natural, above)
+            saturates = GreaterOrEqual (amax, limit)
+            doubled = Add (natural, natural)
+            chosen = Where (saturates, doubled, natural)""",
+}
+
+
+def _encoder(format: HBFP, rounding: Rounding) -> str:
+    """[rows, n] -> the values of its encoding [rows, blocks, elements of a block] (docs/spec.md sections 1 to 3).
+
+    `first` is amax's unit in the first place. A block with a NaN or an infinity is all NaN, as is 0 / 0. Codes pass
+    through integers because rounding keeps the sign of -0.5, and no code is -0.0.
+    """
+    assert format.exponent_bias is not None
+    low = max(-format.exponent_bias, -127)
+    high = min(2**format.exponent_bits - 2 - format.exponent_bias, 127)
+    name = f"encode_{format}_{rounding}".replace("-", "_")
+    return f'''
+        <opset_import: ["": {OPSET}, "{DOMAIN}": 1], domain: "{DOMAIN}">
+        {name} (x) => (values)
+        {{
+            blocks = {DOMAIN}.lines_of_{format.block} (x)
+            wide = Cast <to = 11> (blocks)
+            nan = IsNaN (wide)
+            infinite = IsInf (wide)
+            bad = Or (nan, infinite)
+            zero = Constant <value = double {{0.0}}> ()
+            finite = Where (bad, zero, wide)
+            magnitudes = Abs (finite)
+            axis = Constant <value_ints = [2]> ()
+            amax = ReduceMax (magnitudes, axis)
+            spread = Constant <value = double {{{2.0**52 + 1!r}}}> ()
+            large = Mul (spread, amax)
+            unit = Constant <value = double {{{2.0**-53!r}}}> ()
+            part = Mul (unit, large)
+            less = Sub (large, part)
+            first = Sub (large, less)
+            step = Constant <value = double {{{2.0 ** (2 - format.bits)!r}}}> ()
+            natural = Mul (first, step)
+            above = Constant <value = double {{{format.max_code + 0.5!r}}}> ()
+            {_RULES[ExponentRule(format.exponent_rule)]}
+            lowest = Constant <value = double {{{2.0**low!r}}}> ()
+            highest = Constant <value = double {{{2.0**high!r}}}> ()
+            scale = Clip (chosen, lowest, highest)
+            y = Div (finite, scale)
+            {_ROUNDINGS[rounding]}
+            largest = Constant <value = double {{{float(format.max_code)!r}}}> ()
+            smallest = Constant <value = double {{{-float(format.max_code)!r}}}> ()
+            saturated = Clip (rounded, smallest, largest)
+            codes = Cast <to = 6> (saturated)
+            unsigned_zero = Cast <to = 11> (codes)
+            decoded = Mul (unsigned_zero, scale)
+            marks = Cast <to = 6> (bad)
+            mark = ReduceMax (marks, axis)
+            spoilt = Cast <to = 9> (mark)
+            nothing = Div (zero, zero)
+            all = Where (spoilt, nothing, decoded)
+            values = Cast <to = 1> (all)
+        }}'''
+
+
+def _product(exact: bool) -> str:
+    """Two operands [rows, blocks, elements] -> [rows of the first, rows of the second]."""
+    if not exact:
+        return f'''
+        <opset_import: ["": {OPSET}], domain: "{DOMAIN}">
+        product (a, w) => (y)
+        {{
+            shape = Constant <value_ints = [0, -1]> ()
+            left = Reshape (a, shape)
+            right = Reshape (w, shape)
+            columns = Transpose <perm = [1, 0]> (right)
+            y = MatMul (left, columns)
+        }}'''
+    return f'''
+        <opset_import: ["": {OPSET}], domain: "{DOMAIN}">
+        product (a, w) => (y)
+        {{
+            left = Transpose <perm = [1, 0, 2]> (a)
+            right = Transpose <perm = [1, 2, 0]> (w)
+            rows = Shape <start = 0, end = 1> (a)
+            columns = Shape <start = 0, end = 1> (w)
+            shape = Concat <axis = 0> (rows, columns)
+            zeros = ConstantOfShape (shape)
+            y = Scan <num_scan_inputs = 2, body = one_block
+                (float[m, n] sum, float[m, k] a_block, float[k, n] w_block) => (float[m, n] more)
+            {{
+                term = MatMul (a_block, w_block)
+                more = Add (sum, term)
+            }}> (zeros, left, right)
+        }}'''
+
+
+class _Graph:
+    """A model in the making."""
+
+    def __init__(self) -> None:
+        self._onnx = required("onnx")
+        self._nodes: list[Any] = []
+        self._constants: list[Any] = []
+        self._inputs: list[Any] = []
+        self._outputs: list[Any] = []
+        self._functions: dict[str, Any] = {}
+        self._names: set[str] = set()
+
+    def function(self, text: str) -> str:
+        """Adds a local function, once; its name."""
+        function = self._onnx.parser.parse_function(text)
+        self._functions.setdefault(function.name, function)
+        return str(function.name)
+
+    def node(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Adds a node of a standard operator or a local function; its output."""
+        domain = DOMAIN if operator in self._functions else ""
+        self._nodes.append(
+            self._onnx.helper.make_node(operator, inputs, [self._new(output)], domain=domain, **attributes)
+        )
+        return output
+
+    def initializer(self, name: str, array: NDArray[Any]) -> None:
+        try:
+            self._constants.append(self._onnx.numpy_helper.from_array(np.asarray(array, order="C"), self._new(name)))
+        except (KeyError, TypeError, ValueError):
+            refuse(f"tensor {name!r}", "dtype", "one that ONNX has", array.dtype)
+
+    def dequantize(self, name: str, parts: Quantized) -> None:
+        integers = required("ml_dtypes").int4 if parts.bits == 4 else np.dtype(f"int{parts.bits}")
+        self.initializer(name + CODES, parts.codes.astype(integers))
+        self.initializer(name + SCALES, parts.scales)
+        blocked = {} if parts.block is None else {"axis": parts.axis, "block_size": parts.block}
+        self.node("DequantizeLinear", [name + CODES, name + SCALES], name, **blocked)
+
+    def input(self, name: str, shape: Sequence[int | str]) -> None:
+        self._inputs.append(self._value(self._new(name), shape, np.float32))
+
+    def output(self, name: str, shape: Sequence[int | str | None], dtype: Any = np.float32) -> None:
+        self._outputs.append(self._value(name, shape, dtype))
+
+    def _value(self, name: str, shape: Sequence[int | str | None], dtype: Any) -> Any:
+        helper = self._onnx.helper
+        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+
+    def _new(self, name: str) -> str:
+        if name in self._names:
+            refuse(f"tensor {name!r}", "name", "one tensor of it", "another that the file needs: rename it")
+        self._names.add(name)
+        return name
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        helper = self._onnx.helper
+        graph = helper.make_graph(self._nodes, DOMAIN, self._inputs, self._outputs, self._constants)
+        model = helper.make_model(
+            graph,
+            producer_name=DOMAIN,
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+            functions=list(self._functions.values()),
+        )
+        size = model.ByteSize()
+        if size > LARGEST_FILE:
+            refuse(os.fspath(path), "size", "at most 2^31 - 1 bytes, which ONNX files can have", size)
+        with whole_file(path) as draft:
+            draft.write_bytes(model.SerializeToString())
