@@ -23,7 +23,7 @@ from hbfp.array import BlockArray
 from hbfp.errors import ExportError
 from hbfp.exports import gguf
 
-__all__ = ["HEAD_WIDTH", "is_gpt", "save"]
+__all__ = ["HEAD_WIDTH", "is_gpt", "names", "save"]
 
 HEAD_WIDTH = 64
 """Columns of an attention head, in every model of `hbfp.training.gpt`."""
@@ -56,8 +56,8 @@ _IN_A_BLOCK = {
 }
 
 
-def _names(tensors: Mapping[str, object]) -> dict[str, str]:
-    """Our names of a GPT with as many blocks as `tensors` has, and gpt2's."""
+def _all_names(tensors: Mapping[str, object]) -> dict[str, str]:
+    """Our names of a GPT with the blocks that `tensors` has, and gpt2's."""
     numbers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,6})\.", name))]
     blocks = {
         f"blocks.{number}.{ours}": f"blk.{number}.{theirs}"
@@ -69,7 +69,15 @@ def _names(tensors: Mapping[str, object]) -> dict[str, str]:
 
 def is_gpt(tensors: Mapping[str, object]) -> bool:
     """Whether these are the tensors of a GPT of `hbfp train`, by their names."""
-    return "blocks.0.qkv.weight" in tensors and _names(tensors).keys() == tensors.keys()
+    return "blocks.0.qkv.weight" in tensors and _all_names(tensors).keys() == tensors.keys()
+
+
+def names(tensors: Mapping[str, BlockArray | ArrayLike]) -> dict[str, str]:
+    """The names of a GPT's tensors and those that gpt2 gives them, without an output bias that is all zero."""
+    result = _all_names(tensors)
+    if not np.any(np.asarray(tensors["head.bias"])):
+        del result["head.bias"]
+    return result
 
 
 def save(
@@ -111,10 +119,7 @@ def save(
         writer.add_layer_norm_eps(NORM_EPSILON)
         _describe_tokenizer(writer, vocabulary)
 
-    names = _names(tensors)
-    if not np.any(np.asarray(tensors["head.bias"])):
-        del names["head.bias"]
-    gguf.save(path, {theirs: tensors[ours] for ours, theirs in names.items()}, "gpt2", describe)
+    gguf.save(path, {theirs: tensors[ours] for ours, theirs in names(tensors).items()}, "gpt2", describe)
 
 
 def _check_vocabulary(vocabulary: str, characters: int) -> None:
