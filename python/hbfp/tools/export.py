@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 NAME = "export"
 HELP = "write a packed file as GGUF or ONNX, losslessly, or say which tensor does not fit and why"
 
+# By the width of what is read back.
+_TYPES = {"gguf": {4: "Q4_0", 8: "Q8_0"}, "onnx": {4: "INT4", 8: "INT8", 16: "INT16"}}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -37,7 +40,7 @@ The file is read back before it is done: exit code 1 if a value differs."""
         "--data",
         type=Path,
         metavar="TEXT",
-        help="gguf, a GPT: the text that it was trained on, for the tokenizer (default: the one that a checkpoint names)",
+        help="gguf, a GPT: the text that it was trained on, for the tokenizer (default: what a checkpoint names)",
     )
     parser.add_argument(
         "--layers",
@@ -72,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ExportError as error:
         # Arrays know the file that they come from, plain tensors don't.
         raise error if str(error).startswith(str(file)) else ExportError(f"{file}: {error}") from error
-    rows = [_row(name, *pair) for name, pair in pairs.items()]
+    rows = [_row(name, *pair, _TYPES[arguments.to]) for name, pair in pairs.items()]
     if arguments.json:
         print(json.dumps({"file": str(out), "bytes": out.stat().st_size, "tensors": rows}, indent=1))
     else:
@@ -154,20 +157,16 @@ def _written(
     return {name: (named[name], value) for name, value in gguf.load(out).items()}
 
 
-def _row(name: str, given: "Tensor", read: "Tensor") -> dict[str, Any]:
+def _row(name: str, given: "Tensor", read: "Tensor", types: Mapping[int, str]) -> dict[str, Any]:
     import numpy as np
+
+    from hbfp.array import BlockArray
 
     before, after = (np.asarray(value) for value in (given, read))
     return {
         "name": name,
         "shape": list(given.shape),
-        "from": _kind(given),
-        "to": _kind(read),
+        "from": str(given.format if isinstance(given, BlockArray) else given.dtype),
+        "to": types[read.format.bits] if isinstance(read, BlockArray) else str(read.dtype),
         "same": np.array_equal(before, after, equal_nan=before.dtype.kind in "fc"),
     }
-
-
-def _kind(value: "Tensor") -> str:
-    from hbfp.array import BlockArray
-
-    return str(value.format if isinstance(value, BlockArray) else value.dtype)
