@@ -106,7 +106,7 @@ def test_scales_beyond_e8m0_are_refused(exponent):
     ],
 )
 def test_parts_that_do_not_fit_are_refused(parts):
-    with pytest.raises(ExportError, match="tensor 'w': (elements|scales): expected "):
+    with pytest.raises(ExportError, match=r"tensor 'w': (elements|scales): expected "):
         mx.unpack(parts, "w")
 
 

@@ -91,17 +91,11 @@ def unpack(parts: Quantized, name: str = "array", format: HBFP | str | None = No
 
 def _array(parts: Quantized, where: str, format: HBFP | str | None) -> BlockArray:
     codes, bits, scales, axis, block = parts
-    if block is not None and not 1 <= block <= 1024:
-        refuse(where, "block_size", "1 to 1024", block)
+    _check_scales(codes.shape, scales.shape, axis, block, where)
     wanted = HBFP.parse(format) if format is not None else HBFP(bits, block)
     if wanted.block != block or wanted.tile is not None:
         refuse(where, "format", f"blocks of {block if block is not None else 'the whole tensor'}", wanted)
     axis = wanted.blocked_axis(axis, codes.shape)
-    shape = list(codes.shape) if block is not None else []
-    if block is not None:
-        shape[axis] = -(-shape[axis] // block)
-    if list(scales.shape) != shape:
-        refuse(where, "scales", f"shape {shape}, one scale for each block", list(scales.shape))
     outside = np.argwhere(np.abs(codes.astype(np.int64)) > wanted.max_code)
     if len(outside):
         first = [int(part) for part in outside[0]]
@@ -112,6 +106,18 @@ def _array(parts: Quantized, where: str, format: HBFP | str | None) -> BlockArra
     if block is None:
         bytes_ = bytes_.reshape((1,) * codes.ndim)
     return BlockArray.from_parts(codes, bytes_, wanted, codes.shape, axis)
+
+
+def _check_scales(shape: tuple[int, ...], scales: tuple[int, ...], axis: int, block: int | None, where: str) -> None:
+    expected = list(shape) if block is not None else []
+    if block is not None:
+        if not 1 <= block <= 1024:
+            refuse(where, "block_size", "1 to 1024", block)
+        if not -len(shape) <= axis < len(shape):
+            refuse(where, "axis", f"one of shape {list(shape)}", axis)
+        expected[axis] = -(-expected[axis] // block)
+    if list(scales) != expected:
+        refuse(where, "scales", f"shape {expected}", list(scales))
 
 
 # --- files of arrays -------------------------------------------------------------------------------------------------
@@ -171,36 +177,44 @@ def load(
     for node in graph.node:
         if node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
             continue
-        if all(name in constants or not name for name in node.input):
+        inputs = [name for name in node.input if name]
+        if len(inputs) not in (2, 3) or len(node.output) != 1:
+            raise FileError(f"{where}: node {node.name!r}: expected 2 or 3 inputs and an output of DequantizeLinear")
+        if all(name in constants for name in inputs):
             name = node.output[0]
             tensor = f"{where}: tensor {name!r}"
-            result[name] = _array(_quantized(node, constants, tensor), tensor, (formats or {}).get(name))
-            parts.update(node.input)
+            given = _quantized([constants[name] for name in inputs], node.attribute, tensor)
+            result[name] = _array(given, tensor, (formats or {}).get(name))
+            parts.update(inputs)
     return result | {name: array for name, array in constants.items() if name not in parts}
 
 
 _WIDTHS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8, "int16": 16, "uint16": 16}
+_SCALES = ("float16", "bfloat16", "float32")
 
 
-def _quantized(node: Any, constants: Mapping[str, NDArray[Any]], where: str) -> Quantized:
-    attributes = {attribute.name: attribute.i for attribute in node.attribute}
-    codes, scales, *zero = (constants[name] for name in node.input if name)
+def _quantized(inputs: Sequence[NDArray[Any]], attributes: Any, where: str) -> Quantized:
+    values = {attribute.name: attribute.i for attribute in attributes}
+    axis, block = values.get("axis", 1), values.get("block_size", 0) or None
+    codes, scales, *zero = inputs
     if codes.dtype.name not in _WIDTHS:
         refuse(where, "type", f"one of {', '.join(_WIDTHS)}", codes.dtype.name)
+    if scales.dtype.name not in _SCALES:
+        refuse(where, "type of the scales", f"one of {', '.join(_SCALES)}", scales.dtype.name)
+    if block is None:
+        axis = -1
+    _check_scales(codes.shape, scales.shape, axis, block, where)
+    if zero and (zero[0].dtype != codes.dtype or zero[0].shape != scales.shape):
+        expected, found = f"{codes.dtype} {list(scales.shape)}", f"{zero[0].dtype} {list(zero[0].shape)}"
+        refuse(where, "zero point", expected, found)
     bits = _WIDTHS[codes.dtype.name]
-    block = attributes.get("block_size", 0) or None
-    axis = attributes.get("axis", 1)
-    if block is None and scales.ndim:
-        refuse(where, "scales", "one for each block, or one for all", f"one for each index of axis {axis}")
     codes = codes.astype(np.int64)
-    if zero and block is None:
-        codes = codes - zero[0].astype(np.int64)
-    elif zero and block and zero[0].shape == scales.shape and -codes.ndim <= axis < codes.ndim:
-        lifted = zero[0].astype(np.int64).repeat(block, axis)
-        codes = codes - lifted.take(np.arange(codes.shape[axis]), axis)
-    elif zero:
-        refuse(where, "zero point", f"shape {list(scales.shape)}, that of the scales", list(zero[0].shape))
-    return Quantized(codes, bits, scales, axis if block is not None else -1, block)
+    for zeros in zero:
+        lifted = zeros.astype(np.int64)
+        if block is not None:
+            lifted = lifted.repeat(min(block, codes.shape[axis]), axis).take(np.arange(codes.shape[axis]), axis)
+        codes = codes - lifted
+    return Quantized(codes, bits, scales.astype(np.float32), axis, block)
 
 
 # --- networks --------------------------------------------------------------------------------------------------------
@@ -466,8 +480,9 @@ class _Graph:
         return output
 
     def initializer(self, name: str, array: NDArray[Any]) -> None:
+        self._new(name)
         try:
-            self._constants.append(self._onnx.numpy_helper.from_array(np.asarray(array, order="C"), self._new(name)))
+            self._constants.append(self._onnx.numpy_helper.from_array(np.asarray(array, order="C"), name))
         except (KeyError, TypeError, ValueError):
             refuse(f"tensor {name!r}", "dtype", "one that ONNX has", array.dtype)
 

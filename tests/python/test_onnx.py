@@ -1,0 +1,454 @@
+"""ONNX: onnxruntime computes what hbfp computes, bit for bit, where float32 adds the products of a block exactly."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+from contextlib import redirect_stdout, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import hbfp
+from hbfp import HBFP, BlockArray, ExportError, FileError, FormatError
+from hbfp.exports import onnx as ours
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+
+def sample(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
+
+
+def ran(path: Path, optimised: bool = True, **inputs: np.ndarray) -> dict[str, Any]:
+    """Every output by name, of a model that onnx's own checker accepts."""
+    onnx.checker.check_model(str(path), full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimised else levels.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal patterns, apart from those of NaN."""
+    nan = np.isnan(b)
+    return np.array_equal(np.isnan(a), nan) and np.array_equal(a.view(np.uint32)[~nan], b.view(np.uint32)[~nan])
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+ARRAYS = [
+    ("hbfp4b64", (5, 130), 1, "hbfp4b64"),
+    ("hbfp4b64", (130, 5), 0, "hbfp4b64"),
+    ("hbfp2b1", (3, 5), 1, "hbfp4b1"),
+    ("hbfp6b16", (2, 7, 33), 2, "hbfp8b16"),
+    ("hbfp8b4", (2, 7, 3), 1, "hbfp8b4"),
+    ("hbfp12b7", (3, 20), 1, "hbfp16b7"),
+    ("hbfp16b1024", (2, 1030), 1, "hbfp16b1024"),
+    ("hbfp4t8", (19, 21), -1, "hbfp4b8"),
+    ("hbfp6t4", (2, 9, 6), -1, "hbfp8b4"),
+    ("hbfp4t4", (9,), -1, "hbfp4b4"),
+    ("hbfp8tensor", (4, 3), -1, "hbfp8tensor"),
+    ("hbfp4b64", (130,), 0, "hbfp4b64"),
+    ("hbfp4b64", (5,), 0, "hbfp4tensor"),
+    ("hbfp4b64", (), 0, "hbfp4tensor"),
+    ("hbfp4b64", (0, 7), 1, "hbfp4b64"),
+]
+
+
+@pytest.mark.parametrize(("format", "shape", "axis", "read"), ARRAYS)
+def test_onnxruntime_decodes_the_same_values(tmp_path, format, shape, axis, read):
+    """Nibbles in the wrong order; a short last block; scales along another axis; a zero with a sign."""
+    path = tmp_path / "model.onnx"
+    x = sample(shape) * np.exp2(np.random.default_rng(1).integers(-60, 60, shape)).astype(np.float32)
+    array = hbfp.encode(x, format, axis=axis)
+    ours.save(path, {"w": array})
+    assert same_bits(ran(path)["w"], array.decode())
+    back = ours.load(path)["w"]
+    assert str(back.format) == read
+    assert same_bits(back.decode(), array.decode())
+
+
+def test_every_scale_goes_through(tmp_path):
+    """2^-127 is a subnormal float32; the largest values decode to infinity in both."""
+    path = tmp_path / "model.onnx"
+    codes = np.resize([1, -7, 7, 0, -1], (255, 4))
+    array = BlockArray.from_parts(codes, np.arange(255)[:, None], "hbfp4b4", (255, 4))
+    ours.save(path, {"w": array})
+    assert same_bits(ran(path)["w"], array.decode())
+    assert ours.load(path)["w"] == array
+
+
+def test_a_file_of_many_tensors(tmp_path):
+    path = tmp_path / "model.onnx"
+    tensors: dict[str, Any] = {
+        "w": hbfp.encode(sample((6, 70)), "hbfp6b64"),
+        "layer.0.weight": hbfp.encode(sample((6, 70)), "hbfp4b64"),
+        "bias": sample((6,)),
+        "count": np.array(7, np.int64),
+        "mask": np.array([True, False]),
+        "half": np.ones((2, 3), np.float16),
+    }
+    ours.save(path, tensors)
+    found, loaded = ran(path), ours.load(path, {"w": "hbfp6b64"})
+    assert found.keys() == loaded.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert np.array_equal(found[name], np.asarray(value))
+        assert found[name].dtype == np.asarray(value).dtype
+        assert np.array_equal(np.asarray(loaded[name]), np.asarray(value))
+    assert loaded["w"] == tensors["w"]
+    assert loaded["layer.0.weight"] == tensors["layer.0.weight"]
+
+
+def test_a_nan_block_is_refused_by_name():
+    x = sample((3, 70))
+    x[1, 69] = np.nan
+    with pytest.raises(ExportError, match=r"tensor 'w': block \[1, 1\]: .* found a NaN block"):
+        ours.pack(hbfp.encode(x, "hbfp4b64"), "w")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        ({"w": np.zeros(2, "M8[D]")}, "tensor 'w': dtype: expected one that ONNX has"),
+        ({"w": hbfp.encode(np.ones(3), "hbfp4b64"), "w.scales": np.ones(3)}, "tensor 'w.scales': name"),
+    ],
+)
+def test_a_refused_file_leaves_nothing_and_harms_nothing(tmp_path, tensors, named):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"what stood there")
+    with pytest.raises(ExportError, match=named):
+        ours.save(path, tensors)
+    assert path.read_bytes() == b"what stood there"
+    assert os.listdir(tmp_path) == ["model.onnx"]
+
+
+# --- models of others ------------------------------------------------------------------------------------------------
+
+
+def foreign(path: Path, codes: np.ndarray, scales: Any, zero: Any = None, **attributes: int) -> None:
+    """A model with one DequantizeLinear."""
+    constants = {"c": codes, "s": np.asarray(scales, np.float32), **({} if zero is None else {"z": zero})}
+    node = onnx.helper.make_node("DequantizeLinear", list(constants), ["w"], **attributes)
+    output = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, codes.shape)
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = onnx.helper.make_graph([node], "g", [], [output], initializers)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
+    path.write_bytes(model.SerializeToString())
+
+
+def test_zero_points_are_read(tmp_path):
+    """Other exporters write UINT4 with the zero point 8."""
+    path = tmp_path / "model.onnx"
+    codes = np.arange(1, 16).astype(ml_dtypes.uint4).reshape(3, 5)
+    scales = np.exp2(np.arange(6.0)).reshape(3, 2)
+    foreign(path, codes, scales, np.full((3, 2), 8).astype(ml_dtypes.uint4), axis=1, block_size=3)
+    array = ours.load(path)["w"]
+    assert array.mantissas.reshape(-1).tolist() == list(range(-7, 8))
+    assert same_bits(ran(path)["w"], array.decode())
+
+
+INT8 = np.ones((3, 6), np.int8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"scales": np.full((3, 2), 0.3)}, "block [0, 0]: scale: expected a power of two, 2^-127 ... 2^127; found 0.3"),
+        ({"scales": np.ones((3, 2)), "codes": INT8 * -128}, "block [0, 0]: code: expected codes -127 ... 127"),
+        ({"scales": np.ones((3, 3))}, "scales: expected shape [3, 2]"),
+        ({"scales": np.ones(6), "block_size": 0}, "scales: expected shape []; found [6]"),
+        ({"scales": np.ones((3, 2)), "block_size": 4000}, "block_size: expected 1 to 1024; found 4000"),
+        ({"scales": np.ones((3, 2)), "codes": INT8.astype(np.int32)}, "type: expected one of int4, "),
+        ({"scales": np.ones((3, 2)), "zero": np.int8(1)}, "zero point: expected int8 [3, 2]; found int8 []"),
+        ({"scales": np.ones((3, 1)), "zero": np.zeros((3, 1), np.int8)}, "scales: expected shape [3, 2]"),
+        ({"scales": np.ones((3, 2)), "axis": 2}, "axis: expected one of shape [3, 6]; found 2"),
+    ],
+)
+def test_what_hbfp_does_not_have_is_refused_by_name(tmp_path, arguments, named):
+    path = tmp_path / "model.onnx"
+    given = {"codes": INT8, "axis": 1, "block_size": 3, **arguments}
+    foreign(path, given.pop("codes"), given.pop("scales"), given.pop("zero", None), **given)
+    with pytest.raises(ExportError) as raised:
+        ours.load(path)
+    assert str(raised.value).startswith(f"{path}: tensor 'w': {named}")
+
+
+def test_blocks_of_another_size_are_refused():
+    parts = ours.pack(hbfp.encode(sample((2, 8)), "hbfp4b4"))
+    for format in ("hbfp4b8", "hbfp4t4", "hbfp4tensor"):
+        with pytest.raises(ExportError, match="format: expected blocks of 4; found "):
+            ours.unpack(parts, format=format)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "model.onnx"
+    ours.save(path, {"w": hbfp.encode(sample((6, 70)), "hbfp4b64")})
+    content = path.read_bytes()
+    for size in (5, 40, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(FileError, match="expected an ONNX file"):
+            ours.load(path)
+    path.write_bytes(b"not such a file at all")
+    with pytest.raises(FileError, match="expected an ONNX file"):
+        ours.load(path)
+
+
+def test_flipped_bits_give_a_named_error_or_arrays(tmp_path):
+    path = tmp_path / "model.onnx"
+    ours.save(path, {"w": hbfp.encode(sample((2, 70)), "hbfp4b64"), "b": np.ones(5, np.float32)})
+    content = path.read_bytes()
+    for bit in range(0, 8 * len(content), 5):
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with suppress(hbfp.HBFPError, FileNotFoundError):  # the latter of a tensor said to lie in another file
+            ours.load(path)
+
+
+# --- the encoding of activations -------------------------------------------------------------------------------------
+
+ROUNDINGS = ["nearest_even", "nearest_away", "toward_zero"]
+ENCODINGS = [
+    "hbfp4b64",
+    "hbfp6b64",
+    "hbfp8b64",
+    "hbfp2b16",
+    "hbfp4b64-ceil",
+    "hbfp4b64-noclip",
+    "hbfp4b64-e5",
+    "hbfp8b7-noclip-e4-bias3",
+    "hbfp16b64",
+]
+
+
+def awkward(format: HBFP) -> np.ndarray:
+    """Rows whose rounding, exponent or sign is on an edge: ties, powers of two and their neighbours, the ends of
+    float32, zeros of both signs, blocks with NaN and infinities."""
+    rng = np.random.default_rng(3)
+    width = 70
+    exponents = np.arange(-149, 128)
+    powers = np.ldexp(np.float32(1), exponents)
+    rows = [np.resize([power, -power / 2, power / 3], width) for power in powers]
+    edges = np.concatenate([np.nextafter(powers, np.float32(0)), np.nextafter(powers, np.float32(np.inf))])
+    rows += [np.resize([edge, -edge, edge / 5], width) for edge in edges]
+    # Every half step, under an amax that is the largest code, and one that is nearly the next power of two.
+    q = format.max_code
+    halves = np.resize(np.arange(-2 * q - 1, 2 * q + 2) / 2, (8 * q // width + 2) * width).reshape(-1, width)
+    rows += [*halves, *(halves * np.float32(2.0**-140)), *(halves * np.float32(2.0**100))]
+    rows += [np.zeros(width), np.full(width, -0.0)]
+    for bad in (np.nan, np.inf, -np.inf):
+        row = rng.standard_normal(width)
+        row[3] = bad
+        rows.append(row)
+    rows += list(rng.standard_normal((50, width)) * np.exp2(rng.integers(-140, 120, (50, 1))))
+    return np.array(rows, np.float32)
+
+
+def encoder_model(path: Path, format: HBFP, rounding: str, width: int) -> None:
+    """A model that only encodes: what a layer does to its input."""
+    graph = ours._Graph()
+    graph.function(ours._lines(format))
+    encoder = graph.function(ours._encoder(format, hbfp.Rounding(rounding)))
+    graph.input("x", ("rows", width))
+    graph.node(encoder, ["x"], "blocks")
+    graph.output("blocks", ("rows", -(-width // format.block), format.block))
+    graph.write(path)
+
+
+@pytest.mark.parametrize("text", ENCODINGS)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_the_local_function_encodes_as_the_specification_says(tmp_path, text, rounding):
+    """A logarithm that is off by one next to a power of two; a subnormal; an optimiser that takes 1 − 2^-53 for 1."""
+    path = tmp_path / "model.onnx"
+    format = HBFP.parse(text)
+    x = awkward(format)
+    encoder_model(path, format, rounding, x.shape[1])
+    wanted = hbfp.quantize(x, format, rounding=rounding)
+    for optimised in (True, False):
+        blocks = ran(path, optimised, x=x)["blocks"]
+        found = blocks.reshape(len(x), -1)
+        assert same_bits(np.ascontiguousarray(found[:, : x.shape[1]]), wanted)
+        assert not found[:, x.shape[1] :][np.isfinite(found[:, x.shape[1] :])].any()
+
+
+def test_the_local_functions_are_standard_operators(tmp_path):
+    """No operator of anybody's own: each runtime of opset 21 can run them."""
+    path = tmp_path / "model.onnx"
+    ours.save_network(path, network("hbfp4b64"), LAYERS)
+    model = onnx.load(path)
+    own = {function.name for function in model.functions}
+    for nodes in (model.graph.node, *(function.node for function in model.functions)):
+        for node in nodes:
+            assert node.op_type in own if node.domain == "hbfp" else not node.domain
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 21), ("hbfp", 1)]
+
+
+# --- networks --------------------------------------------------------------------------------------------------------
+
+LAYERS = ["0", "2", "4"]
+SIZES = [130, 70, 64, 10]
+
+
+def network(format: str, sizes: list[int] | None = None, bias: bool = True) -> dict[str, Any]:
+    tensors: dict[str, Any] = {}
+    sizes = sizes or SIZES
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        weight = sample((outputs, inputs), number) * np.float32(inputs**-0.5)
+        tensors[f"{2 * number}.weight"] = hbfp.encode(weight, format)
+        if bias:
+            tensors[f"{2 * number}.bias"] = sample((outputs,), number)
+    return tensors
+
+
+def computed(tensors: dict[str, Any], layers: list[str], x: np.ndarray, format: str | None = None) -> np.ndarray:
+    for layer in layers:
+        weight = tensors[f"{layer}.weight"]
+        x = hbfp.linear(x, weight, tensors.get(f"{layer}.bias"), format or weight.format)
+        if layer != layers[-1]:
+            x = np.maximum(x, 0)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("weights", "activations"),
+    [
+        ("hbfp4b64", None),
+        ("hbfp6b64", None),
+        ("hbfp8b64", None),
+        ("hbfp4b16-ceil", None),
+        ("hbfp8b1024", None),
+        ("hbfp4b64", "hbfp8b64-noclip"),
+        ("hbfp4b7", "hbfp6b7"),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_network_computes_the_same_bits(tmp_path, weights, activations, bias):
+    """Sums of blocks in another order; a bias added first; a short last block; the layout of a weight."""
+    path = tmp_path / "model.onnx"
+    tensors = network(weights, bias=bias)
+    ours.save_network(path, tensors, LAYERS, activations=activations)
+    for rows in (1, 33):
+        x = sample((rows, SIZES[0])) * np.exp2(np.random.default_rng(1).integers(-9, 9, (rows, 1))).astype(np.float32)
+        assert same_bits(ran(path, x=x)["y"], computed(tensors, LAYERS, x, activations))
+
+
+def test_a_network_of_one_block_needs_no_order(tmp_path):
+    """With K of one block even one MatMul has the bits, whatever the order of its sums."""
+    path = tmp_path / "model.onnx"
+    tensors = network("hbfp8b64", [64, 50, 20])
+    ours.save_network(path, tensors, ["0", "2"], exact=False)
+    x = sample((33, 64))
+    assert same_bits(ran(path, x=x)["y"], computed(tensors, ["0", "2"], x))
+
+
+def test_any_order_stays_within_the_stated_bound(tmp_path):
+    path = tmp_path / "model.onnx"
+    tensors = network("hbfp8b64", [1000, 40], bias=False)
+    ours.save_network(path, tensors, ["0"], exact=False)
+    x = sample((33, 1000))
+    weight = tensors["0.weight"]
+    terms = sum(
+        abs(hbfp.linear(x[:, k : k + 64], hbfp.encode(weight.decode()[:, k : k + 64], "hbfp8b64")))
+        for k in range(0, 1000, 64)
+    )
+    found, wanted = ran(path, x=x)["y"], computed(tensors, ["0"], x)
+    # 16 sums and at most as many roundings of partial sums on either side.
+    assert (abs(found - wanted) <= 16 * 2.0**-23 * terms).all()
+
+
+def test_bad_inputs_are_nan_and_spoil_no_other_row(tmp_path):
+    path = tmp_path / "model.onnx"
+    tensors = network("hbfp4b64", [130, 20])
+    ours.save_network(path, tensors, ["0"])
+    x = sample((6, 130))
+    x[1, 129], x[3, 0], x[4, 64] = np.nan, np.inf, -np.inf
+    found = ran(path, x=x)["y"]
+    assert same_bits(found, computed(tensors, ["0"], x))
+    assert np.isnan(found).all(axis=1).tolist() == [False, True, False, True, True, False]
+
+
+def test_the_weights_of_a_network_are_read_back(tmp_path):
+    path = tmp_path / "model.onnx"
+    tensors = network("hbfp4b64")
+    ours.save_network(path, tensors, LAYERS)
+    loaded = ours.load(path)
+    assert loaded.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert loaded[name] == value if isinstance(value, BlockArray) else np.array_equal(loaded[name], value)
+
+
+def changed(**tensors: Any) -> dict[str, Any]:
+    return network("hbfp4b64") | {name.replace("_", ".", 1): value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "layers", "options", "named"),
+    [
+        (changed(), ["0", "1"], {}, "tensor '1.weight': layer: expected an encoded weight; found no such tensor"),
+        (
+            changed(),
+            ["0", "4"],
+            {},
+            "tensor '4.weight': inputs: expected 70, the outputs of the layer before",
+        ),
+        (changed(), [], {}, "layers: expected the names of its linear layers"),
+        (changed(), ["0", "0"], {}, "tensor '0.weight': inputs"),
+        (changed(), LAYERS, {"rounding": "stochastic"}, "rounding: expected a deterministic one; found 'stochastic'"),
+        (changed(), LAYERS, {"activations": "hbfp4b32"}, "blocks: expected those of the activations, hbfp4b32"),
+        (changed(), LAYERS, {"activations": "hbfp4t64"}, None),
+        (network("hbfp12b64"), LAYERS, {}, "sum of a block: expected at most 2^24"),
+        (changed(**{"2_weight": sample((64, 70))}), LAYERS, {}, "expected an encoded weight; found a plain one"),
+        (
+            changed(**{"2_weight": hbfp.encode(sample((64, 70)), "hbfp4b64", axis=0)}),
+            LAYERS,
+            {},
+            "in lines along its inputs; found [64, 70] in hbfp4b64 along axis 0",
+        ),
+        (changed(**{"2_weight": hbfp.encode(sample((64, 70)), "hbfp4t8")}), LAYERS, {}, "in lines along its inputs"),
+        (changed(**{"2_bias": sample((63,))}), LAYERS, {}, "tensor '2.bias': bias: expected float32 [64]"),
+        (changed(**{"2_bias": sample((64,)).astype(np.float64)}), LAYERS, {}, "found float64 [64]"),
+    ],
+)
+def test_networks_that_cannot_be_exact_are_refused_by_name(tmp_path, tensors, layers, options, named):
+    if named is None:
+        with pytest.raises(FormatError):
+            ours.save_network(tmp_path / "model.onnx", tensors, layers, **options)
+        return
+    with pytest.raises(ExportError) as raised:
+        ours.save_network(tmp_path / "model.onnx", tensors, layers, **options)
+    assert named in str(raised.value)
+    assert not os.listdir(tmp_path)
+
+
+def test_wide_products_run_in_any_order(tmp_path):
+    path = tmp_path / "model.onnx"
+    tensors = network("hbfp12b64", [64, 8])
+    ours.save_network(path, tensors, ["0"], exact=False)
+    x = sample((4, 64))
+    assert np.allclose(ran(path, x=x)["y"], computed(tensors, ["0"], x), rtol=1e-5, atol=1e-5)  # FP32 sums
+
+
+@pytest.mark.parametrize("recipe", ["hbfp4", "hbfp6", "hbfp8"])
+def test_a_saved_model_of_torch_computes_the_same_bits(tmp_path, recipe):
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    nn = torch.nn
+    model = nn.Sequential(nn.Linear(130, 70), nn.ReLU(), nn.Linear(70, 64), nn.ReLU(), nn.Linear(64, 10, bias=False))
+    with redirect_stdout(io.StringIO()):
+        hbfp.convert_(model, recipe=recipe)
+    hbfp.save_model(tmp_path / "model.safetensors", model)
+    path = tmp_path / "model.onnx"
+    ours.save_network(path, hbfp.load(tmp_path / "model.safetensors"), LAYERS)
+    x = sample((33, 130))
+    with torch.no_grad():
+        wanted = model.eval()(torch.from_numpy(x))
+    assert same_bits(ran(path, x=x)["y"], np.from_dlpack(wanted))
