@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import sys
 from contextlib import redirect_stdout
@@ -134,6 +135,15 @@ def test_a_refusal_names_the_file_once(tmp_path, capsys):
     hbfp.save(path, {"flags": np.array([True])})
     printed = failure(capsys, path, "--to", "gguf")
     assert printed.startswith(f"hbfp export: {path}: tensor 'flags': dtype: expected one of ")
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / "docs/exports.md"
+    examples = re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for example in examples:
+        exec(compile(example, str(page), "exec"), {})
+    assert {path.name for path in tmp_path.iterdir()} == {"model.gguf", "model.onnx"}
 
 
 def test_a_missing_and_a_foreign_file(tmp_path, capsys):
