@@ -156,6 +156,14 @@ def test_zero_points_are_read(tmp_path):
     assert same_bits(ran(path)["w"], array.decode())
 
 
+def test_signs_zeros_and_nan_of_scales_are_those_of_the_values(tmp_path):
+    path = tmp_path / "model.onnx"
+    codes = np.arange(-6, 6, dtype=np.int8).reshape(3, 4)
+    foreign(path, codes, [[-0.5, 2], [0, -0.0], [np.nan, -4]], axis=1, block_size=2)
+    found, wanted = ours.load(path)["w"].decode(), ran(path)["w"]
+    assert np.array_equal(found, wanted, equal_nan=True)
+
+
 INT8 = np.ones((3, 6), np.int8)
 
 
@@ -164,6 +172,8 @@ INT8 = np.ones((3, 6), np.int8)
     [
         ({"scales": np.full((3, 2), 0.3)}, "block [0, 0]: scale: expected a power of two, 2^-127 ... 2^127; found 0.3"),
         ({"scales": np.ones((3, 2)), "codes": INT8 * -128}, "block [0, 0]: code: expected codes -127 ... 127"),
+        ({"scales": np.full((3, 2), np.inf)}, "block [0, 0]: scale: expected a power of two"),
+        ({"scales": np.full((3, 2), -1), "codes": INT8 * -128}, "block [0, 0]: code: expected codes -127 ... 127"),
         ({"scales": np.ones((3, 3))}, "scales: expected shape [3, 2]"),
         ({"scales": np.ones(6), "block_size": 0}, "scales: expected shape []; found [6]"),
         ({"scales": np.ones((3, 2)), "block_size": 4000}, "block_size: expected 1 to 1024; found 4000"),
@@ -374,6 +384,12 @@ def test_bad_inputs_are_nan_and_spoil_no_other_row(tmp_path):
     found = ran(path, x=x)["y"]
     assert same_bits(found, computed(tensors, ["0"], x))
     assert np.isnan(found).all(axis=1).tolist() == [False, True, False, True, True, False]
+
+
+def test_a_file_beyond_two_gigabytes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, "LARGEST_TENSORS", 5000)
+    with pytest.raises(ExportError, match=r"model.onnx: size: expected at most 5000 bytes .* found 9\d{3}"):
+        ours.save_network(tmp_path / "model.onnx", network("hbfp4b64"), LAYERS)
 
 
 def test_the_weights_of_a_network_are_read_back(tmp_path):

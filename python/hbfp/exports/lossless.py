@@ -17,7 +17,18 @@ from hbfp.array import BlockArray
 from hbfp.errors import ExportError
 from hbfp.format import HBFP
 
-__all__ = ["Groups", "array_of", "check", "exponent_bytes", "groups_of", "place", "refuse", "required", "whole_file"]
+__all__ = [
+    "Groups",
+    "array_of",
+    "check",
+    "exponent_bytes",
+    "groups_of",
+    "place",
+    "refuse",
+    "required",
+    "scaled",
+    "whole_file",
+]
 
 Index: TypeAlias = tuple[int, ...]
 
@@ -129,8 +140,7 @@ def array_of(groups: Groups, where: str, format: HBFP | str) -> BlockArray:
     group = codes.shape[-1]
     if format.block is None or format.block % group:
         refuse(where, "format", f"blocks of {group} or a multiple along the last axis", format)
-    codes = codes.astype(np.int64) * np.where(scales == 0, 0, np.where(scales < 0, -1, 1))[..., None]
-    codes[np.isnan(scales)] = 0
+    codes = scaled(codes, scales[..., None])
     bytes_ = exponent_bytes(scales, where, lambda first: _block_of(first, format, group))
     wrong = np.argwhere(np.abs(codes) > format.max_code)
     if len(wrong):
@@ -140,6 +150,13 @@ def array_of(groups: Groups, where: str, format: HBFP | str) -> BlockArray:
     shape = (*codes.shape[:-2], codes.shape[-2] * group)
     merged = _merge(bytes_, codes.any(axis=-1) | (bytes_ == NAN_BYTE), format.block // group, where)
     return BlockArray.from_parts(codes.reshape(shape), merged, format, shape)
+
+
+def scaled(codes: NDArray[Any], scales: NDArray[Any]) -> NDArray[np.int32]:
+    """The codes under positive scales: their sign is negative scales', and they are 0 where the scale is 0 or NaN."""
+    signs = np.where(np.isnan(scales) | (scales == 0), 0, np.where(scales < 0, -1, 1)).astype(np.int32)
+    product: NDArray[np.int32] = codes.astype(np.int32) * signs
+    return product
 
 
 def exponent_bytes(

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hbfp.array import BlockArray
 from hbfp.errors import FileError
-from hbfp.exports.lossless import check, exponent_bytes, place, refuse, required, whole_file
+from hbfp.exports.lossless import check, exponent_bytes, place, refuse, required, scaled, whole_file
 from hbfp.format import HBFP, ExponentRule, Rounding
 
 __all__ = ["Quantized", "load", "pack", "save", "save_network", "unpack"]
@@ -31,7 +31,7 @@ __all__ = ["Quantized", "load", "pack", "save", "save_network", "unpack"]
 OPSET = 21
 IR_VERSION = 10  # the one of opset 21
 DOMAIN = "hbfp"
-LARGEST_FILE = 2**31 - 1  # protobuf's; more would need files beside the file
+LARGEST_TENSORS = 2**31 - 2**20  # protobuf ends at 2 GiB; more would need files beside the file
 CODES, SCALES = ".codes", ".scales"
 EXACT_SUM = 2**24  # float32 has all integers up to here
 
@@ -96,7 +96,8 @@ def _array(parts: Quantized, where: str, format: HBFP | str | None) -> BlockArra
     if wanted.block != block or wanted.tile is not None:
         refuse(where, "format", f"blocks of {block if block is not None else 'the whole tensor'}", wanted)
     axis = wanted.blocked_axis(axis, codes.shape)
-    outside = np.argwhere(np.abs(codes.astype(np.int64)) > wanted.max_code)
+    codes = scaled(codes, _for_each_element(scales, codes.shape, axis, block))
+    outside = np.argwhere(np.abs(codes) > wanted.max_code)
     if len(outside):
         first = [int(part) for part in outside[0]]
         number = tuple(part // block if place == axis and block else part for place, part in enumerate(first))
@@ -118,6 +119,13 @@ def _check_scales(shape: tuple[int, ...], scales: tuple[int, ...], axis: int, bl
         expected[axis] = -(-expected[axis] // block)
     if list(scales) != expected:
         refuse(where, "scales", f"shape {expected}", list(scales))
+
+
+def _for_each_element(values: NDArray[Any], shape: tuple[int, ...], axis: int, block: int | None) -> NDArray[Any]:
+    """The value of its block for each element, or the only one."""
+    if block is None:
+        return values
+    return values.repeat(min(block, max(shape[axis], 1)), axis).take(np.arange(shape[axis]), axis)
 
 
 # --- files of arrays -------------------------------------------------------------------------------------------------
@@ -208,12 +216,8 @@ def _quantized(inputs: Sequence[NDArray[Any]], attributes: Any, where: str) -> Q
         expected, found = f"{codes.dtype} {list(scales.shape)}", f"{zero[0].dtype} {list(zero[0].shape)}"
         refuse(where, "zero point", expected, found)
     bits = _WIDTHS[codes.dtype.name]
-    codes = codes.astype(np.int64)
     for zeros in zero:
-        lifted = zeros.astype(np.int64)
-        if block is not None:
-            lifted = lifted.repeat(min(block, codes.shape[axis]), axis).take(np.arange(codes.shape[axis]), axis)
-        codes = codes - lifted
+        codes = codes.astype(np.int32) - _for_each_element(zeros.astype(np.int32), codes.shape, axis, block)
     return Quantized(codes, bits, scales.astype(np.float32), axis, block)
 
 
@@ -511,6 +515,9 @@ class _Graph:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         helper = self._onnx.helper
+        size = sum(tensor.ByteSize() for tensor in self._constants)
+        if size > LARGEST_TENSORS:
+            refuse(os.fspath(path), "size", f"at most {LARGEST_TENSORS} bytes of tensors in a file of ONNX", size)
         graph = helper.make_graph(self._nodes, DOMAIN, self._inputs, self._outputs, self._constants)
         model = helper.make_model(
             graph,
@@ -519,8 +526,5 @@ class _Graph:
             opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
             functions=list(self._functions.values()),
         )
-        size = model.ByteSize()
-        if size > LARGEST_FILE:
-            refuse(os.fspath(path), "size", "at most 2^31 - 1 bytes, which ONNX files can have", size)
         with whole_file(path) as draft:
             draft.write_bytes(model.SerializeToString())
