@@ -56,7 +56,7 @@ FORMATS = [
 
 
 @pytest.mark.parametrize(("format", "type"), FORMATS)
-@pytest.mark.parametrize("shape", [(192,), (7, 192), (2, 3, 64)])
+@pytest.mark.parametrize("shape", [(192,), (7, 192), (70, 64), (2, 3, 64)])
 def test_the_gguf_package_reads_the_decoded_values(format, type, shape):
     """Nibbles in the wrong order or half; a scale of a neighbour; 7 for 8; signs."""
     array = hbfp.encode(sample(shape), format)

@@ -77,10 +77,11 @@ def test_the_reader_has_what_gpt2_asks_for(tmp_path, tensors):
         "gpt2.attention.head_count": WIDTH // gpt.HEAD_WIDTH,
         "gpt2.attention.layer_norm_epsilon": np.float32(gpt2.NORM_EPSILON),
     }
-    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.model"] == "t5"
     assert "".join(fields["tokenizer.ggml.tokens"]).replace("▁", " ") == VOCABULARY
     assert fields["tokenizer.ggml.token_type"] == [1] * unknown + [2]
-    assert fields["tokenizer.ggml.unknown_token_id"] == unknown
+    for special in ("unknown", "bos", "eos", "padding"):
+        assert fields[f"tokenizer.ggml.{special}_token_id"] == unknown
     assert fields["tokenizer.ggml.add_bos_token"] is False
     assert fields["tokenizer.ggml.add_space_prefix"] is False
 

@@ -82,6 +82,14 @@ def test_zeros_have_any_scale(scale):
     assert not mx.unpack(one([0], scale)).decode()[1, 32:].any()
 
 
+@pytest.mark.parametrize("scale", [0, 100, 200])
+def test_zeros_leave_the_scale_of_their_block_to_the_others(scale):
+    parts = one([0], scale)
+    array = mx.unpack(parts, format="hbfp8b64")
+    assert np.array_equal(array.decode(), values(parts))
+    assert array.exponents[1] == 127 - 6
+
+
 def test_a_nan_scale_is_a_nan_block_whatever_the_elements():
     array = mx.unpack(one([1, -128, 0], 255))
     assert np.isnan(array.decode()[1, 32:]).all()

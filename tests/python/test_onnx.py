@@ -375,14 +375,30 @@ def test_any_order_stays_within_the_stated_bound(tmp_path):
     assert (abs(found - wanted) <= 16 * 2.0**-23 * terms).all()
 
 
+@pytest.mark.parametrize(("left", "right"), [(-75, -74), (-126, -23), (-30, -119), (60, 50), (118, -120)])
+def test_products_at_the_ends_of_float32(tmp_path, left, right):
+    """Terms that are subnormal, down to scale exponents that sum to −149."""
+    path = tmp_path / "model.onnx"
+    codes = np.random.default_rng(0).integers(-7, 8, (12, 150))
+    codes[:, ::64] = 7  # so that encoding finds the exponent again
+    scales = np.full((12, 3), 127)
+    x = BlockArray.from_parts(codes[:7], scales[:7] + left, "hbfp4b64", (7, 150)).decode()
+    weight = BlockArray.from_parts(codes[7:], scales[7:] + right, "hbfp4b64", (5, 150))
+    ours.save_network(path, {"0.weight": weight}, ["0"])
+    wanted = hbfp.linear(x, weight)
+    assert np.isfinite(wanted).all()
+    assert wanted.all()
+    assert same_bits(ran(path, x=x)["y"], wanted)
+
+
 def test_bad_inputs_are_nan_and_spoil_no_other_row(tmp_path):
     path = tmp_path / "model.onnx"
-    tensors = network("hbfp4b64", [130, 20])
-    ours.save_network(path, tensors, ["0"])
+    tensors = network("hbfp4b64", [130, 20, 4])
+    ours.save_network(path, tensors, ["0", "2"])
     x = sample((6, 130))
     x[1, 129], x[3, 0], x[4, 64] = np.nan, np.inf, -np.inf
     found = ran(path, x=x)["y"]
-    assert same_bits(found, computed(tensors, ["0"], x))
+    assert same_bits(found, computed(tensors, ["0", "2"], x))
     assert np.isnan(found).all(axis=1).tolist() == [False, True, False, True, True, False]
 
 

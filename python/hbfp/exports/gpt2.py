@@ -5,8 +5,9 @@ nothing is lost, and llama.cpp refuses the file for a tensor that it doesn't kno
 out and the file is a regular one. And our GELU is the exact one, llama.cpp's the tanh approximation, so that outputs
 would differ (llama.cpp's products are no fixed-point ones either).
 
-The vocabulary is a tokenizer of the kind "llama" (SentencePiece) whose pieces are single characters, so that text is
-cut into characters; a space is written "▁" there.
+The vocabulary is a tokenizer of the kind "t5" (SentencePiece's unigram model) whose pieces are single characters, so
+that text is cut into characters; a space is written "▁" there. Characters that are not in it become U+FFFD, as in
+training, but a run of them a single one. (The kind "llama" would look for byte tokens in their place.)
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _describe_tokenizer(writer: Any, vocabulary: str | None) -> None:
         writer.add_tokenizer_model("no_vocab")
         return
     normal, unknown = 1, 2
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model("t5")
     writer.add_token_list([character.replace(" ", SPACE) for character in vocabulary])
     writer.add_token_scores([0.0] * len(vocabulary))
     writer.add_token_types([unknown if character == UNKNOWN else normal for character in vocabulary])
@@ -146,5 +147,8 @@ def _describe_tokenizer(writer: Any, vocabulary: str | None) -> None:
     writer.add_add_eos_token(False)
     if UNKNOWN in vocabulary:
         # Left out, these would be tokens 0 to 2, which are characters here.
-        for add in (writer.add_unk_token_id, writer.add_bos_token_id, writer.add_eos_token_id):
-            add(vocabulary.index(UNKNOWN))
+        unknown_id = vocabulary.index(UNKNOWN)
+        writer.add_unk_token_id(unknown_id)
+        writer.add_bos_token_id(unknown_id)
+        writer.add_eos_token_id(unknown_id)
+        writer.add_pad_token_id(unknown_id)

@@ -236,8 +236,9 @@ def save_network(
     """Writes a runnable model of converted linear layers with a ReLU between one and the next.
 
     Its input "x" is float32 [batch, in], its output "y" float32 [batch, out]. It computes what the layers compute in
-    torch, and `hbfp.linear` in numpy, bit for bit, apart from the sign of NaN, wherever a block's sum is not below
-    2^-126 nor beyond float32.
+    torch, and `hbfp.linear` in numpy, bit for bit, apart from the sign of NaN, wherever float32 holds the products: the
+    scale exponents of two blocks that meet sum to -149 or more, operands decode to finite values, and the magnitudes of
+    a block's products sum to less than 2^128.
 
     Args:
         path: of the file, which appears complete or not at all; one that exists is replaced.
