@@ -261,6 +261,20 @@ def test_a_refused_file_leaves_nothing_and_harms_nothing(tmp_path, name, value, 
     assert os.listdir(tmp_path) == ["model.gguf"]
 
 
+def test_a_write_that_fails_leaves_nothing_and_harms_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"what stood there")
+
+    def full(writer: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        ours.save(path, {"w": np.ones(3, np.float32)})
+    assert path.read_bytes() == b"what stood there"
+    assert os.listdir(tmp_path) == ["model.gguf"]
+
+
 def test_types_that_hbfp_does_not_have_are_refused(tmp_path):
     path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")

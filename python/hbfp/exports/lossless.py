@@ -61,14 +61,12 @@ def check(array: BlockArray, where: str, bits: int, what: str) -> None:
 
     Raises:
         ExportError: otherwise.
-        CodeError: the array was read from a file that holds forbidden codes.
     """
     if array.format.bits > bits:
         refuse(where, "format", f"codes of {bits} bits or fewer for {what}", array.format)
     nan = array.exponents == NAN_BYTE
     if nan.any():
         refuse(where, "exponent", "a finite block", "a NaN block (c = 255)", tuple(np.argwhere(nan)[0]))
-    array.check_codes()
 
 
 def groups_of(array: BlockArray, where: str, group: int, bits: int, low: int, high: int, what: str) -> Groups:
@@ -84,7 +82,7 @@ def groups_of(array: BlockArray, where: str, group: int, bits: int, low: int, hi
 
     Raises:
         ExportError: the array does not fit.
-        CodeError: as `check`.
+        CodeError: the array was read from a file that holds forbidden codes.
     """
     check(array, where, bits, what)
     format, shape = array.format, array.shape
