@@ -8,6 +8,8 @@ has the same functions:
     save(path, tensors)      a whole file of them (not for int4pack, which has no files)
     load(path)               its arrays, by name
 
+Two modules write whole models: `gpt2` the GPT of `hbfp train` for llama.cpp, `onnx_network` linear layers in ONNX.
+
 What a format can't hold exactly raises `hbfp.errors.ExportError`, which names the tensor, the block, what was expected
 and what was found. Nothing is rounded. The packages that read and write files come with `pip install 'hbfp[export]'`.
 """

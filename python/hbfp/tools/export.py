@@ -132,11 +132,11 @@ def _written(
 ) -> dict[str, tuple["Tensor", "Tensor"]]:
     """Writes the file; by its names there, each tensor and what was read back."""
     from hbfp.errors import ExportError
-    from hbfp.exports import gguf, gpt2, onnx
+    from hbfp.exports import gguf, gpt2, onnx, onnx_network
 
     if arguments.to == "onnx":
         if arguments.layers:
-            onnx.save_network(
+            onnx_network.save(
                 out,
                 tensors,
                 arguments.layers,
