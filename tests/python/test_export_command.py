@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
 import sys
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import hbfp
+from hbfp import BlockArray
 from hbfp.exports import gguf as gguf_
 from hbfp.exports import onnx as onnx_
 from hbfp.tools.cli import main
@@ -164,15 +163,17 @@ def test_a_missing_package_says_how_to_get_it(packed, capsys, monkeypatch, packa
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The folder of a run of `hbfp train` on a text."""
+    """The folder of a run of `hbfp train` on a text: its first checkpoint."""
     pytest.importorskip("torch")
     pytest.importorskip("rich")
+    from hbfp.training.loop import save_checkpoint
+    from hbfp.training.train import CHECKPOINT, Settings, Training
+
     folder = tmp_path_factory.mktemp("run")
     (folder / "book.txt").write_text("It was a dark and stormy night; the rain fell in torrents.\n" * 40)
-    words = "--steps 2 --layers 1 --width 64 --context 16 --batch 2 --json"
-    with redirect_stdout(io.StringIO()):
-        code = main(["train", "--data", str(folder / "book.txt"), "--out", str(folder), *words.split()])
-    assert code == 0
+    given = {"data": str(folder / "book.txt"), "layers": 2, "width": 64, "context": 16, "batch": 2}
+    training = Training.start(Settings.of(given))
+    save_checkpoint(folder / CHECKPOINT, training.run, training.remembered)
     return folder
 
 
@@ -184,7 +185,9 @@ def test_a_checkpoint_becomes_a_complete_gguf_file(trained, tmp_path):
     assert fields["gpt2.context_length"] == 16
     characters = sorted({*(trained / "book.txt").read_text(), "\N{REPLACEMENT CHARACTER}"})
     assert "".join(fields["tokenizer.ggml.tokens"]).replace("▁", " ") == "".join(characters)
-    assert str(gguf_.load(out)["blk.0.attn_qkv.weight"].format) == "hbfp8b32"  # the booster's end, HBFP6
+    formats = {name: str(value.format) for name, value in gguf_.load(out).items() if isinstance(value, BlockArray)}
+    assert formats.pop("output.weight") == formats.pop("blk.0.attn_qkv.weight") == "hbfp8b32"  # the recipe's HBFP6
+    assert set(formats.values()) == {"hbfp4b32"}
 
 
 def test_a_text_that_moved_is_given_with_data(trained, tmp_path, capsys):

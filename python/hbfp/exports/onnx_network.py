@@ -1,10 +1,11 @@
 """Networks of linear layers in ONNX, opset 21, which compute the bits of the layers.
 
 A network encodes its activations by a local function of standard operators, computed in float64, where nothing of it
-rounds but what the format rounds: the scale is the largest magnitude's unit in the first place, which Rump finds
-without a logarithm ("Error estimation of floating-point summation and dot product", BIT 52, 2012, algorithm 3.5), times
-a power of two. The product's blocks are summed in the specification's order by a `Scan`: of one block all products are
-whole multiples of one power of two and their sums at most 2^24 of it, so that float32 adds them exactly in any order.
+rounds but what the format rounds. The scale is a power of two times the largest magnitude's unit in the first place,
+which S. M. Rump finds without a logarithm ("Ultimately fast accurate summation", SIAM J. Sci. Comput. 31, 2009).
+
+The product's blocks are summed in the specification's order by a `Scan`: of one block all products are whole multiples
+of one power of two and their sums at most 2^24 of it, so that float32 adds them exactly in any order.
 """
 
 from __future__ import annotations
@@ -176,8 +177,10 @@ _RULES = {
 def _encoder(format: HBFP, rounding: Rounding) -> str:
     """[rows, n] -> the values of its encoding [rows, blocks, elements of a block] (docs/spec.md sections 1 to 3).
 
-    `first` is amax's unit in the first place. A block with a NaN or an infinity is all NaN, as is 0 / 0. Codes pass
-    through integers because rounding keeps the sign of -0.5, and no code is -0.0.
+    `large` is 2^52 times amax and a little more: its last place is worth amax's first, and `less` is the float64 below.
+    No product by a constant is one that an optimiser takes for 1, as onnxruntime does 1 - 2^-53. A block with a NaN or
+    an infinity is all NaN, as is 0 / 0. Codes pass through integers because rounding keeps the sign of -0.5, and no
+    code is -0.0.
     """
     assert format.exponent_bias is not None
     low = max(-format.exponent_bias, -127)
