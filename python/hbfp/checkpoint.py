@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hbfp.array import BlockArray, encode
@@ -22,7 +23,7 @@ from hbfp.files import load, save
 from hbfp.format import ExponentRule, Rounding
 from hbfp.policy import OperandPolicy, layer_states, weights_of
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["encoded_state", "load_model", "save_model"]
 
 
 _Encoding = tuple[OperandPolicy, int]
@@ -71,6 +72,25 @@ def _array(tensor: Tensor) -> Any:
     return np.from_dlpack((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).contiguous())
 
 
+def encoded_state(model: nn.Module) -> dict[str, BlockArray | NDArray[Any]]:
+    """The model's state_dict as arrays, with the weights of converted layers encoded, blocked along the inputs.
+
+    Args:
+        model: converted by `hbfp.convert_`; at the widths in force now. bfloat16 tensors become float32.
+
+    Raises:
+        FileError: something in the state_dict is not a tensor.
+    """
+    policies = _packed(model)
+    content: dict[str, BlockArray | NDArray[Any]] = {}
+    for name, tensor in _entries(model).items():
+        array = content[name] = _array(tensor)
+        if id(tensor) in policies:
+            policy, axis = policies[id(tensor)]
+            content[name] = encode(array, policy.format, axis=axis, rounding=policy.rounding)
+    return content
+
+
 def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
     """Writes the model's state_dict with the weights of converted layers packed, blocked along the inputs.
 
@@ -83,15 +103,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
         DTypeError: a plain tensor's type can't be stored.
         OSError: the file can't be written.
     """
-    policies = _packed(model)
-    tensors = _entries(model)
-    content: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        array = content[name] = _array(tensor)
-        if id(tensor) in policies:
-            policy, axis = policies[id(tensor)]
-            content[name] = encode(array, policy.format, axis=axis, rounding=policy.rounding)
-    save(path, content)
+    save(path, encoded_state(model))
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bool = False) -> None:

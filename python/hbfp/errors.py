@@ -20,6 +20,7 @@ __all__ = [
     "CodeError",
     "ConversionError",
     "DTypeError",
+    "ExportError",
     "FileError",
     "FormatError",
     "HBFPError",
@@ -33,6 +34,10 @@ __all__ = [
 
 class FileError(HBFPError):
     """A file does not hold what its description says, or cannot be written as asked."""
+
+
+class ExportError(HBFPError):
+    """Something cannot pass to another runtime's format, or from it, without a change."""
 
 
 class RuleError(HBFPError):

@@ -38,6 +38,7 @@ CHAIN = (
     "audit",
     "telemetry",
     "checkpoint",
+    "exports",
     "hbfp",
     "training",
     "benchmark",

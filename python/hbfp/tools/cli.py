@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from hbfp.errors import HBFPError
-from hbfp.tools import bench, demo, explain, info, train, vectors_command
+from hbfp.tools import bench, demo, explain, export, info, train, vectors_command
 
 
 class Command(Protocol):
@@ -32,11 +32,20 @@ class Command(Protocol):
         """Do it; the exit code."""
 
 
-# quantize, inspect, diff, verify, export and report take their places in this list.
-COMMANDS: tuple[Command, ...] = (demo, info, explain, train, bench, vectors_command)
+# quantize, inspect, diff, verify and report take their places in this list.
+COMMANDS: tuple[Command, ...] = (demo, info, explain, export, train, bench, vectors_command)
 
 # Modules of the optional parts, and the extra that brings them.
-_EXTRAS = {"torch": "torch", "matplotlib": "demo", "rich": "demo", "sklearn": "demo", "tensorboard": "tensorboard"}
+_EXTRAS = {
+    "gguf": "export",
+    "matplotlib": "demo",
+    "ml_dtypes": "export",
+    "onnx": "export",
+    "rich": "demo",
+    "sklearn": "demo",
+    "tensorboard": "tensorboard",
+    "torch": "torch",
+}
 
 
 class _Parser(argparse.ArgumentParser):
