@@ -69,7 +69,7 @@ def test_bytes_of_another_size_are_refused():
     # Saved tensors pass through hooks of the user's: nothing they give back may be read out of bounds.
     x, w, dy = torch.randn(64, 32), torch.randn(16, 32), torch.randn(64, 16)
     formats = (hbfp.HBFP4, hbfp.HBFP4)
-    _, kept = ops.product_keeping(x, w, formats, (0, 0), 0, (0, 0), None, (hbfp.HBFP4, 0, 0))
+    _, kept = ops.product_keeping(x, w, -1, formats, (0, 0), 0, (0, 0), None, (hbfp.HBFP4, 0, 0))
     with pytest.raises(hbfp.HBFPError, match="bytes of a kept operand"):
         ops.kept_product(dy, kept[:-1].clone(), 32, formats, (0, 0), 0, (0, 0))
     with pytest.raises(hbfp.HBFPError, match="uint8"):
