@@ -184,7 +184,6 @@ class SequenceFunction(torch.autograd.Function):
         dx = dw_ih = dw_hh = db_ih = db_hh = dw_hr = None
         if need_x:
             dx = _over_rows(run, "input gradient", policy, by, 0, dgates, -1, w_ih, -2, toward_x)
-        policy, by = run.recipe.weight_gradient, run.recipe.backends.weight_gradient
         if need_ih:
             dw_ih = _weight_gradient(run, 0, dgates, x, w_ih.shape[1] if ctx.kept[0] else None)
         if need_hh and ctx.kept[1]:
@@ -195,7 +194,7 @@ class SequenceFunction(torch.autograd.Function):
         if need_hr:
             assert projected is not None
             dw_hr = _weight_gradient(run, 2, projected, cell.states())
-        column_sums = arithmetic(by).column_sums
+        column_sums = arithmetic(run.recipe.backends.weight_gradient).column_sums
         if need_b_ih:
             db_ih = column_sums(dgates)
         if need_b_hh:
@@ -403,7 +402,8 @@ class _LSTMForward(_Forward):
         self.all = _split(gates, self.sizes)
         self.i, self.f, self.g, self.o = (_split(part, self.sizes) for part in _split(gates, width, 1))
         self.i_and_f = _split(gates[:, : 2 * width], self.sizes)
-        self.all_c, self.c = self._rows(gates, width)
+        cells = gates.new_empty(self.sizes[0], width)
+        self.c = [cells[:n] for n in self.sizes]
         self.all_tanh, self.tanh = self._rows(gates, width)
         self.scratch = gates.new_empty(self.sizes[0], width)
         self.before = c0[:0]
@@ -418,7 +418,7 @@ class _LSTMForward(_Forward):
         self.before = c
 
     def kept(self, y: Tensor) -> list[Tensor]:
-        return [self.gates, self.all_c, self.all_tanh]
+        return [self.gates, self.all_tanh]
 
     def final(self) -> Tensor:
         return _leaving([self.c[t] for t in self.order])
@@ -429,7 +429,7 @@ class _LSTMBackward(_Backward):
 
     def __init__(self, kept: list[Tensor], h0: Tensor, c0: Tensor | None, dc_n: Tensor | None, run: Run) -> None:
         assert c0 is not None
-        self.gates, c, self.tanh = kept
+        self.gates, self.tanh = kept
         width = c0.shape[1]
         sizes = self.sizes = list(run.sizes)
         i, f, g, o = _split(self.gates, width, 1)
@@ -437,7 +437,7 @@ class _LSTMBackward(_Backward):
         di, df, dg, do = _split(self.d, width, 1)
         _slope_of_sigmoid(self.gates[:, : 2 * width], self.d[:, : 2 * width])
         di.mul_(g)
-        df.mul_(_all_entering(c, c0, run))
+        df.mul_(_all_entering(self._cells(i, f, g, c0, run), c0, run))
         _slope_of_tanh(g, dg).mul_(i)
         _slope_of_sigmoid(o, do).mul_(self.tanh)
         through = _slope_of_tanh(self.tanh, torch.empty_like(self.tanh)).mul_(o)
@@ -445,6 +445,17 @@ class _LSTMBackward(_Backward):
         self.ifg = _split(self.d[:, : 3 * width].unflatten(1, (3, width)), sizes)
         self.scratch = torch.empty_like(c0)
         self.dc = torch.zeros_like(c0) if dc_n is None else dc_n.clone(memory_format=torch.contiguous_format)
+
+    @staticmethod
+    def _cells(i: Tensor, f: Tensor, g: Tensor, c0: Tensor, run: Run) -> Tensor:
+        """c' = f · c + i · g, step after step as forward computed it: the states after each row's step."""
+        c, scratch = i * g, torch.empty_like(c0)
+        cs, fs = (_split(x, list(run.sizes)) for x in (c, f))
+        before = c0[:0]
+        for t in run.order:
+            entering, before = _entering(before, c0, run.sizes[t]), cs[t]
+            before.add_(_write(torch.mul, fs[t], entering, out=scratch[: run.sizes[t]]))
+        return c
 
     def step(self, t: int, dh: Tensor) -> Tensor:
         assert self.dc is not None
@@ -500,7 +511,7 @@ class _GRUBackward(_Backward):
         dr, dz, dn = _split(self.d, width, 1)
         _slope_of_sigmoid(gates[:, : 2 * width], self.d[:, : 2 * width])
         dr.mul_(recurrent)
-        self.y = self._again(z, n, h0, run)
+        self.y = self._states(z, n, h0, run)
         dz.mul_(_all_entering(self.y, h0, run).sub_(n))
         _slope_of_tanh(n, dn).mul_(1.0 - z)
         self.all_products = torch.empty_like(self.d)
@@ -512,8 +523,8 @@ class _GRUBackward(_Backward):
         self.products_n = _split(self.all_products[:, 2 * width :], sizes)
 
     @staticmethod
-    def _again(z: Tensor, n: Tensor, h0: Tensor, run: Run) -> Tensor:
-        """h' = (h − n) · z + n, step after step as forward computed it."""
+    def _states(z: Tensor, n: Tensor, h0: Tensor, run: Run) -> Tensor:
+        """h' = (h − n) · z + n, step after step as forward computed it: the states after each row's step."""
         y = torch.empty_like(n)
         ys, zs, ns = (_split(x, list(run.sizes)) for x in (y, z, n))
         h = h0[:0]
