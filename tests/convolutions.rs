@@ -3,7 +3,7 @@
 
 mod operands;
 
-use hbfp::gemm::convolution::{Convolution, Input};
+use hbfp::gemm::convolution::{Convolution, Input, Place};
 use hbfp::gemm::{Coding, Workspace};
 use hbfp::parallel::Pool;
 use hbfp::reference::{self, Encoded};
@@ -237,8 +237,9 @@ impl Case {
             .collect()
     }
 
-    /// All products, and that from what was kept, in this order. Outputs stand between guard bands, and hold NaN before.
-    fn run(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> [Vec<f32>; 4] {
+    /// All products, and those from what was kept of X, of dY and of both, in this order. Outputs stand between guard
+    /// bands, and hold NaN before.
+    fn run(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> [Vec<f32>; 6] {
         let Convolution { batch, channels: [all, outs], input, output, kernel, .. } = self.sizes;
         let (sizes, w) = (self.sizes, self.w.view());
         let out = |len: usize| Guarded::new(len, f32::NAN);
@@ -249,40 +250,45 @@ impl Case {
         sizes.forward(ctx, &self.x, &w, codings[0], flatten, bias(1), y.elements(), workspace).unwrap();
         let mut dx = out(batch * count(input) * all);
         sizes.input_gradient(ctx, &self.dy, &w, codings[1], bias(0), dx.elements(), workspace).unwrap();
-        let [mut from_floats, mut from_kept] = [out(weights), out(weights)];
-        let x = Input::Floats(&self.x);
-        sizes.weight_gradient(ctx, &self.dy, x, codings[2], from_floats.elements(), workspace).unwrap();
-        match self.keep(ctx, workspace) {
-            Some(kept) => {
-                let kept = Input::Kept(&kept);
-                sizes.weight_gradient(ctx, &self.dy, kept, codings[2], from_kept.elements(), workspace).unwrap();
-            }
-            None => from_kept.elements().copy_from_slice(from_floats.checked()),
-        }
-        [y, dx, from_floats, from_kept].map(|out| out.checked().to_vec())
+        let kept = [Place::Input, Place::Output].map(|place| self.keep(ctx, place, workspace));
+        let mut gradient = |keeps: [bool; 2]| {
+            let mut dw = out(weights);
+            let [x, dy] = [(0, &self.x), (1, &self.dy)].map(|(i, floats)| match &kept[i] {
+                Some(bytes) if keeps[i] => Input::Kept(bytes),
+                _ => Input::Floats(floats),
+            });
+            sizes.weight_gradient(ctx, dy, x, codings[2], dw.elements(), workspace).unwrap();
+            dw.checked().to_vec()
+        };
+        let [a, b, c, d] = [[false, false], [true, false], [false, true], [true, true]].map(&mut gradient);
+        [y.checked().to_vec(), dx.checked().to_vec(), a, b, c, d]
     }
 
-    /// What is kept of X: between bands that must stay, at any alignment.
-    fn keep(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> Option<Vec<u8>> {
-        let coding = self.codings[2][1];
-        let len = self.sizes.kept_bytes(coding.format)?;
+    /// What is kept of an image: between bands that must stay, at any alignment.
+    fn keep(&self, ctx: &Context<'_>, place: Place, workspace: &mut Workspace) -> Option<Vec<u8>> {
+        let (image, coding) = match place {
+            Place::Input => (&self.x, self.codings[2][1]),
+            Place::Output => (&self.dy, self.codings[2][0]),
+        };
+        let len = self.sizes.kept_bytes(ctx, place, coding.format)?;
         let mut bytes = vec![0xA5; len + 130];
-        self.sizes.keep(ctx, &self.x, coding, &mut bytes[65..65 + len], workspace).unwrap();
+        self.sizes.keep(ctx, place, image, coding, &mut bytes[65..65 + len], workspace).unwrap();
         assert!(bytes[..65].iter().chain(&bytes[65 + len..]).all(|&b| b == 0xA5), "a write outside the kept bytes");
         Some(bytes[65..65 + len].to_vec())
     }
 
-    fn expected(&self) -> [Vec<f32>; 4] {
+    fn expected(&self) -> [Vec<f32>; 6] {
         let dw = self.weight_gradient();
-        [self.forward(), self.input_gradient(), dw.clone(), dw]
+        [self.forward(), self.input_gradient(), dw.clone(), dw.clone(), dw.clone(), dw]
     }
 
     #[track_caller]
-    fn check(&self, found: &[Vec<f32>; 4], expected: &[Vec<f32>; 4], what: &dyn Fn() -> String) {
+    fn check(&self, found: &[Vec<f32>; 6], expected: &[Vec<f32>; 6], what: &dyn Fn() -> String) {
         let [channels, columns] = [self.sizes.channels, self.group_channels()].map(|channels| channels[1]);
-        let names = ["forward", "input gradient", "weight gradient", "weight gradient from what was kept"];
-        for (i, name) in names.into_iter().enumerate() {
-            let columns = [channels, self.sizes.channels[0], columns, columns][i];
+        let kept =
+            ["weight gradient", "weight gradient, X kept", "weight gradient, dY kept", "weight gradient, both kept"];
+        for (i, name) in ["forward", "input gradient"].into_iter().chain(kept).enumerate() {
+            let columns = [channels, self.sizes.channels[0]].get(i).copied().unwrap_or(columns);
             assert_same_bits(&found[i], &expected[i], columns, &|| {
                 let formats =
                     self.codings.map(|pair| pair.map(|Coding { format, mode }| (format.to_string(), mode.rounding)));
@@ -509,13 +515,16 @@ fn teams_of_any_size_give_the_same_bits() {
     for (number, case) in cases.iter().enumerate() {
         let expected = case.expected();
         for (name, ctx) in contexts() {
-            let kept = case.keep(&ctx, &mut Workspace::default());
+            let keep = |ctx: &Context<'_>, workspace: &mut Workspace| {
+                [Place::Input, Place::Output].map(|place| case.keep(ctx, place, workspace))
+            };
+            let kept = keep(&ctx, &mut Workspace::default());
             let mut workspace = Workspace::default();
             for threads in [1, 3, 2] {
                 let ctx = Context { team: &pool, threads, ..ctx };
                 let what = || format!("{name}, {threads} threads: case {number}");
                 case.check(&case.run(&ctx, &mut workspace), &expected, &what);
-                assert!(case.keep(&ctx, &mut workspace) == kept, "{}: other bytes kept", what());
+                assert!(keep(&ctx, &mut workspace) == kept, "{}: other bytes kept", what());
             }
         }
     }
@@ -535,8 +544,11 @@ fn kept_bytes_are_the_same_after_any_call() {
     let drawn = (0..60).map(|_| draw(&mut rng, &[2, 3, 4, 5, 6, 7, 8], 9));
     for (number, case) in drawn.chain([large, pixel]).enumerate() {
         for ((name, ctx), workspace) in levels.iter().zip(&mut workspaces) {
-            let expected = case.keep(ctx, &mut Workspace::default());
-            assert!(case.keep(ctx, workspace) == expected, "{name}: case {number}, {:?}", case.sizes);
+            for place in [Place::Input, Place::Output] {
+                let expected = case.keep(ctx, place, &mut Workspace::default());
+                let found = case.keep(ctx, place, workspace);
+                assert!(found == expected, "{name}: case {number}, {place:?} of {:?}", case.sizes);
+            }
         }
     }
 }
@@ -546,21 +558,26 @@ fn kept_bytes_of_any_content_are_read_inside_their_bounds() {
     // Hunted: an index, a shift or a sum that trusts a file. What comes out is anybody's guess.
     let mut rng = TestRng(54);
     for _ in 0..60 {
-        let mut case = draw(&mut rng, &[2, 3, 4, 5, 6, 7, 8], 5);
-        case.x.clear();
-        let [coding, kept] = case.codings[2];
-        let len = case.sizes.kept_bytes(kept.format).unwrap();
-        let bytes: Box<[u8]> = (0..len).map(|_| rng.next_u64() as u8).collect();
+        let case = draw(&mut rng, &[2, 3, 4, 5, 6, 7, 8], 5);
+        let codings = case.codings[2];
         let [channels, columns] = case.group_channels();
         for (_, ctx) in contexts() {
+            let [dy, x]: [Box<[u8]>; 2] =
+                [(Place::Output, codings[0]), (Place::Input, codings[1])].map(|(place, coding)| {
+                    let len = case.sizes.kept_bytes(&ctx, place, coding.format).unwrap();
+                    (0..len).map(|_| rng.next_u64() as u8).collect()
+                });
             let mut out = Guarded::new(case.sizes.groups * count(case.sizes.kernel) * channels * columns, f32::NAN);
-            let (codings, mut workspace) = ([coding, kept], Workspace::default());
-            let x = Input::Kept(&bytes);
-            case.sizes.weight_gradient(&ctx, &case.dy, x, codings, out.elements(), &mut workspace).unwrap();
+            let mut workspace = Workspace::default();
+            let mut multiply = |dy: &[u8], x: &[u8]| {
+                let (dy, x) = (Input::Kept(dy), Input::Kept(x));
+                case.sizes.weight_gradient(&ctx, dy, x, codings, out.elements(), &mut workspace)
+            };
+            multiply(&dy, &x).unwrap();
+            for error in [multiply(&dy[1..], &x), multiply(&dy, &x[1..])] {
+                assert!(matches!(error, Err(Error::Shape { .. })), "{error:?}");
+            }
             let _ = out.checked();
-            let x = Input::Kept(&bytes[1..]);
-            let error = case.sizes.weight_gradient(&ctx, &case.dy, x, codings, out.elements(), &mut workspace);
-            assert!(matches!(error, Err(Error::Shape { .. })), "{error:?}");
         }
     }
 }
@@ -635,13 +652,14 @@ fn sizes_that_fit_nothing_are_errors() {
             shape_error(sizes.forward(&ctx, image, &w, [coding; 2], true, None, &mut out, &mut workspace));
             shape_error(sizes.input_gradient(&ctx, image, &w, [coding; 2], None, &mut out, &mut workspace));
             let x = Input::Floats(image);
-            shape_error(sizes.weight_gradient(&ctx, image, x, [coding; 2], &mut out, &mut workspace));
+            shape_error(sizes.weight_gradient(&ctx, x, x, [coding; 2], &mut out, &mut workspace));
             assert!(out.iter().all(|&x| x == 7.0), "{i}: a write before an error");
         }
-        let kept = sizes.kept_bytes(coding.format);
-        let result =
-            sizes.keep(&ctx, &image, coding, &mut vec![0; kept.filter(|&n| n < 1 << 20).unwrap_or(0)], &mut workspace);
-        assert!(result.is_err() || sizes.check().is_ok(), "{i}");
+        for place in [Place::Input, Place::Output] {
+            let kept = sizes.kept_bytes(&ctx, place, coding.format).filter(|&n| n < 1 << 20);
+            let result = sizes.keep(&ctx, place, &image, coding, &mut vec![0; kept.unwrap_or(0)], &mut workspace);
+            assert!(result.is_err() || sizes.check().is_ok(), "{i}");
+        }
     }
 }
 
@@ -662,10 +680,15 @@ fn operands_that_do_not_fit_are_errors() {
     assert!(forward([line(4, 8), line(4, 16)], Some(&[0.0; 8])).is_ok(), "one block of 8 channels either way");
     // Wide codes are not kept, nor can somebody claim to have kept them.
     let (wide, mut dw) = (coding(line(12, 16)), vec![0.0; 8 * 8 * 9]);
-    assert!(matches!(sizes.keep(&ctx, &case.x, wide, &mut [], &mut workspace), Err(Error::Format { .. })));
-    let kept = Input::Kept(&[]);
-    let result = sizes.weight_gradient(&ctx, &case.dy, kept, [wide; 2], &mut dw, &mut workspace);
-    assert!(matches!(result, Err(Error::Format { .. })), "{result:?}");
+    for (place, image) in [(Place::Input, &case.x), (Place::Output, &case.dy)] {
+        let result = sizes.keep(&ctx, place, image, wide, &mut [], &mut workspace);
+        assert!(matches!(result, Err(Error::Format { .. })), "{result:?}");
+    }
+    let (kept, floats) = (Input::Kept(&[]), Input::Floats(&case.dy));
+    for [dy, x] in [[floats, kept], [kept, floats]] {
+        let result = sizes.weight_gradient(&ctx, dy, x, [wide; 2], &mut dw, &mut workspace);
+        assert!(matches!(result, Err(Error::Format { .. })), "{result:?}");
+    }
 }
 
 #[test]

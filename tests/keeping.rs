@@ -3,7 +3,7 @@
 
 mod operands;
 
-use hbfp::gemm::{Epilogue, Keep, Kept, Right, Workspace, kept_bytes, product, product_keeping};
+use hbfp::gemm::{Epilogue, Keep, Kept, Right, Workspace, keep, kept_bytes, product, product_keeping};
 use hbfp::parallel::Pool;
 use hbfp::testing::{Fill, Guarded, TestRng};
 use hbfp::{BlockFormat, BlockShape, Context, Error, Kernels, Level, Rounding};
@@ -102,6 +102,33 @@ fn what_is_kept_multiplies_as_the_tensor_would() {
         let expected = case.expected();
         for ((name, ctx), workspace) in levels.iter().zip(&mut workspaces) {
             case.check(&case.run(ctx, workspace).0, &expected, &|| format!("{name}: case {number}"));
+        }
+    }
+}
+
+#[test]
+fn an_operand_kept_by_itself_is_kept_as_beside_a_product() {
+    // Hunted: an axis or a rounding of its own.
+    let mut rng = TestRng(65);
+    for number in 0..100 {
+        let case = Case::draw(&mut rng, 80, Storage::Poisoned);
+        for (name, ctx) in contexts() {
+            let mut workspace = Workspace::default();
+            let (_, beside) = case.run(&ctx, &mut workspace);
+            let mut alone = vec![0xA5; beside.len()];
+            let (axis, format, mode) = (case.kept.axis(), case.kept.format, case.kept.mode);
+            keep(&ctx, &case.a.operand(), Keep { axis, format, mode, bytes: &mut alone }, &mut workspace).unwrap();
+            let [lines, k] = [case.kept.lines(), case.kept.k()];
+            let mut out = vec![f32::NAN; case.d.lines() * lines];
+            let kept = Right::Kept(Kept { lines, k, format, bytes: &alone });
+            product(&ctx, &case.d.operand(), &kept, &mut out, Epilogue::default(), &mut workspace).unwrap();
+            assert_same_bits(&out, &case.expected()[1], lines, &|| format!("{name}: case {number}"));
+            let error =
+                keep(&ctx, &case.a.operand(), Keep { axis: 2, format, mode, bytes: &mut alone }, &mut workspace);
+            assert!(matches!(error, Err(Error::Shape { .. })), "{error:?}");
+            let short = &mut alone[1..];
+            let error = keep(&ctx, &case.a.operand(), Keep { axis, format, mode, bytes: short }, &mut workspace);
+            assert!(matches!(error, Err(Error::Shape { .. })), "{error:?}");
         }
     }
 }

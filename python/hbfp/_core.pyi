@@ -34,6 +34,7 @@ __all__ = [
     "decode",
     "encode",
     "info",
+    "keep",
     "kept_product",
     "lay_out",
     "measure",
@@ -209,9 +210,13 @@ def tensor_product(
     `kept_product` takes, a uint8 tensor, or None where that would be no smaller than the floats. It holds the codes of
     `a` along its rows (axis -2 of the flattened matrix), made in the same pass."""
 
+def keep(operand: Floats, threads: int) -> Any | None:
+    """The codes of a matrix, blocked along its axis, for `kept_product`: a uint8 tensor; None for a format that cannot
+    be kept, and where that would be no smaller than the floats."""
+
 def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: int) -> None:
-    """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` kept of an [K, N] tensor in
-    `kept_format`: the same bits as the product with that tensor."""
+    """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` or `keep` kept of a [K, N]
+    tensor in `kept_format`: the same bits as the product with that tensor."""
 
 _Codings = list[tuple[Format, int, int]]
 """Format, rounding and stream of the left and of the right operand of a product."""
@@ -277,23 +282,33 @@ def convolution_forward(
     format that cannot be kept."""
 
 def convolution_input_gradient(
-    dy: Any, w: Any, out: Any, sizes: _Sizes, operands: _Codings, bias: Any | None, seed: int, threads: int
-) -> None:
-    """out [N, .., C] from dy [N, .., C_out] and w; codings of dy and w. Also a transposed convolution's forward."""
+    dy: Any,
+    w: Any,
+    out: Any,
+    sizes: _Sizes,
+    operands: _Codings,
+    bias: Any | None,
+    seed: int,
+    threads: int,
+    keep: tuple[Format, int, int] | None,
+) -> Any | None:
+    """out [N, .., C] from dy [N, .., C_out] and w; codings of dy and w. Also a transposed convolution's forward, which
+    keeps its input, in the place of dy, as `convolution_forward` does."""
 
 def convolution_weight_gradient(
     dy: Any,
     x: Any,
-    kept: bool,
-    channels: int,
+    kept: list[bool],
+    batch: int,
+    channels: list[int],
     out: Any,
     sizes: _Sizes,
     operands: _Codings,
     seed: int,
     threads: int,
 ) -> None:
-    """out [g, taps, C/g, C_out/g] from dy [N, .., C_out] and x [N, .., C], or what was kept of it; codings of dy and
-    x."""
+    """out [g, taps, C/g, C_out/g] from dy [N, .., C_out] and x [N, .., C], or what was kept of either; kept, channels
+    and codings are of dy and x."""
 
 def softmax(scores: Any, out: Any, scale: float, causal: bool, mask: Any | None, threads: int) -> None:
     """Row softmax of scale * scores (+ mask, f32 of scores' shape) over the last dimension; causal: column j of row i

@@ -1,8 +1,8 @@
 """Differentiable products: linear, matmul and attention, whose backward passes are fixed-point products too.
 
 Every operand is encoded anew along the reduction of the product at hand (FORMAT section 6), and backward computes the
-gradients that are asked for and no others. Of the tensors that it needs, a linear layer keeps X as the codes of its
-third product, made in the same pass as those of the first; the rest are float tensors.
+gradients that are asked for and no others. Of the tensors that it needs, a product with a matrix keeps X as the codes
+of its weight gradient, made in the same pass as those of the forward product; the rest are float tensors.
 
 Each function takes `seed` and `stream` as numbers. The stream's low four bits are 0; every operand adds its role, so
 that no two operands of a step share random bits. Recomputation with the same numbers gives the same bits.
@@ -33,6 +33,7 @@ __all__ = [
     "MatmulFunction",
     "Role",
     "attention",
+    "keeps_codes",
     "linear",
     "matmul",
     "once",
@@ -123,6 +124,16 @@ def require_plain(*tensors: Tensor | None) -> None:
         )
 
 
+def keeps_codes(recipe: Recipe, source: object, stream: int) -> bool:
+    """Whether a layer keeps of X, for the weight gradient, the codes along the batch that this product is to read.
+
+    An eighth of the floats' memory at 4 bits. The core makes them, and whoever watches an operand wants the floats.
+    """
+    backends = recipe.backends
+    integer = backends.forward is _INTEGER and backends.weight_gradient is _INTEGER
+    return integer and not (ops.recorders and ops.observed(source, stream))
+
+
 def _sum_to(gradient: Tensor, shape: Sequence[int], by: Arithmetic) -> Tensor:
     """`gradient` summed over the dimensions that `shape` was broadcast along, as bias gradients are."""
     if gradient.shape == torch.Size(shape):
@@ -153,18 +164,15 @@ class LinearFunction(torch.autograd.Function):
         policy = recipe.forward
         streams = (stream | _X, stream | _W)
         kept = None
-        backends = recipe.backends
-        integer = backends.forward is _INTEGER and backends.weight_gradient is _INTEGER
-        if need_weight and integer and not (ops.recorders and ops.observed(source, stream)):
-            # What backward needs of X are its codes along the batch: an eighth of the memory at 4 bits, and the same
-            # pass over X makes both encodings.
+        if need_weight and keeps_codes(recipe, source, stream):
             later = recipe.weight_gradient
             keep = (later.formats[1], later.roundings[1], stream | _X_W)
             out, kept = ops.product_keeping(
-                x, weight, policy.formats, policy.roundings, seed, streams, bias, keep, name="forward", source=source
-            )
+                x, weight, -1, policy.formats, policy.roundings, seed, streams, bias, keep,
+                name="forward", source=source,
+            )  # fmt: skip
         else:
-            out = arithmetic(backends.forward).product(
+            out = arithmetic(recipe.backends.forward).product(
                 x, -1, weight, -1, policy.formats, policy.roundings, seed, streams, bias, name="forward", source=source
             )
         ctx.kept, ctx.columns = kept is not None, x.shape[-1]
@@ -213,17 +221,26 @@ class MatmulFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, recipe: Recipe, seed: int, stream: int, source: object) -> Tensor:
         need_a, need_b = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(a if need_b else None, b if need_a else None)
         ctx.shapes = a.shape, b.shape
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
-        if b.dim() > 2:
-            batch = _batch_of(a, b)
-            a, b = _expand(a, batch), _expand(b, batch)
         policy = recipe.forward
-        return arithmetic(recipe.backends.forward).product(
-            a, -1, b, -2, policy.formats, policy.roundings, seed, (stream | _X, stream | _W),
-            name="forward", source=source,
-        )  # fmt: skip
+        streams = (stream | _X, stream | _W)
+        kept = None
+        if need_b and b.dim() == 2 and keeps_codes(recipe, source, stream):
+            later = recipe.weight_gradient
+            keep = (later.formats[1], later.roundings[1], stream | _X_W)
+            out, kept = ops.product_keeping(
+                a, b, -2, policy.formats, policy.roundings, seed, streams, None, keep, name="forward", source=source
+            )
+        else:
+            batch = _batch_of(a, b) if b.dim() > 2 else None
+            left, right = (a, b) if batch is None else (_expand(a, batch), _expand(b, batch))
+            out = arithmetic(recipe.backends.forward).product(
+                left, -1, right, -2, policy.formats, policy.roundings, seed, streams, name="forward", source=source
+            )
+        ctx.kept = kept is not None
+        ctx.save_for_backward((a if kept is None else kept) if need_b else None, b if need_a else None)
+        return out
 
     @staticmethod
     @once
@@ -242,7 +259,13 @@ class MatmulFunction(torch.autograd.Function):
                 name="input gradient", source=source,
             )  # fmt: skip
             da = _sum_to(da, a_shape, by)
-        if need_b:
+        if need_b and ctx.kept:
+            policy = recipe.weight_gradient
+            db = ops.kept_product(
+                dc.flatten(0, -2), a, b_shape[0], policy.formats, policy.roundings, seed,
+                (stream | _DY_W, stream | _X_W), name="weight gradient", source=source,
+            ).mT  # fmt: skip
+        elif need_b:
             if len(b_shape) == 2:
                 a, dc = a.flatten(0, -2), dc.flatten(0, -2)
             else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hbfp import emulation, ops
-from hbfp.autograd import Role, once, require_plain
+from hbfp.autograd import Role, keeps_codes, once, require_plain
 from hbfp.backends import arithmetic
 from hbfp.errors import FormatError, HBFPError, ShapeError
 from hbfp.ops import Geometry
@@ -90,9 +90,7 @@ class ConvolutionFunction(torch.autograd.Function):
         policy = recipe.forward
         streams = (stream | _X, stream | _W)
         kept = None
-        backends = recipe.backends
-        integer = backends.forward is Backend.INTEGER and backends.weight_gradient is Backend.INTEGER
-        if need_weight and integer and not (ops.recorders and ops.observed(source, stream)):
+        if need_weight and keeps_codes(recipe, source, stream):
             later = recipe.weight_gradient
             out, kept = ops.convolution_keeping(
                 x, weight, policy.formats, policy.roundings, seed, streams, bias,
@@ -100,11 +98,11 @@ class ConvolutionFunction(torch.autograd.Function):
                 geometry=geometry, name="forward", source=source,
             )  # fmt: skip
         else:
-            out = _products(backends.forward)[0](
+            out = _products(recipe.backends.forward)[0](
                 x, weight, policy.formats, policy.roundings, seed, streams, bias,
                 geometry=geometry, name="forward", source=source,
             )  # fmt: skip
-        ctx.kept, ctx.shape = kept is not None, x.shape[1:]
+        ctx.kept, ctx.shape = kept is not None, x.shape
         ctx.save_for_backward((x if kept is None else kept) if need_weight else None, weight if need_x else None)
         return out
 
@@ -127,7 +125,7 @@ class ConvolutionFunction(torch.autograd.Function):
         if need_weight and ctx.kept:
             policy = recipe.weight_gradient
             dweight = ops.kept_convolution_weight_gradient(
-                dy, x, ctx.shape, policy.formats, policy.roundings, seed, (stream | _DY_W, stream | _X_W),
+                dy, x, (dy.shape, ctx.shape), policy.formats, policy.roundings, seed, (stream | _DY_W, stream | _X_W),
                 geometry=geometry, name="weight gradient", source=source,
             )  # fmt: skip
         elif need_weight:
@@ -162,14 +160,25 @@ class TransposedConvolutionFunction(torch.autograd.Function):
         source: object,
     ) -> Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
-        ctx.geometry, ctx.inputs = geometry, x.shape[2:]
+        ctx.geometry, ctx.shape = geometry, x.shape
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
         policy = recipe.forward
-        out = _products(recipe.backends.forward)[1](
-            x, weight, spatial, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), bias,
-            geometry=geometry, name="forward", source=source,
-        )  # fmt: skip
-        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        streams = (stream | _X, stream | _W)
+        kept = None
+        if need_weight and keeps_codes(recipe, source, stream):
+            later = recipe.weight_gradient
+            out, kept = ops.convolution_input_gradient_keeping(
+                x, weight, spatial, policy.formats, policy.roundings, seed, streams, bias,
+                (later.formats[1], later.roundings[1], stream | _X_W),
+                geometry=geometry, name="forward", source=source,
+            )  # fmt: skip
+        else:
+            out = _products(recipe.backends.forward)[1](
+                x, weight, spatial, policy.formats, policy.roundings, seed, streams, bias,
+                geometry=geometry, name="forward", source=source,
+            )  # fmt: skip
+        ctx.kept = kept is not None
+        ctx.save_for_backward((x if kept is None else kept) if need_weight else None, weight if need_x else None)
         return out
 
     @staticmethod
@@ -187,14 +196,20 @@ class TransposedConvolutionFunction(torch.autograd.Function):
             # An output padding of a stride or more leaves room for pixels that X does not have.
             dx = _products(recipe.backends.input_gradient)[0](
                 dy, weight, policy.formats, policy.roundings, seed, (stream | _DY_X, stream | _W_X),
-                geometry=geometry, outputs=ctx.inputs, name="input gradient", source=source,
+                geometry=geometry, outputs=ctx.shape[2:], name="input gradient", source=source,
             )  # fmt: skip
         if need_weight:
             policy = recipe.weight_gradient
-            dweight = _products(recipe.backends.weight_gradient)[2](
-                x, dy, policy.formats[::-1], policy.roundings[::-1], seed, (stream | _X_W, stream | _DY_W),
-                geometry=geometry, name="weight gradient", source=source,
-            )  # fmt: skip
+            formats, roundings, streams = policy.formats[::-1], policy.roundings[::-1], (stream | _X_W, stream | _DY_W)
+            if ctx.kept:
+                dweight = ops.kept_convolution_weight_gradient(
+                    x, dy, (ctx.shape, dy.shape), formats, roundings, seed, streams,
+                    geometry=geometry, name="weight gradient", source=source,
+                )  # fmt: skip
+            else:
+                dweight = _products(recipe.backends.weight_gradient)[2](
+                    x, dy, formats, roundings, seed, streams, geometry=geometry, name="weight gradient", source=source
+                )
         if need_bias:
             dbias = _bias_gradient(dy, recipe)
         return dx, dweight, dbias, None, None, None, None, None, None

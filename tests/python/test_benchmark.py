@@ -373,6 +373,7 @@ def test_cases_of_layers_name_their_rows_as_the_gates_do(monkeypatch):
     }  # fmt: skip
     assert results.find("saved activations", "linear 1024", "torch fp32", 1).figure == 4.0
     assert 7.0 < 4.0 / results.find("saved activations", "linear 1024", "hbfp4", 1).figure < 8.0
+    assert results.find("saved activations", "lstm 512", "hbfp4", 1).figure < 33.0  # four gates and a tanh are 31.25
     assert (
         results.find("convolution", "2x16x4x4", "hbfp4", 1).times_as_fast_as(
             results.find("convolution", "2x16x4x4", "torch fp32", 1)

@@ -85,16 +85,14 @@ def test_agrees_with_torch():
     torch.testing.assert_close(found, nn.functional.bilinear(x1, x2, weight, bias), rtol=0, atol=1e-2)
 
 
-def test_every_product_draws_random_bits_of_its_own(monkeypatch):
+def test_every_product_draws_random_bits_of_its_own():
     seen = []
-    product = ops.product
-    monkeypatch.setattr(ops, "product", lambda *a, **k: seen.extend(a[7]) or product(*a, **k))
-    # Without codes that are kept, a linear layer's three products are three calls.
-    monkeypatch.setattr(
-        ops, "product_keeping", lambda x, w, *rest, **k: (ops.product(x, -1, w, -1, *rest[:-1], **k), None)
-    )
-    tensors = [values(*shape).requires_grad_() for shape in ((5, 7), (5, 6), (4, 7, 6))]
-    functional.bilinear(*tensors, recipe="emulator").sum().backward()
+    ops.recorders.append(lambda product: seen.extend(operand.stream for operand in product.operands()))
+    try:
+        tensors = [values(*shape).requires_grad_() for shape in ((5, 7), (5, 6), (4, 7, 6))]
+        functional.bilinear(*tensors, recipe="emulator").sum().backward()
+    finally:
+        ops.recorders.clear()
     assert len(seen) == len(set(seen)) == 12
 
 

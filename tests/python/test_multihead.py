@@ -236,9 +236,7 @@ def test_every_product_draws_random_bits_of_its_own(monkeypatch):
     product = ops.product
     monkeypatch.setattr(ops, "product", lambda *a, **k: seen.append(a[7]) or product(*a, **k))
     # Without codes that are kept, a linear layer's three products are three calls.
-    monkeypatch.setattr(
-        ops, "product_keeping", lambda x, w, *rest, **k: (ops.product(x, -1, w, -1, *rest[:-1], **k), None)
-    )
+    monkeypatch.setattr(ops, "product_keeping", lambda x, *rest, **k: (ops.product(x, -1, *rest[:-1], **k), None))
     model(*inputs(model, kind="three"))[0].sum().backward()
     assert len(seen) == 18
     # In attention Q, K and V share a role on the way back, by the table of roles.

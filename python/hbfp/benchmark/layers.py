@@ -207,12 +207,16 @@ def resnet20(bench: Bench, batch: int = 128) -> None:
 
 
 def saved_activations(bench: Bench, layers: int = 6, width: int = 384, context: int = 256, batch: int = 12) -> None:
-    """MiB that autograd saves between forward and backward, parameters not counted: of a linear layer, and of a GPT."""
+    """MiB that autograd saves between forward and backward, parameters not counted: of layers, and of a GPT."""
     torch.manual_seed(_SEED)
     x = torch.randn(1024, 1024)
     codes = torch.randint(0, 96, (batch, context))
+    sequences = torch.randn(100, 32, 512)
     subjects: dict[str, tuple[nn.Module, Tensor]] = {
         "linear 1024": (nn.Linear(1024, 1024), x),
+        "transposed convolution 64": (nn.ConvTranspose2d(64, 64, 3, padding=1), torch.randn(32, 64, 28, 28)),
+        "lstm 512": (nn.LSTM(512, 512), sequences),
+        "gru 512": (nn.GRU(512, 512), sequences),
         "gpt": (_gpt(layers, width, context), codes),
     }
     for shape, (model, given) in subjects.items():

@@ -148,9 +148,9 @@ def input_gradient_operands(
 
 
 def weight_gradient_operands(
-    dy: Tensor, x: Tensor | None, formats: Formats, roundings: Roundings, seed: int, streams: tuple[int, int]
+    dy: Tensor | None, x: Tensor | None, formats: Formats, roundings: Roundings, seed: int, streams: tuple[int, int]
 ) -> Operands:
-    """dY and X as the product that gives dW encodes them; x: None where only its codes were kept."""
+    """dY and X as the product that gives dW encodes them; None for one of which only its codes were kept."""
 
     def operands() -> tuple[Operand, ...]:
         return (
@@ -168,7 +168,7 @@ def _in_groups(x: Tensor, axis: int, geometry: Geometry) -> Tensor:
 
 
 def _record_convolution(
-    outputs: Tensor,
+    outputs: Sequence[int],
     weight: Sequence[int],
     formats: Formats,
     name: str,
@@ -176,11 +176,11 @@ def _record_convolution(
     stream: int,
     operands: Operands,
 ) -> None:
-    """Tells of one product of a convolution with these output pixels and this shape of the kernel.
+    """Tells of one product of a convolution with these shapes, of Y and of the kernel.
 
     All three have the same number: every tap of every output pixel, whether it meets an input pixel or not.
     """
-    macs = outputs.shape[0] * prod(outputs.shape[2:]) * prod(weight)
+    macs = outputs[0] * prod(outputs[2:]) * prod(weight)
     tell(Product(name, source, macs, formats[0], formats[1], stream, operands))
 
 
@@ -225,7 +225,7 @@ def convolution(
         )
     if recorders and not is_compiling():
         operands = forward_operands(x, weight, formats, roundings, seed, streams, geometry)
-        _record_convolution(out, weight.shape, formats, name, source, streams[0], operands)
+        _record_convolution(out.shape, weight.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -259,7 +259,7 @@ def convolution_input_gradient(
         )
     if recorders and not is_compiling():
         operands = input_gradient_operands(dy, weight, formats, roundings, seed, streams, geometry)
-        _record_convolution(dy, weight.shape, formats, name, source, streams[0], operands)
+        _record_convolution(dy.shape, weight.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -289,7 +289,7 @@ def convolution_weight_gradient(
         out = torch.ops.hbfp.convolution_weight_gradient(dy, x, *_crossing(formats, roundings, seed, streams, geometry))
     if recorders and not is_compiling():
         operands = weight_gradient_operands(dy, x, formats, roundings, seed, streams)
-        _record_convolution(dy, out.shape, formats, name, source, streams[0], operands)
+        _record_convolution(dy.shape, out.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -379,7 +379,7 @@ def reference_convolution(
     out = _oracle_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, spatial)
     if recorders:
         operands = forward_operands(x, weight, formats, roundings, seed, streams, geometry)
-        _record_convolution(out, weight.shape, formats, name, source, streams[0], operands)
+        _record_convolution(out.shape, weight.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -401,7 +401,7 @@ def reference_convolution_input_gradient(
     out = _oracle_input_gradient(dy, weight, spatial, formats, roundings, seed, streams, bias, geometry)
     if recorders:
         operands = input_gradient_operands(dy, weight, formats, roundings, seed, streams, geometry)
-        _record_convolution(dy, weight.shape, formats, name, source, streams[0], operands)
+        _record_convolution(dy.shape, weight.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -421,7 +421,7 @@ def reference_convolution_weight_gradient(
     out = _oracle_weight_gradient(dy, x, formats, roundings, seed, streams, geometry)
     if recorders:
         operands = weight_gradient_operands(dy, x, formats, roundings, seed, streams)
-        _record_convolution(dy, out.shape, formats, name, source, streams[0], operands)
+        _record_convolution(dy.shape, out.shape, formats, name, source, streams[0], operands)
     return out
 
 
@@ -509,12 +509,28 @@ def _run_convolution_input_gradient(
     bias: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
+    return _run_input_gradient_keeping(dy, weight, spatial, formats, roundings, seed, streams, bias, geometry, None)[0]
+
+
+def _run_input_gradient_keeping(
+    dy: Tensor,
+    weight: Tensor,
+    spatial: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+    keep: tuple[HBFP, int, int] | None,
+) -> tuple[Tensor, Tensor | None]:
     out = _pixels(dy, weight.shape[1] * geometry.groups, spatial)
-    _core.convolution_input_gradient(
+    kept = _core.convolution_input_gradient(
         _image(dy), _kernel(weight), _image(out), _convolution_sizes(geometry, spatial, dy.shape[2:]),
         codings(formats, roundings, streams), None if bias is None else float32(bias).contiguous(), seed, threads(),
+        None if keep is None else (keep[0].core, keep[1], keep[2]),
     )  # fmt: skip
-    return out
+    return out, kept
 
 
 def _run_convolution_weight_gradient(
@@ -526,27 +542,30 @@ def _run_convolution_weight_gradient(
     streams: tuple[int, int],
     geometry: Geometry,
 ) -> Tensor:
-    return _weight_gradient(dy, _image(x), False, x.shape[1:], formats, roundings, seed, streams, geometry)
+    return _weight_gradient(dy, x, (dy.shape, x.shape), formats, roundings, seed, streams, geometry)
 
 
 def _weight_gradient(
     dy: Tensor,
     x: Tensor,
-    kept: bool,
-    shape: Sequence[int],
+    shapes: tuple[Sequence[int], Sequence[int]],
     formats: Formats,
     roundings: Roundings,
     seed: int,
     streams: tuple[int, int],
     geometry: Geometry,
 ) -> Tensor:
-    channels, groups, taps = shape[0], geometry.groups, prod(geometry.kernel)
-    out = torch.empty(groups, taps, channels // groups, dy.shape[1] // groups, dtype=torch.float32, device="cpu")
+    """`shapes`: of dY and X, of which a uint8 tensor holds what was kept."""
+    (batch, outs, *outputs), (_, channels, *inputs) = shapes
+    groups, taps = geometry.groups, prod(geometry.kernel)
+    kept = [image.dtype is torch.uint8 for image in (dy, x)]
+    left, right = (image if codes else _image(image) for image, codes in zip((dy, x), kept, strict=True))
+    out = torch.empty(groups, taps, channels // groups, outs // groups, dtype=torch.float32, device="cpu")
     _core.convolution_weight_gradient(
-        _image(dy), x, kept, channels, out, _convolution_sizes(geometry, shape[1:], dy.shape[2:]),
+        left, right, kept, batch, [outs, channels], out, _convolution_sizes(geometry, inputs, outputs),
         codings(formats, roundings, streams), seed, threads(),
     )  # fmt: skip
-    return out.permute(0, 3, 2, 1).reshape(dy.shape[1], channels // groups, *geometry.kernel)
+    return out.permute(0, 3, 2, 1).reshape(outs, channels // groups, *geometry.kernel)
 
 
 def convolution_keeping(
@@ -580,14 +599,43 @@ def convolution_keeping(
     out, kept = _run_convolution_keeping(x, weight, formats, roundings, seed, streams, bias, geometry, outputs, keep)
     if recorders:
         operands = forward_operands(x, weight, formats, roundings, seed, streams, geometry)
-        _record_convolution(out, weight.shape, formats, name, source, streams[0], operands)
+        _record_convolution(out.shape, weight.shape, formats, name, source, streams[0], operands)
+    return out, kept
+
+
+def convolution_input_gradient_keeping(
+    dy: Tensor,
+    weight: Tensor,
+    spatial: Sequence[int],
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    keep: tuple[HBFP, int, int],
+    *,
+    geometry: Geometry,
+    name: str = "product",
+    source: object = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`convolution_input_gradient`, which also keeps the codes along the batch of what stands in the place of dY.
+
+    Args, returns: as for `convolution_keeping`.
+    """
+    arguments = dy, weight, spatial, formats, roundings, seed, streams, bias
+    if not direct(dy, weight):
+        return convolution_input_gradient(*arguments, geometry=geometry, name=name, source=source), None
+    out, kept = _run_input_gradient_keeping(*arguments, geometry, keep)
+    if recorders:
+        operands = input_gradient_operands(dy, weight, formats, roundings, seed, streams, geometry)
+        _record_convolution(dy.shape, weight.shape, formats, name, source, streams[0], operands)
     return out, kept
 
 
 def kept_convolution_weight_gradient(
     dy: Tensor,
-    kept: Tensor,
-    shape: Sequence[int],
+    x: Tensor,
+    shapes: tuple[Sequence[int], Sequence[int]],
     formats: Formats,
     roundings: Roundings,
     seed: int,
@@ -597,11 +645,18 @@ def kept_convolution_weight_gradient(
     name: str = "product",
     source: object = None,
 ) -> Tensor:
-    """`convolution_weight_gradient` from what `convolution_keeping` kept of an X of `shape` [C, *S]."""
-    out = _weight_gradient(dy, kept, True, shape, formats, roundings, seed, streams, geometry)
+    """`convolution_weight_gradient` of what was kept.
+
+    Args:
+        dy, x: an image, or in place of x what `convolution_keeping` kept, in place of dy what
+            `convolution_input_gradient_keeping` did.
+        shapes: of dY [N, Co, *So] and of X [N, C, *S].
+    """
+    out = _weight_gradient(dy, x, shapes, formats, roundings, seed, streams, geometry)
     if recorders:
-        operands = weight_gradient_operands(dy, None, formats, roundings, seed, streams)
-        _record_convolution(dy, out.shape, formats, name, source, streams[0], operands)
+        left, right = (None if image.dtype is torch.uint8 else image for image in (dy, x))
+        operands = weight_gradient_operands(left, right, formats, roundings, seed, streams)
+        _record_convolution(shapes[0], out.shape, formats, name, source, streams[0], operands)
     return out
 
 

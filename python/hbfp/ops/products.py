@@ -106,6 +106,7 @@ def quick_product(
 def product_keeping(
     a: Tensor,
     b: Tensor,
+    b_axis: int,
     formats: tuple[HBFP, HBFP],
     roundings: tuple[int, int],
     seed: int,
@@ -116,9 +117,10 @@ def product_keeping(
     name: str = "product",
     source: object = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """`product` of a [..., M, K] and b [N, K], which also keeps the codes of `a` along its rows, in the same pass.
+    """`product` of a [..., M, K] and a matrix b, which also keeps the codes of `a` along its rows, in the same pass.
 
     Args:
+        b_axis: -1 for b [N, K], -2 for b [K, N].
         keep: format, rounding and stream of the codes that are kept.
 
     Returns:
@@ -130,21 +132,43 @@ def product_keeping(
         left, right = formats
         rest = (seed, bias, threads(), (keep[0].core, keep[1], keep[2]))
         both = _core.tensor_product(
-            a, -1, left.core, roundings[0], streams[0], b, -1, right.core, roundings[1], streams[1], *rest
+            a, -1, left.core, roundings[0], streams[0], b, b_axis, right.core, roundings[1], streams[1], *rest
         )
         if both is None and direct(a, b):
             # Another dtype, or batch dimensions that are no rows of one matrix as they lie.
             dense, wide = float32(a).contiguous(), float32(b)
             rest = (seed, None if bias is None else float32(bias), *rest[2:])
             both = _core.tensor_product(
-                dense, -1, left.core, roundings[0], streams[0], wide, -1, right.core, roundings[1], streams[1], *rest
+                dense,
+                -1,
+                left.core,
+                roundings[0],
+                streams[0],
+                wide,
+                b_axis,
+                right.core,
+                roundings[1],
+                streams[1],
+                *rest,
             )
         if both is not None:
             if recorders:
-                _record(a, -1, b, -1, both[0], formats, roundings, seed, streams, name, source)
+                _record(a, -1, b, b_axis, both[0], formats, roundings, seed, streams, name, source)
             kept: tuple[Tensor, Tensor | None] = both
             return kept
-    return product(a, -1, b, -1, formats, roundings, seed, streams, bias, name=name, source=source), None
+    return product(a, -1, b, b_axis, formats, roundings, seed, streams, bias, name=name, source=source), None
+
+
+def keep(x: Tensor, format: HBFP, rounding: int, stream: int, seed: int) -> Tensor | None:
+    """The codes of x [rows, columns] along its rows, for `kept_product`: what `product_keeping` keeps, by itself.
+
+    None for the reasons that it has.
+    """
+    if not direct(x):
+        return None
+    operand = _core.Floats(float32(x), -2, format.core, rounding, seed, stream)
+    kept: Tensor | None = _core.keep(operand, threads())
+    return kept
 
 
 def kept_product(

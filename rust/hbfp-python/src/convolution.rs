@@ -5,10 +5,10 @@ use crate::attention::{Codings, codings};
 use crate::encode::mode;
 use crate::error::{FormatError, ShapeError};
 use crate::format::Format;
-use crate::run::run_with_workspace;
+use crate::run::{here, run_with_workspace};
 use crate::view::{BytesView, FloatView};
 use hbfp::gemm::Coding;
-use hbfp::gemm::convolution::{Convolution, Input};
+use hbfp::gemm::convolution::{Convolution, Input, Place};
 use pyo3::prelude::*;
 
 /// Groups; then for three spatial dimensions the sizes of X, of Y and of the kernel, stride, padding before, dilation.
@@ -41,6 +41,25 @@ fn bias_of<'a>(bias: &'a Option<FloatView<'_>>, out: &FloatView<'_>) -> PyResult
     Ok(Some(bias.as_slice()))
 }
 
+/// Format, rounding and stream of what is to be kept of an image.
+type Keep<'py> = Option<(PyRef<'py, Format>, u8, u64)>;
+
+/// Memory for the codes of an image of `count` elements, and how they are made. None where none are asked for, or the
+/// floats are smaller: few channels in many groups pad much.
+fn kept<'py>(
+    py: Python<'py>,
+    convolution: &Convolution,
+    place: Place,
+    count: usize,
+    keep: &Keep<'py>,
+    seed: u64,
+) -> PyResult<Option<(BytesView<'py>, Coding)>> {
+    let Some((format, rounding, stream)) = keep else { return Ok(None) };
+    let coding = Coding { format: format.inner, mode: mode(*rounding, seed, *stream)? };
+    let len = convolution.kept_bytes(&here()?, place, coding.format).filter(|&len| len < 4 * count);
+    len.map(|len| Ok((BytesView::new(py, len)?, coding))).transpose()
+}
+
 /// Y of X and the kernel; and, if asked for, what `convolution_weight_gradient` takes in place of X.
 #[pyfunction]
 pub(crate) fn convolution_forward<'py>(
@@ -54,7 +73,7 @@ pub(crate) fn convolution_forward<'py>(
     bias: Option<&Bound<'py, PyAny>>,
     seed: u64,
     threads: usize,
-    keep: Option<(PyRef<'py, Format>, u8, u64)>,
+    keep: Keep<'py>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let (x, w, mut out) = (FloatView::read(x, "x")?, FloatView::read(w, "w")?, FloatView::write(out, "out")?);
     let bias = bias.map(|bias| FloatView::read(bias, "bias")).transpose()?;
@@ -64,36 +83,30 @@ pub(crate) fn convolution_forward<'py>(
     let convolution = convolution(sizes, batch, [channels, out_channels]);
     let codings = codings(&operands, seed)?;
     let bias = bias_of(&bias, &out)?;
-    let mut kept = None;
-    if let Some((format, rounding, stream)) = keep {
-        let coding = Coding { format: format.inner, mode: mode(rounding, seed, stream)? };
-        // Few channels in many groups pad so much that the floats are smaller.
-        if let Some(len) = convolution.kept_bytes(coding.format).filter(|&len| len < 4 * x.count()) {
-            kept = Some((BytesView::new(py, len)?, coding));
-        }
-    }
+    let mut kept = kept(py, &convolution, Place::Input, x.count(), &keep, seed)?;
     let (image, tensor, target) = (x.as_slice(), w.tensor(), out.as_mut_slice());
     let keep = kept.as_mut().map(|(bytes, coding)| (bytes.as_mut_slice(), *coding));
     run_with_workspace(py, threads, |ctx, workspace| {
         convolution.forward(ctx, image, &tensor, codings, flatten, bias, target, workspace)?;
-        keep.map_or(Ok(()), |(bytes, coding)| convolution.keep(ctx, image, coding, bytes, workspace))
+        keep.map_or(Ok(()), |(bytes, coding)| convolution.keep(ctx, Place::Input, image, coding, bytes, workspace))
     })?;
     Ok(kept.map(|(bytes, _)| bytes.into_tensor()))
 }
 
-/// dX of dY and the kernel.
+/// dX of dY and the kernel; and, if asked for, what `convolution_weight_gradient` takes in place of dY.
 #[pyfunction]
-pub(crate) fn convolution_input_gradient(
-    py: Python<'_>,
-    dy: &Bound<'_, PyAny>,
-    w: &Bound<'_, PyAny>,
-    out: &Bound<'_, PyAny>,
+pub(crate) fn convolution_input_gradient<'py>(
+    py: Python<'py>,
+    dy: &Bound<'py, PyAny>,
+    w: &Bound<'py, PyAny>,
+    out: &Bound<'py, PyAny>,
     sizes: Sizes,
-    operands: Codings<'_>,
-    bias: Option<&Bound<'_, PyAny>>,
+    operands: Codings<'py>,
+    bias: Option<&Bound<'py, PyAny>>,
     seed: u64,
     threads: usize,
-) -> PyResult<()> {
+    keep: Keep<'py>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
     let (dy, w, mut out) = (FloatView::read(dy, "dy")?, FloatView::read(w, "w")?, FloatView::write(out, "out")?);
     let bias = bias.map(|bias| FloatView::read(bias, "bias")).transpose()?;
     let [batch, out_channels] = image(&dy, sizes.1[1], "dy")?;
@@ -102,53 +115,84 @@ pub(crate) fn convolution_input_gradient(
     let convolution = convolution(sizes, batch, [channels, out_channels]);
     let codings = codings(&operands, seed)?;
     let bias = bias_of(&bias, &out)?;
+    let mut kept = kept(py, &convolution, Place::Output, dy.count(), &keep, seed)?;
     let (image, tensor, target) = (dy.as_slice(), w.tensor(), out.as_mut_slice());
+    let keep = kept.as_mut().map(|(bytes, coding)| (bytes.as_mut_slice(), *coding));
     run_with_workspace(py, threads, |ctx, workspace| {
-        convolution.input_gradient(ctx, image, &tensor, codings, bias, target, workspace)
-    })
+        convolution.input_gradient(ctx, image, &tensor, codings, bias, target, workspace)?;
+        keep.map_or(Ok(()), |(bytes, coding)| convolution.keep(ctx, Place::Output, image, coding, bytes, workspace))
+    })?;
+    Ok(kept.map(|(bytes, _)| bytes.into_tensor()))
 }
 
-/// dW, [groups, taps, in / groups, out / groups], of dY and X, or what was kept of X.
+/// An image as floats, or what was kept of it.
+enum Borrowed<'py> {
+    Floats(FloatView<'py>),
+    Kept(BytesView<'py>),
+}
+
+impl<'py> Borrowed<'py> {
+    fn new(
+        x: &Bound<'py, PyAny>,
+        kept: bool,
+        pixels: [usize; 3],
+        sizes: [usize; 2],
+        out: &FloatView<'_>,
+        what: &str,
+    ) -> PyResult<Self> {
+        if kept {
+            return Ok(Self::Kept(BytesView::read(x, what)?));
+        }
+        let view = FloatView::read(x, what)?;
+        if image(&view, pixels, what)? != sizes {
+            let [batch, channels] = sizes;
+            let text = format!("{what}: expected {batch} samples of {channels} channels; found others");
+            return Err(ShapeError::new_err(text));
+        }
+        out.expect_apart(view.extent(), "out")?;
+        Ok(Self::Floats(view))
+    }
+
+    fn input(&self) -> Input<'_> {
+        match self {
+            Self::Floats(view) => Input::Floats(view.as_slice()),
+            Self::Kept(bytes) => Input::Kept(bytes.as_slice()),
+        }
+    }
+}
+
+/// dW, [groups, taps, in / groups, out / groups], of dY and X, or what was kept of them, and the numbers of samples and of
+/// either's channels.
 #[pyfunction]
 pub(crate) fn convolution_weight_gradient(
     py: Python<'_>,
     dy: &Bound<'_, PyAny>,
     x: &Bound<'_, PyAny>,
-    kept: bool,
-    channels: usize,
+    kept: [bool; 2],
+    batch: usize,
+    channels: [usize; 2],
     out: &Bound<'_, PyAny>,
     sizes: Sizes,
     operands: Codings<'_>,
     seed: u64,
     threads: usize,
 ) -> PyResult<()> {
-    let (dy, mut out) = (FloatView::read(dy, "dy")?, FloatView::write(out, "out")?);
-    let [batch, out_channels] = image(&dy, sizes.1[1], "dy")?;
-    out.expect_apart(dy.extent(), "out")?;
-    let bytes = if kept { Some(BytesView::read(x, "x")?) } else { None };
-    let floats = if kept { None } else { Some(FloatView::read(x, "x")?) };
-    if let Some(floats) = &floats {
-        if image(floats, sizes.1[0], "x")? != [batch, channels] {
-            return Err(ShapeError::new_err(format!(
-                "x: expected {batch} samples of {channels} channels; found others"
-            )));
-        }
-        out.expect_apart(floats.extent(), "out")?;
-    }
-    let convolution = convolution(sizes, batch, [channels, out_channels]);
+    let mut out = FloatView::write(out, "out")?;
+    let [dy_channels, x_channels] = channels;
+    let dy = Borrowed::new(dy, kept[0], sizes.1[1], [batch, dy_channels], &out, "dy")?;
+    let x = Borrowed::new(x, kept[1], sizes.1[0], [batch, x_channels], &out, "x")?;
+    let convolution = convolution(sizes, batch, [x_channels, dy_channels]);
     let codings = codings(&operands, seed)?;
-    if bytes.is_some() && convolution.kept_bytes(codings[1].format).is_none() {
-        return Err(FormatError::new_err(
-            "x: expected a format in blocks of up to 8 bits; found one that is never kept",
-        ));
+    for (kept, place, coding, what) in
+        [(kept[0], Place::Output, codings[0], "dy"), (kept[1], Place::Input, codings[1], "x")]
+    {
+        if kept && convolution.kept_bytes(&here()?, place, coding.format).is_none() {
+            let text = format!("{what}: expected a format in blocks of up to 8 bits; found one that is never kept");
+            return Err(FormatError::new_err(text));
+        }
     }
-    let input = match (&bytes, &floats) {
-        (Some(bytes), _) => Input::Kept(bytes.as_slice()),
-        (None, Some(floats)) => Input::Floats(floats.as_slice()),
-        (None, None) => unreachable!("one of the two was made above"),
-    };
-    let (image, target) = (dy.as_slice(), out.as_mut_slice());
+    let (dy, x, target) = (dy.input(), x.input(), out.as_mut_slice());
     run_with_workspace(py, threads, |ctx, workspace| {
-        convolution.weight_gradient(ctx, image, input, codings, target, workspace)
+        convolution.weight_gradient(ctx, dy, x, codings, target, workspace)
     })
 }

@@ -35,7 +35,7 @@ mod _core {
     #[pymodule_export]
     use crate::format::Format;
     #[pymodule_export]
-    use crate::product::{Floats, Packed, Planes, kept_product, lay_out, prepack, product, tensor_product};
+    use crate::product::{Floats, Packed, Planes, keep, kept_product, lay_out, prepack, product, tensor_product};
     #[pymodule_export]
     use crate::run::info;
     #[pymodule_export]

@@ -4,7 +4,7 @@
 use crate::encode::mode;
 use crate::error::{DTypeError, ShapeError};
 use crate::format::{Format, layout, resolve_axis};
-use crate::run::{kept_bytes, run, run_here, run_with_workspace, with_workspace};
+use crate::run::{here, run, run_here, run_with_workspace, with_workspace};
 use crate::view::{BytesView, FloatView, contiguous};
 use hbfp::Context;
 use hbfp::encode::RoundingMode;
@@ -256,7 +256,7 @@ pub(crate) fn tensor_product<'py>(
     let mut kept = match &asked {
         None => None,
         Some((format, rounding, stream)) => {
-            let Some(len) = kept_bytes(k, rows, format.inner)? else { return Ok(None) };
+            let Some(len) = gemm::kept_bytes(&here()?, k, rows, format.inner) else { return Ok(None) };
             // A few columns pad so much that the floats are smaller.
             if len < 4 * left.count() {
                 Some((BytesView::new(py, len)?, format.inner, mode(*rounding, seed, *stream)?))
@@ -290,7 +290,31 @@ pub(crate) fn tensor_product<'py>(
     }
 }
 
-/// out [M, N] = a [K, M] along its rows, times what [`tensor_product`] kept of an X [K, N].
+/// The codes of a matrix of floats along its blocked axis, for [`kept_product`]; None where the floats are no larger.
+#[pyfunction]
+pub(crate) fn keep<'py>(
+    py: Python<'py>,
+    operand: &Bound<'py, PyAny>,
+    threads: usize,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let borrowed = Borrowed::new(operand, "operand")?;
+    let Borrowed::Floats(view, axis, format, mode) = &borrowed else {
+        return Err(DTypeError::new_err("operand: expected Floats; found Planes"));
+    };
+    let (&[rows, columns], &axis, format, mode) = (view.shape(), axis, format.inner, *mode) else {
+        return Err(ShapeError::new_err(format!("expected a matrix to keep; found shape {:?}", view.shape())));
+    };
+    let (lines, k) = if axis == 0 { (columns, rows) } else { (rows, columns) };
+    let len = gemm::kept_bytes(&here()?, lines, k, format).filter(|&len| len < 4 * view.count());
+    let Some(len) = len else { return Ok(None) };
+    let mut kept = BytesView::new(py, len)?;
+    let of = borrowed.operand()?;
+    let keep = Keep { axis, format, mode, bytes: kept.as_mut_slice() };
+    run_with_workspace(py, threads, |ctx, workspace| gemm::keep(ctx, &of, keep, workspace))?;
+    Ok(Some(kept.into_tensor()))
+}
+
+/// out [M, N] = a [K, M] along its rows, times what [`tensor_product`] or [`keep`] kept of an X [K, N].
 #[pyfunction]
 pub(crate) fn kept_product(
     py: Python<'_>,

@@ -134,13 +134,12 @@ pub(crate) fn run<T: Send>(
 pub(crate) fn run_here<T>(work: impl FnOnce(&Context<'_>) -> Result<T, Error>) -> PyResult<T> {
     // A setting that nobody understands is an error at any size.
     threading()?;
-    guarded(&Context { kernels: kernels()?, team: &Serial, threads: 1 }, work)
+    guarded(&here()?, work)
 }
 
-/// Bytes of a kept right operand, where its format can be kept.
-pub(crate) fn kept_bytes(lines: usize, k: usize, format: hbfp::format::BlockFormat) -> PyResult<Option<usize>> {
-    let ctx = Context { kernels: kernels()?, team: &Serial, threads: 1 };
-    Ok(gemm::kept_bytes(&ctx, lines, k, format))
+/// This thread alone, to ask what something will take.
+pub(crate) fn here() -> PyResult<Context<'static>> {
+    Ok(Context { kernels: kernels()?, team: &Serial, threads: 1 })
 }
 
 fn guarded<T>(ctx: &Context<'_>, work: impl FnOnce(&Context<'_>) -> Result<T, Error>) -> PyResult<T> {

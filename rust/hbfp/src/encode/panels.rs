@@ -189,7 +189,7 @@ impl PanelLayout {
         }
     }
     /// Where the blocks of a matrix's panel begin.
-    fn panel_at(&self, matrix: usize, panel: usize) -> usize {
+    pub(crate) fn panel_at(&self, matrix: usize, panel: usize) -> usize {
         let piece = match (self.lined_up, self.pieces) {
             (0, false) => 0,
             (0, true) => matrix,
@@ -462,7 +462,7 @@ impl<'a> Filling<'a> {
                                 forms::to_line(from, lane, layout.step(), block(at, plain / PANEL_ROWS));
                             }
                         }
-                        Form::Compact { .. } if !present => {
+                        Form::Compact { .. } | Form::Nibbles if !present => {
                             block(b * layout.block_bytes, layout.block_bytes).fill(0);
                         }
                         Form::Compact { nibbles } => {

@@ -7,9 +7,8 @@
 #![allow(clippy::too_many_arguments, reason = "a product: two operands, their codings, the output")]
 
 use super::cache::Caches;
-use super::driver::UNIT_DEPTH;
-use super::tiles::{Kernel, PanelBlocks, Place, Task, Tiles};
-use super::{Coding, Epilogue, ROOM, Workspace, fitting, general, offset};
+use super::tiles::{Kernel, PanelBlocks, Task, Tiles};
+use super::{Coding, Epilogue, ROOM, Workspace, driver, fitting, general, offset, tiles};
 use crate::arch::generic::encode::{ROW_PADDING, STRIP};
 use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
@@ -101,13 +100,22 @@ impl Reach {
     }
 }
 
-/// X of a weight gradient.
+/// X or dY of a weight gradient.
 #[derive(Clone, Copy, Debug)]
 pub enum Input<'a> {
     /// The image.
     Floats(&'a [f32]),
     /// What [`Convolution::keep`] wrote of it.
     Kept(&'a [u8]),
+}
+
+/// Which image of a weight gradient, by its place in the convolution.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// X.
+    Input,
+    /// dY, in whose place a transposed convolution has its input.
+    Output,
 }
 
 /// Rows of random bits are counted in 32 bits.
@@ -307,7 +315,7 @@ impl Convolution {
             },
         ];
         let macs = out.len().saturating_mul(taps * rows.channels);
-        let workers = if macs < super::driver::SERIAL_MACS { 1 } else { ctx.threads.max(1) };
+        let workers = if macs < driver::SERIAL_MACS { 1 } else { ctx.threads.max(1) };
         for_each_stage(ctx.team, workers, &prepare);
 
         let patch = taps * group_in;
@@ -474,7 +482,7 @@ impl Convolution {
                         let row = task_rows.start + i * PANEL_ROWS;
                         let column = g * rows.columns + j * joined.width;
                         let last = slice.end == pieces;
-                        Place {
+                        tiles::Place {
                             at: (sample * row_pixels + row) * rows.out_channels + column,
                             stride: rows.out_channels,
                             height: PANEL_ROWS.min(task_rows.end - row),
@@ -636,20 +644,67 @@ impl Convolution {
         }
     }
 
-    /// Bytes of X's codes along the batch, as [`Self::keep`] writes them. None: the format cannot be kept.
-    #[must_use]
-    pub fn kept_bytes(&self, format: BlockFormat) -> Option<usize> {
-        let line = matches!(format.shape(), BlockShape::Line(n) if n <= MAX_BLOCK);
-        if !line || !format.encodes_to_panels() || self.check().is_err() || self.batch * product_of(self.input) == 0 {
-            return None;
+    /// dY as the right operand of one group.
+    fn weight_right_layout(&self, columns: usize, format: BlockFormat) -> PanelLayout {
+        let ([_, lines], pixels) = (self.group_channels(), product_of(self.output));
+        let layout = |shape| {
+            let side = Side::Right { offset: offset(format.bits()) };
+            PanelLayout::new(shape, format.block_along(self.batch), columns, side)
+        };
+        // Pixels whose channels fill whole panels follow each other in one line-up, which makes longer runs of memory.
+        if self.groups == 1 && lines.is_multiple_of(columns) && (pixels * lines).is_multiple_of(STRIP) {
+            layout([1, pixels * lines, self.batch]).lined_up(lines)
+        } else {
+            layout([pixels, lines, self.batch]).in_pieces()
         }
-        let layout = self.compact_layout(format);
-        Some(layout.bytes() + layout.panel_count())
     }
 
-    fn expect_kept_bytes(&self, format: BlockFormat) -> Result<usize> {
-        self.kept_bytes(format).ok_or_else(|| {
-            let found = format!("{format}, and {} pixels of {} samples", product_of(self.input), self.batch);
+    fn weight_right_lines<'a>(&self, dy: &'a [f32], plane: &Plane, g: usize, layout: &PanelLayout) -> FloatLines<'a> {
+        let ([_, columns], pixels) = (self.group_channels(), product_of(self.output));
+        let offsets = (0..layout.matrices).map(|p| (p * self.channels[1] + g * columns) as isize).collect();
+        let image = (pixels * self.channels[1]) as isize;
+        // SAFETY: the callers checked the image's size; the plane has as many elements and the padding.
+        unsafe { FloatLines::with_plane(dy.as_ptr(), plane.bits(), offsets, [layout.lines, self.batch], [1, image]) }
+    }
+
+    fn image(&self, place: Place) -> Image {
+        match place {
+            Place::Input => self.input_image(),
+            Place::Output => self.output_image(),
+        }
+    }
+
+    /// Layout of the codes that are kept of an image, one after the other for so many groups.
+    fn kept_layout(&self, ctx: &Context<'_>, place: Place, format: BlockFormat) -> (PanelLayout, usize) {
+        match place {
+            Place::Input => (self.compact_layout(format), 1),
+            Place::Output => {
+                let layout = self.weight_right_layout(ctx.kernels.columns, format);
+                (if format.bits() <= 4 { layout.in_nibbles() } else { layout }, self.groups)
+            }
+        }
+    }
+
+    /// Bytes of an image's codes along the batch, as [`Self::keep`] writes them at the level of `ctx`. None: the format
+    /// cannot be kept.
+    #[must_use]
+    pub fn kept_bytes(&self, ctx: &Context<'_>, place: Place, format: BlockFormat) -> Option<usize> {
+        let line = matches!(format.shape(), BlockShape::Line(n) if n <= MAX_BLOCK);
+        if !line || !format.encodes_to_panels() || self.check().is_err() {
+            return None;
+        }
+        let image = self.image(place);
+        if self.batch * product_of(image.pixels) == 0 {
+            return None;
+        }
+        let (layout, groups) = self.kept_layout(ctx, place, format);
+        Some(groups * (layout.bytes() + layout.panel_count()))
+    }
+
+    fn expect_kept_bytes(&self, ctx: &Context<'_>, place: Place, format: BlockFormat) -> Result<usize> {
+        self.kept_bytes(ctx, place, format).ok_or_else(|| {
+            let found =
+                format!("{format}, and {} pixels of {} samples", product_of(self.image(place).pixels), self.batch);
             Error::format("a format in blocks of up to 8 bits, and an image to keep that is not empty", found)
         })
     }
@@ -659,33 +714,52 @@ impl Convolution {
         self.weight_left_layout(format.block_along(self.batch), side).compact(format.bits())
     }
 
-    /// Writes the codes of X along the batch to `bytes`.
+    /// Writes the codes of X, or of an image in the place of dY, along the batch to `bytes`.
     ///
     /// # Errors
     /// [`Error::Shape`] when sizes do not fit.
     pub fn keep(
         &self,
         ctx: &Context<'_>,
+        place: Place,
         x: &[f32],
         coding: Coding,
         bytes: &mut [u8],
         workspace: &mut Workspace,
     ) -> Result<()> {
         self.check()?;
-        check_size("elements of the image", x.len(), self.batch * product_of(self.input) * self.channels[0])?;
-        self.input_image().check_rows()?;
-        check_size("bytes to keep the image in", bytes.len(), self.expect_kept_bytes(coding.format)?)?;
+        let image = self.image(place);
+        check_size("elements of the image", x.len(), self.batch * product_of(image.pixels) * image.channels)?;
+        image.check_rows()?;
+        check_size("bytes to keep the image in", bytes.len(), self.expect_kept_bytes(ctx, place, coding.format)?)?;
+        if bytes.is_empty() {
+            return Ok(());
+        }
         let Workspace { planes, scratch, .. } = workspace;
         reserve_scratch(ctx, scratch);
         let scratch = &*scratch;
-        let plane = self.filled_plane(ctx, self.input_image(), coding, &mut planes[1], scratch);
-        let lines = self.weight_left_lines(x, &plane);
-        let source = Source::Floats(&lines, coding.mode);
-        let layout = self.compact_layout(coding.format);
-        let (bytes, general) = bytes.split_at_mut(layout.bytes());
-        let job = Job { source: &source, format: coding.format, layout, panels: PanelsMut::new(bytes, general) };
-        let fillings = Fillings::new(ctx, [job], 1);
+        let plane = self.filled_plane(ctx, image, coding, &mut planes[1], scratch);
+        let (layout, groups) = self.kept_layout(ctx, place, coding.format);
+        let lines: Vec<FloatLines<'_>> = (0..groups)
+            .map(|g| match place {
+                Place::Input => self.weight_left_lines(x, &plane),
+                Place::Output => self.weight_right_lines(x, &plane, g, &layout),
+            })
+            .collect();
+        let sources: Vec<Source<'_>> = lines.iter().map(|lines| Source::Floats(lines, coding.mode)).collect();
+        let parts = bytes.chunks_exact_mut(layout.bytes() + layout.panel_count());
+        let jobs = sources.iter().zip(parts).map(|(source, bytes)| {
+            let (bytes, general) = bytes.split_at_mut(layout.bytes());
+            Job { source, format: coding.format, layout, panels: PanelsMut::new(bytes, general) }
+        });
+        let fillings = Fillings::new(ctx, jobs, 0);
         run_stages(ctx, ctx.workers(x.len()), &fillings, scratch, 0, &|_, _| {})
+    }
+
+    /// What was kept of dY, group by group.
+    fn kept_groups<'a>(&self, layout: &PanelLayout, kept: &'a [u8]) -> impl Iterator<Item = PanelsRef> + 'a {
+        let bytes = layout.bytes();
+        kept.chunks_exact(bytes + layout.panel_count()).map(move |part| PanelsRef::new(part.split_at(bytes)))
     }
 
     fn filled_plane(
@@ -705,15 +779,15 @@ impl Convolution {
         plane
     }
 
-    /// dW, as [groups, taps, in / groups, out / groups], from dY [batch, output pixels, out channels] and X. The codings
-    /// are those of dY and of X.
+    /// dW, as [groups, taps, in / groups, out / groups], from dY [batch, output pixels, out channels] and X, or what was
+    /// kept of either. The codings are those of dY and of X.
     ///
     /// # Errors
     /// As [`Self::forward`].
     pub fn weight_gradient(
         &self,
         ctx: &Context<'_>,
-        dy: &[f32],
+        dy: Input<'_>,
         x: Input<'_>,
         [dy_coding, x_coding]: [Coding; 2],
         out: &mut [f32],
@@ -722,15 +796,22 @@ impl Convolution {
         self.check()?;
         let [channels, columns] = self.group_channels();
         let (taps, out_pixels) = (self.taps(), product_of(self.output));
-        check_size("elements of dY", dy.len(), self.batch * out_pixels * self.channels[1])?;
         check_size("elements of out", out.len(), self.groups * taps * channels * columns)?;
         let block = Self::check_formats([x_coding, dy_coding], self.batch)?;
-        match x {
-            Input::Floats(x) => {
-                check_size("elements of the image", x.len(), self.batch * product_of(self.input) * self.channels[0])?;
-            }
-            Input::Kept(bytes) => {
-                check_size("bytes of a kept image", bytes.len(), self.expect_kept_bytes(x_coding.format)?)?;
+        for (place, values, coding) in [(Place::Output, dy, dy_coding), (Place::Input, x, x_coding)] {
+            let image = self.image(place);
+            match values {
+                Input::Floats(x) => {
+                    check_size(
+                        "elements of the image",
+                        x.len(),
+                        self.batch * product_of(image.pixels) * image.channels,
+                    )?;
+                }
+                Input::Kept(bytes) => {
+                    let expected = self.expect_kept_bytes(ctx, place, coding.format)?;
+                    check_size("bytes of a kept image", bytes.len(), expected)?;
+                }
             }
         }
         self.input_image().check_rows()?;
@@ -745,21 +826,15 @@ impl Convolution {
         let Workspace { left: left_panels, groups, planes: [dy_plane, x_plane], scratch, .. } = workspace;
         reserve_scratch(ctx, scratch);
         let scratch = &*scratch;
-        let dy_plane = self.filled_plane(ctx, self.output_image(), dy_coding, dy_plane, scratch);
-        let x_plane = match x {
-            Input::Floats(_) => self.filled_plane(ctx, self.input_image(), x_coding, x_plane, scratch),
+        let plane = |values: Input<'_>, place: Place, coding: Coding, memory: &mut AlignedBytes| match values {
+            Input::Floats(_) => self.filled_plane(ctx, self.image(place), coding, memory, scratch),
             Input::Kept(_) => Plane::none(),
         };
-        let dy_image = (out_pixels * self.channels[1]) as isize;
-        let dy_lines = |g: usize, lined_up: bool| {
-            let pixel = |p: usize| (p * self.channels[1] + g * columns) as isize;
-            let (offsets, lines) = if lined_up {
-                (vec![0], out_pixels * columns)
-            } else {
-                ((0..out_pixels).map(pixel).collect(), columns)
-            };
-            // SAFETY: the image's size was checked; the plane has as many elements and the padding.
-            unsafe { FloatLines::with_plane(dy.as_ptr(), dy_plane.bits(), offsets, [lines, self.batch], [1, dy_image]) }
+        let dy_plane = plane(dy, Place::Output, dy_coding, dy_plane);
+        let x_plane = plane(x, Place::Input, x_coding, x_plane);
+        let right_layout = match dy {
+            Input::Floats(_) => self.weight_right_layout(ctx.kernels.columns, dy_coding.format),
+            Input::Kept(_) => self.kept_layout(ctx, Place::Output, dy_coding.format).0,
         };
         let reach = self.reach();
         let by_panels =
@@ -771,8 +846,21 @@ impl Convolution {
                 }
                 Input::Kept(bytes) => self.codes_of_kept(bytes, x_coding.format),
             };
-            for g in 0..self.groups {
-                let right = Codes::from_floats(ctx, &dy_lines(g, false), dy_coding.format, dy_coding.mode);
+            let groups: Vec<Codes> = match dy {
+                Input::Floats(dy) => (0..self.groups)
+                    .map(|g| {
+                        let lines = self.weight_right_lines(dy, &dy_plane, g, &right_layout);
+                        Codes::from_floats(ctx, &lines, dy_coding.format, dy_coding.mode)
+                    })
+                    .collect(),
+                Input::Kept(bytes) => self
+                    .kept_groups(&right_layout, bytes)
+                    .map(|panels| driver::codes_of_panels(&right_layout, panels, dy_coding.format))
+                    .collect(),
+            };
+            for (g, right) in groups.into_iter().enumerate() {
+                // Pixel by pixel, in a line-up too.
+                let right = Codes { matrices: out_pixels, lines: columns, ..right };
                 let out = SharedMut::new(&mut out[g * taps * channels * columns..][..taps * channels * columns]);
                 let workers = ctx.workers((taps * channels * columns).saturating_mul(out_pixels * self.batch));
                 for_each_task(ctx.team, workers, taps * channels, &|_, row| {
@@ -801,14 +889,13 @@ impl Convolution {
             Input::Kept(_) => None,
         };
         let x_source = x_lines.as_ref().map(|lines| Source::Floats(lines, x_coding.mode));
-        // Pixels whose channels fill whole panels follow each other in one line-up, which makes longer runs of memory.
-        let lined_up = self.groups == 1
-            && columns.is_multiple_of(ctx.kernels.columns)
-            && (out_pixels * columns).is_multiple_of(STRIP);
-        let dy_lines: Vec<FloatLines<'_>> = (0..self.groups).map(|g| dy_lines(g, lined_up)).collect();
+        let dy_lines: Vec<FloatLines<'_>> = match dy {
+            Input::Floats(dy) => {
+                (0..self.groups).map(|g| self.weight_right_lines(dy, &dy_plane, g, &right_layout)).collect()
+            }
+            Input::Kept(_) => Vec::new(),
+        };
         let dy_sources: Vec<Source<'_>> = dy_lines.iter().map(|x| Source::Floats(x, dy_coding.mode)).collect();
-        let right_layout = PanelLayout::new(dy_sources[0].shape(), block, ctx.kernels.columns, Side::Right { offset });
-        let right_layout = if lined_up { right_layout.lined_up(columns) } else { right_layout.in_pieces() };
         groups.resize_with(groups.len().max(self.groups), Panels::default);
         let mut rights = Vec::with_capacity(self.groups);
         let mut jobs = Vec::with_capacity(1 + self.groups);
@@ -819,6 +906,9 @@ impl Convolution {
             let panels = group.reserve(&right_layout);
             rights.push(panels.as_ref());
             jobs.push(Job { source, format: dy_coding.format, layout: right_layout, panels });
+        }
+        if let Input::Kept(bytes) = dy {
+            rights.extend(self.kept_groups(&right_layout, bytes));
         }
         let fillings = Fillings::new(ctx, jobs, 0);
         if let Input::Kept(bytes) = x {
@@ -896,7 +986,7 @@ impl Convolution {
                         let (tap, q) = ((first + i) / quads, (first + i) % quads);
                         let column = j * joined.width;
                         let last = slice.end == out_pixels;
-                        Place {
+                        tiles::Place {
                             at: ((g * taps + tap) * channels + q * PANEL_ROWS) * columns + column,
                             stride: columns,
                             height: PANEL_ROWS.min(channels - q * PANEL_ROWS),
@@ -1045,7 +1135,7 @@ impl Plan {
         let caches = Caches::get();
         // Half of the first level for B, half of the second for A.
         let depth = (caches.l1 / 2 / bl.block_bytes).max(1024 / al.block);
-        let depth = if on_unit { UNIT_DEPTH / al.block } else { depth };
+        let depth = if on_unit { driver::UNIT_DEPTH / al.block } else { depth };
         let pieces = (depth / al.blocks).clamp(1, pieces.max(1));
         let most = (caches.l2 / 2 / (pieces * al.blocks * al.block_bytes)).clamp(4, 128);
         let column_panels = 16.min(bl.panels.max(1));

@@ -186,15 +186,16 @@ pub(super) fn multiply(
 
 /// Codes of a packed right operand. Blocks of zeros come back with another exponent, which no product can tell.
 pub(super) fn codes_of_panels(layout: &PanelLayout, panels: PanelsRef, format: BlockFormat) -> Codes {
-    let PanelLayout { lines, k, block, width, steps, blocks, form, .. } = *layout;
+    let PanelLayout { matrices, lines, k, block, width, steps, blocks, form, .. } = *layout;
     let nibbles = form == Form::Nibbles;
-    let mut codes = vec![0i16; lines * k];
-    let mut exponents = vec![0u8; lines * blocks];
+    let mut codes = vec![0i16; matrices * lines * k];
+    let mut exponents = vec![0u8; matrices * lines * blocks];
     // SAFETY: the panels were laid out with this layout.
     let bytes = unsafe { std::slice::from_raw_parts(panels.bytes, layout.bytes()) };
-    for line in 0..lines {
-        for b in 0..blocks {
-            let from = &bytes[line / width * layout.panel_bytes() + b * layout.block_bytes..][..layout.block_bytes];
+    for (row, (matrix, line)) in (0..matrices).flat_map(|matrix| (0..lines).map(move |line| (matrix, line))).enumerate()
+    {
+        let panel = &bytes[layout.panel_at(matrix, line / width)..][..blocks * layout.block_bytes];
+        for (b, from) in panel.chunks_exact(layout.block_bytes).enumerate() {
             for j in 0..block.min(k - b * block) {
                 let at = |step: usize| 4 * (step * width + line % width) + j % 4;
                 let raised = match (nibbles, j / 4 % 2) {
@@ -202,9 +203,9 @@ pub(super) fn codes_of_panels(layout: &PanelLayout, panels: PanelsRef, format: B
                     (true, 0) => from[at(j / 8)] & 15,
                     (true, _) => from[at(j / 8)] >> 4,
                 };
-                codes[line * k + b * block + j] = i16::from(raised) - layout.offset() as i16;
+                codes[row * k + b * block + j] = i16::from(raised) - layout.offset() as i16;
             }
-            exponents[line * blocks + b] = if nibbles {
+            exponents[row * blocks + b] = if nibbles {
                 from[4 * width * steps.div_ceil(2) + line % width]
             } else {
                 let end = &from[4 * (width * steps + line % width)..][..4];
@@ -213,5 +214,5 @@ pub(super) fn codes_of_panels(layout: &PanelLayout, panels: PanelsRef, format: B
             };
         }
     }
-    Codes { format, matrices: 1, lines, k, block, codes, exponents }
+    Codes { format, matrices, lines, k, block, codes, exponents }
 }

@@ -158,6 +158,17 @@ pub struct Keep<'a> {
     pub bytes: &'a mut [u8],
 }
 
+/// Writes another encoding of a matrix of floats, whose own format plays no part: what [`product_keeping`] does beside a
+/// product.
+///
+/// # Errors
+/// [`Error::Shape`] for what is no matrix of floats, or not of the size.
+pub fn keep(ctx: &Context<'_>, of: &Operand<'_>, keep: Keep<'_>, workspace: &mut Workspace) -> Result<()> {
+    let (lines, mode) = (keep.lines(of)?, keep.mode);
+    let source = Source::Floats(&lines, mode);
+    fill(ctx, keep.job(ctx, &source)?, &mut workspace.scratch)
+}
+
 /// What [`Keep`] wrote.
 #[derive(Clone, Copy, Debug)]
 pub struct Kept<'a> {
