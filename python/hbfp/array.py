@@ -419,8 +419,9 @@ class BlockArray:
         run along another axis. (Where they run along the first one, bytes of the slice are copied.)
 
         Args:
-            rows: a slice, begin and end; no step but 1. Blocks are not cut: along the blocked axis, and with tiles over the
-                first two dimensions, both lie at multiples of the block or at the end. A whole tensor is one block.
+            rows: a slice, begin and end; no step but 1. Blocks are not cut: along the blocked axis, and with tiles
+                over the first two dimensions, both lie at multiples of the block or at the end. A whole tensor is one
+                block.
 
         Raises:
             ShapeError: a block would be cut, or `rows` is no such slice.
