@@ -10,6 +10,7 @@ import math
 import operator
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, SupportsIndex, TypeAlias
 
@@ -284,17 +285,18 @@ class BlockArray:
             CodeError: the plane holds a forbidden code, non-zero padding, or codes in a NaN block.
         """
         if not self._checked:
-            self._unpack()
+            self._read(_core.check, get_num_threads())
 
-    def _unpack(self) -> NDArray[Any]:
+    def _read(self, read: Callable[..., Any], *options: int) -> Any:
+        """What a function of the core makes of the planes; it checks every code."""
         try:
-            codes = _core.unpack(self.exponent_plane, self.mantissa_plane, self.format.core, *self._held())
+            found = read(self.exponent_plane, self.mantissa_plane, self.format.core, *self._held(), *options)
         except CodeError as error:
             if self.source is None:
                 raise
             raise CodeError(f"{self.source}: {error}") from None
         object.__setattr__(self, "_checked", True)
-        return codes
+        return found
 
     @property
     def ndim(self) -> int:
@@ -317,7 +319,7 @@ class BlockArray:
         Raises:
             CodeError: as `check_codes`.
         """
-        return self._logical(self._unpack())
+        return self._logical(self._read(_core.unpack))
 
     @property
     def exponents(self) -> NDArray[np.uint8]:
@@ -343,11 +345,7 @@ class BlockArray:
         Raises:
             CodeError: as `check_codes`.
         """
-        self.check_codes()
-        shape, axis = self._held()
-        return self._logical(
-            _core.decode(self.exponent_plane, self.mantissa_plane, self.format.core, shape, axis, get_num_threads())
-        )
+        return self._logical(self._read(_core.decode, get_num_threads()))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
