@@ -199,6 +199,8 @@ def mutants(draw: st.DrawFn) -> bytes:
     header, description = copy.deepcopy(header), copy.deepcopy(description)
     for _ in range(draw(st.integers(0, 3))):
         tree = draw(st.sampled_from([header, description]))
+        if not tree:
+            continue
         container, key = draw(st.sampled_from(places(tree)))
         what = draw(st.sampled_from(["replace", "replace", "replace", "remove", "rename", "copy"]))
         if what == "replace":

@@ -8,10 +8,12 @@ From the inside out: `strict` reads JSON, `container` the file, `description` wh
 that of a model in shards; `reading` and `writing` are what users call.
 """
 
+from hbfp.files.container import Entry
+from hbfp.files.description import Description
 from hbfp.files.reading import File, load, load_metadata
 from hbfp.files.writing import Deferred, save
 
 open = File
 """`hbfp.open(path)`: a file as a mapping from names to arrays, of which only what is used is read; see `File`."""
 
-__all__ = ["Deferred", "File", "load", "load_metadata", "open", "save"]
+__all__ = ["Deferred", "Description", "Entry", "File", "load", "load_metadata", "open", "save"]
