@@ -134,18 +134,13 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bo
         for name, tensor in tensors.items():
             policy, _ = policies.get(id(tensor), (None, None))
             _check(file, name, tensor, None if any_format or policy is None else policy.format)
-        owners = _owners(model)
+        made: dict[int, Tensor] = {}
         with torch.no_grad():
             for name, tensor in tensors.items():
-                value = _value(file, name)
-                if tensor.device.type != "meta":
-                    tensor.copy_(value)
-                    continue
-                value = value.to(tensor.dtype)
-                if isinstance(tensor, nn.Parameter):
-                    value = nn.Parameter(value, tensor.requires_grad)
-                for owner, attribute in owners[id(tensor)]:
-                    setattr(owner, attribute, value)
+                new = _fill(tensor, file, name)
+                if new is not tensor:
+                    made[id(tensor)] = new
+        _exchange(model, made)
 
 
 def _check(file: File, name: str, tensor: Tensor, format: HBFP | None) -> None:
@@ -179,29 +174,32 @@ _TORCH = {
 }
 
 
-def _value(file: File, name: str) -> Tensor:
-    """A tensor of its own memory."""
+def _fill(tensor: Tensor, file: File, name: str) -> Tensor:
+    """`tensor` with the values of the file; on "meta", where there is nothing to fill, another in its place."""
     if file.description(name) is not None:
-        return torch.from_numpy(cast(BlockArray, file[name]).decode())
-    entry, data = file.stored(name)
-    return torch.from_numpy(data.copy()).view(_TORCH[entry.dtype]).reshape(entry.shape)
+        values = torch.from_numpy(cast(BlockArray, file[name]).decode())
+    else:
+        entry, data = file.stored(name)
+        values = torch.from_numpy(data.copy()).view(_TORCH[entry.dtype]).reshape(entry.shape)
+    if not tensor.is_meta:
+        return tensor.copy_(values)
+    values = values.to(tensor.dtype)
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
-def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Modules and attributes that hold each parameter and buffer, by the tensor's identity."""
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+def _exchange(model: nn.Module, made: Mapping[int, Tensor]) -> None:
+    """Puts tensors with memory in the places of those on "meta", all of them."""
     for module in model.modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None:
-                owners.setdefault(id(tensor), []).append((module, name))
-    return owners
+        for name, old in [*module._parameters.items(), *module._buffers.items()]:
+            if old is not None and id(old) in made:
+                setattr(module, name, made[id(old)])  # recurrent layers keep a list of their weights
 
 
 def _refuse_unsaved(path: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """A buffer that no file holds has no value where the model was made without memory."""
     saved = {id(tensor) for tensor in tensors.values()}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.device.type == "meta" and id(tensor) not in saved:
+        if tensor.is_meta and id(tensor) not in saved:
             raise FileError(
                 f"{path}: {name}: expected a value for every tensor on the meta device; found one that the state_dict "
                 "does not hold: make it on the CPU before loading"
