@@ -120,6 +120,7 @@ CASES: dict[str, tuple[Callable[[], bytes], str]] = {
     "version-float": (lambda: build(text(description={"version": 1.0, "tensors": {}})), "version: expected 1, which is what this release reads; found 1.0"),
     "version-bool": (lambda: build(text(description={"version": True, "tensors": {}})), "version: expected 1, which is what this release reads; found True"),
     "format-unknown": (lambda: described(format="hbfp99b4"), "tensor 'w': format: expected a mantissa width of 2…16 bits, sign included; found 99"),
+    "format-surrogate": (lambda: described(format="hbfp4b\udc64"), "tensor 'w': format: expected a format such as hbfp.HBFP4 or 'hbfp4b64'; found 'hbfp4b\\udc64'"),
     "format-number": (lambda: described(format=4), "tensor 'w': format: expected a written form such as 'hbfp4b64'; found 4"),
     "format-spelling": (lambda: described(format="hbfp04b4"), "tensor 'w': format: expected a format such as hbfp4b64"),
     "format-long": (lambda: described(format="hbfp4b" + "4" * 5000), "tensor 'w': format: expected a written form such as 'hbfp4b64'; found 'hbfp4b4444"),
