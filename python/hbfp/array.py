@@ -563,6 +563,23 @@ def encode(
     return BlockArray(*planes, format, values.shape, axis, Rounding.parse(rounding), _checked=True)
 
 
+def encoding_error(x: ArrayLike, format: HBFP | str, axis: int = -1) -> tuple[int, float, float, int]:
+    """What encoding `x` to nearest even costs it, NaN blocks aside.
+
+    Returns:
+        Its elements that are not zero; the sums of x² and of (x - q · 2^s)²; how many elements saturate, having
+        |x| > (Q + ½) · 2^s.
+
+    Raises:
+        as `encode`.
+    """
+    format = HBFP.parse(format)
+    values = _float32(x)
+    held, held_axis = format.core_layout(values.shape, axis)
+    found = _core.measure(values.reshape(held), format.core, held_axis, 0, 0, 0, get_num_threads())
+    return found[:4]
+
+
 def quantize(
     x: ArrayLike,
     format: HBFP | str,

@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import stat
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -98,8 +99,7 @@ class Container:
                 raise FileError(f"{self.path}: expected a safetensors file; found {found}")
             header, self._start = _header(self.path, descriptor, status.st_size)
             self.entries, self.metadata = _parse(self.path, header, status.st_size - self._start)
-            # Private: whoever writes into an array writes into his own copy of the page.
-            self._mapping = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_COPY)
+            self._mapping = _mapped(descriptor, status.st_size)
         finally:
             os.close(descriptor)
 
@@ -127,6 +127,15 @@ class Container:
             )
         array: NDArray[Any] = self.bytes_of(name).view(dtype).reshape(entry.shape)
         return array if array.flags.aligned else array.copy()
+
+
+def _mapped(descriptor: int, size: int) -> mmap.mmap:
+    """The file in memory. Private: whoever writes into an array writes into his own copy of a page."""
+    if sys.platform == "win32":
+        return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
+    # Without memory set aside for such copies, or a file larger than the memory could not be opened.
+    unreserved = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+    return mmap.mmap(descriptor, size, mmap.MAP_PRIVATE | unreserved, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def _header(path: str, descriptor: int, size: int) -> tuple[bytes, int]:
