@@ -58,9 +58,10 @@ def read(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if os.path.isfile(path):
         with open(path, "rb") as file:
-            begin = file.read(4)
-        if begin == b"PK\x03\x04" or (begin[:1] == b"\x80" and not path.endswith(".safetensors")):
-            return _of_torch(path, mapped=begin[:1] == b"P"), {}
+            begin = file.read(9)
+        # A header begins after 8 bytes, which may be any; torch's files are zip archives, older ones pickles.
+        if begin[8:] != b"{" and (begin.startswith(b"PK\x03\x04") or begin.startswith(b"\x80")):
+            return _of_torch(path, mapped=begin.startswith(b"PK")), {}
     return _of_safetensors(path)
 
 

@@ -33,8 +33,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.description = f"""{HELP}
 
 Packed are floats of two dimensions or more, along the last axis; where that is shorter than {SHORTEST} and there are
-three dimensions or more, as in the kernels of convolutions, along axis 1. What is shorter than {SHORTEST} there stays as
-it is. A rule decides otherwise, the first that covers a tensor's name or that of a module around it:
+three dimensions or more, as in the kernels of convolutions, along axis 1. What is shorter than {SHORTEST} there stays
+as it is. A rule decides otherwise, the first that covers a tensor's name or that of a module around it:
 
   hbfp quantize model.safetensors packed.safetensors --rule 'lm_head=hbfp6b64' --rule 're:.*norm.*=none'
   hbfp quantize model.pt packed.safetensors --format hbfp6b16 --rule 'conv*=hbfp6b16@1'"""
