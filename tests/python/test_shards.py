@@ -133,6 +133,22 @@ def test_a_failed_save_leaves_the_old_model(path, index, monkeypatch, fails_at):
     assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
 
 
+def test_a_failure_after_the_index_keeps_its_shards(path, index, monkeypatch):
+    """The index has been renamed and leads to the new shards: tidying them up would leave nothing at all."""
+    flush, calls = hbfp.files.writing._flush_folder, []
+
+    def fail(folder: Path) -> None:
+        calls.append(folder)
+        if len(calls) == 4:
+            raise OSError(5, "Input/output error")
+        flush(folder)
+
+    monkeypatch.setattr("hbfp.files.writing._flush_folder", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        hbfp.save(path, model(1), max_shard_size=540)
+    assert same(hbfp.load(index, verify=True), model(1))
+
+
 def edited(index: Path, edit: Any) -> None:
     whole = json.loads(index.read_text())
     edit(whole)

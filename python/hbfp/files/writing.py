@@ -255,7 +255,7 @@ def _write_shards(target: Path, shards: list[dict[str, _Part]], strings: Mapping
         with _draft(index) as file:
             file.write(index_text(weight_map, sum(part.nbytes for parts in shards for part in parts.values())))
     except BaseException:
-        for name in names:
+        for name in {*names} - {*_shards_of(target, index)}:  # unless the index has its name already
             target.with_name(name).unlink(missing_ok=True)
         raise
     # The new model is whole. What it replaces would only be found instead of it.
