@@ -13,28 +13,31 @@ def page(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def examples() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", page("README.md"), re.MULTILINE | re.DOTALL)
+EXAMPLES_IN = ("README.md", "docs/files.md")
 
 
-@pytest.mark.parametrize("example", examples(), ids=lambda example: f"line-{line_of(example)}")
-def test_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def examples() -> list[tuple[str, int, str]]:
+    """Page, line and text of each."""
+    return [
+        (name, page(name)[: found.start(1)].count("\n"), found[1])
+        for name in EXAMPLES_IN
+        for found in re.finditer(r"^```python\n(.*?)^```$", page(name), re.MULTILINE | re.DOTALL)
+    ]
+
+
+@pytest.mark.parametrize(("name", "line", "example"), examples())
+def test_example_runs(name: str, line: int, example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An example that no longer works is the first thing a newcomer meets."""
     if "import torch" in example:
         pytest.importorskip("torch")
     monkeypatch.chdir(tmp_path)
-    code = compile("\n" * line_of(example) + example, "README.md", "exec")  # so that tracebacks show README's lines
+    code = compile("\n" * line + example, name, "exec")  # so that tracebacks show the page's lines
     exec(code, {"__name__": "__main__"})
-
-
-def line_of(example: str) -> int:
-    text = page("README.md")
-    return text[: text.index(example)].count("\n")
 
 
 def test_there_are_examples() -> None:
     """Were the pattern above to match nothing, nothing would be tested."""
-    assert len(examples()) == page("README.md").count("```python") >= 3
+    assert len(examples()) == sum(page(name).count("```python") for name in EXAMPLES_IN) >= 4
 
 
 @pytest.mark.parametrize("name", PAGES)

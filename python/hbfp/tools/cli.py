@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from hbfp.errors import HBFPError
-from hbfp.tools import bench, demo, explain, export, info, train, vectors_command
+from hbfp.tools import bench, demo, diff, explain, export, info, inspection, quantize, train, vectors_command, verify
 
 
 class Command(Protocol):
@@ -32,8 +32,20 @@ class Command(Protocol):
         """Do it; the exit code."""
 
 
-# quantize, inspect, diff, verify and report take their places in this list.
-COMMANDS: tuple[Command, ...] = (demo, info, explain, export, train, bench, vectors_command)
+# report takes its place in this list.
+COMMANDS: tuple[Command, ...] = (
+    demo,
+    info,
+    explain,
+    quantize,
+    inspection,
+    diff,
+    verify,
+    export,
+    train,
+    bench,
+    vectors_command,
+)
 
 # Modules of the optional parts, and the extra that brings them.
 _EXTRAS = {

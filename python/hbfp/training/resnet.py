@@ -62,7 +62,7 @@ class Block(nn.Module):
         y = relu(self.first_norm(self.first(x)))
         y = self.second_norm(self.second(y))
         if self.stride > 1:
-            # Every second pixel. A slice's gradient would forget how the channels lie in memory, and with it all before.
+            # Every second pixel. A slice's gradient would forget how the channels lie in memory, for all before it too.
             x = avg_pool2d(x, 1, self.stride)
         if self.added:
             x = pad(x, (0, 0, 0, 0, 0, self.added))

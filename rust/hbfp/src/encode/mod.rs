@@ -2,12 +2,14 @@
 #![allow(unsafe_code, reason = "calls of kernels")]
 
 pub(crate) mod blocks;
+mod check;
 pub(crate) mod codes;
 pub(crate) mod forms;
 mod measure;
 pub(crate) mod panels;
 
 pub use blocks::RoundingMode;
+pub use check::check;
 pub use measure::{Measured, measure};
 
 use crate::arch::generic::encode::{STRIP, Scaling};
