@@ -20,6 +20,8 @@ from hbfp.array import BlockArray, encode
 from hbfp.errors import FileError
 from hbfp.files import load, save
 from hbfp.format import ExponentRule, Rounding
+from hbfp.nn.conversion import FROZEN
+from hbfp.packed import PackedWeight
 from hbfp.policy import OperandPolicy, layer_states, weights_of
 
 __all__ = ["load_model", "save_model"]
@@ -45,16 +47,28 @@ def _packed(model: nn.Module) -> dict[int, _Encoding]:
             policy = read.get((id(module), name))
             if policies.setdefault(id(parameter), policy) != policy:
                 policies[id(parameter)] = None
-    return {key: policy for key, policy in policies.items() if policy is not None and _idempotent(policy[0])}
+    return {key: policy for key, policy in policies.items() if policy is not None and is_idempotent(policy[0])}
 
 
-def _idempotent(policy: OperandPolicy) -> bool:
+def is_idempotent(policy: OperandPolicy) -> bool:
+    """Whether decoded values encode to the codes that they came from."""
     return policy.rounding is not Rounding.STOCHASTIC and policy.format.exponent_rule != ExponentRule.CEIL
+
+
+def _tied(model: nn.Module) -> list[tuple[PackedWeight, nn.Parameter]]:
+    """Packed weights that stand for a parameter which others keep as floats: a file has the floats alone."""
+    pairs: list[Any] = [
+        (module._parameters[name], frozen.tied)
+        for module in model.modules()
+        for name, frozen in module.__dict__.get(FROZEN, {}).items()
+        if frozen.tied is not None
+    ]
+    return pairs
 
 
 def _entries(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of the state_dict; one that has several names under the first of them."""
-    seen: set[int] = set()
+    seen = {id(packed) for packed, _ in _tied(model)}
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
@@ -76,7 +90,8 @@ def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
 
     Args:
         path: of the file (safetensors); it appears complete or not at all.
-        model: converted by `hbfp.convert_`; at the widths in force now. bfloat16 tensors are stored as float32.
+        model: converted by `hbfp.convert_`, at the widths in force now, or frozen by `hbfp.freeze_`, whose weights are
+            written as they are. bfloat16 tensors are stored as float32.
 
     Raises:
         FileError: something in the state_dict is not a tensor.
@@ -87,6 +102,9 @@ def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
     tensors = _entries(model)
     content: dict[str, Any] = {}
     for name, tensor in tensors.items():
+        if isinstance(tensor, PackedWeight):
+            content[name] = tensor.block_array()
+            continue
         array = content[name] = _array(tensor)
         if id(tensor) in policies:
             policy, axis = policies[id(tensor)]
@@ -97,7 +115,9 @@ def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
 def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bool = False) -> None:
     """Reads a file written by `save_model` into `model`, in place: converted or not, of the same architecture.
 
-    Values are cast to the types that the model's tensors have.
+    Values are cast to the types that the model's tensors have. Weights that `hbfp.freeze_` packed take the file's codes
+    without becoming floats, and are laid out for the kernels at their first product. A model on "meta" gets its memory
+    here: frozen first, it is loaded without its floats ever being in memory.
 
     Args:
         path: of the file.
@@ -118,22 +138,69 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bo
             f"missing {missing[:5]}, unexpected {unexpected[:5]}"
         )
     policies = _packed(model)
-    values: dict[str, Tensor] = {}
     for name, value in content.items():
-        array = value.decode() if isinstance(value, BlockArray) else np.array(value)
-        if array.shape != tuple(tensors[name].shape):
+        tensor = tensors[name]
+        if tuple(value.shape) != tuple(tensor.shape):
             raise FileError(
-                f"{os.fspath(path)}: {name}: expected shape {tuple(tensors[name].shape)}, as the model has it; "
-                f"found {array.shape}"
+                f"{os.fspath(path)}: {name}: expected shape {tuple(tensor.shape)}, as the model has it; "
+                f"found {tuple(value.shape)}"
             )
-        policy, _ = policies.get(id(tensors[name]), (None, None))
-        if isinstance(value, BlockArray) and policy is not None and value.format != policy.format and not any_format:
+        policy, _ = policies.get(id(tensor), (None, None))
+        format = tensor.format if isinstance(tensor, PackedWeight) else None if policy is None else policy.format
+        if isinstance(value, BlockArray) and format is not None and value.format != format and not any_format:
             raise FileError(
-                f"{os.fspath(path)}: {name}: expected {policy.format}, in which the layer computes now; found "
+                f"{os.fspath(path)}: {name}: expected {format}, in which the layer computes now; found "
                 f"{value.format}: set the schedule to the step that the model was saved at, or convert to that format, "
                 "or load with any_format=True"
             )
-        values[name] = torch.from_numpy(array)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and not any(buffer is tensor for tensor in tensors.values()):
+            raise FileError(f"{name}: expected a value, as the buffer is on 'meta' and no file holds it: set it first")
+    made: dict[int, Tensor] = {}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(values[name])
+            new = _fill(tensor, content[name])
+            if new is not tensor:
+                made[id(tensor)] = new
+        for packed, floats in _tied(model):
+            new = _fill(packed, np.from_dlpack(made.get(id(floats), floats).detach()))
+            if new is not packed:
+                made[id(packed)] = new
+    if made:
+        _exchange(model, made)
+
+
+def _fill(tensor: Tensor, value: Any) -> Tensor:
+    """`tensor` with the values of the file; on "meta", where there is nothing to fill, another in its place."""
+    if isinstance(tensor, PackedWeight):
+        same = isinstance(value, BlockArray) and (value.format, value.axis) == (tensor.format, tensor.axis)
+        packed = (
+            PackedWeight.from_block_array(value)
+            if same
+            else PackedWeight.of(torch.from_numpy(_floats(value)), tensor.format, tensor.axis)
+        )
+        if not tensor.is_meta:
+            tensor.adopt(packed)
+            return tensor
+        return nn.Parameter(packed.to(tensor.dtype), requires_grad=False)
+    values = torch.from_numpy(_floats(value))
+    if not tensor.is_meta:
+        return tensor.copy_(values)
+    values = values.to(tensor.dtype)
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _floats(value: Any) -> Any:
+    return value.decode() if isinstance(value, BlockArray) else np.array(value)
+
+
+def _exchange(model: nn.Module, made: dict[int, Tensor]) -> None:
+    """Puts tensors with memory in the places of those on "meta", all of them."""
+    for module in model.modules():
+        for entries in (module._parameters, module._buffers):
+            for name, old in entries.items():
+                if old is not None and id(old) in made:
+                    entries[name] = made[id(old)]  # type: ignore[assignment]
+        for frozen in module.__dict__.get(FROZEN, {}).values():
+            if frozen.tied is not None:
+                frozen.tied = made.get(id(frozen.tied), frozen.tied)
