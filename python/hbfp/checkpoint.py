@@ -85,13 +85,14 @@ def _array(tensor: Tensor) -> Any:
     return np.from_dlpack((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).contiguous())
 
 
-def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
+def save_model(path: str | os.PathLike[str], model: nn.Module, *, metadata: Mapping[str, str] | None = None) -> None:
     """Writes the model's state_dict with the weights of converted layers packed, blocked along the inputs.
 
     Args:
         path: of the file (safetensors); it appears complete or not at all.
         model: converted by `hbfp.convert_`, at the widths in force now, or frozen by `hbfp.freeze_`, whose weights are
             written as they are. bfloat16 tensors are stored as float32.
+        metadata: further strings for the header, as in `hbfp.save`.
 
     Raises:
         FileError: something in the state_dict is not a tensor.
@@ -109,7 +110,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module) -> None:
         if id(tensor) in policies:
             policy, axis = policies[id(tensor)]
             content[name] = encode(array, policy.format, axis=axis, rounding=policy.rounding)
-    save(path, content)
+    save(path, content, metadata)
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bool = False) -> None:

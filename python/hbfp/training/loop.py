@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from hbfp.errors import FileError, HBFPError
 from hbfp.nn.conversion import convert_
 from hbfp.optim import wide_weights
+from hbfp.policy import layer_states
 from hbfp.schedule import Booster, set_step
 from hbfp.training.data import Batch, Data
 from hbfp.training.plan import Plan
@@ -144,6 +145,7 @@ class Run:
             "step": self.step,
             "losses": self.losses,
             "validations": self.validations,
+            "formats": formats_of(self.model),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -153,6 +155,11 @@ class Run:
         self.losses = list(state["losses"])
         self.validations = [tuple(validation) for validation in state["validations"]]
         self.enter(max(0, min(self.step, self.plan.steps) - 1))
+
+
+def formats_of(model: nn.Module) -> dict[str, str]:
+    """The format of each converted layer's forward product, as it is now; empty for a model in FP32."""
+    return {name: str(state.recipe.forward.right.format) for name, _, state in layer_states(model)}
 
 
 def grade(answers: Iterable[Batch]) -> Score:

@@ -148,7 +148,7 @@ class Training:
         content = read_checkpoint(checkpoint)
         stored = content.get("settings")
         names = {field.name for field in fields(Settings)}
-        if not isinstance(stored, dict) or set(stored) != names | {"sha256"}:
+        if not isinstance(stored, dict) or set(stored) - {"vocabulary"} != names | {"sha256"}:
             raise FileError(f"{checkpoint} is not a checkpoint of `hbfp train`")
         for name in names - {"data"}:
             if name in given and given[name] != stored[name]:
@@ -174,6 +174,7 @@ class Training:
             **asdict(self.settings),
             "data": str(Path(self.settings.data).resolve()),
             "sha256": self.sha256,
+            **({"vocabulary": self.data.corpus.vocabulary} if isinstance(self.data, Windows) else {}),
         }
 
     @property
