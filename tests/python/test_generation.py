@@ -4,6 +4,7 @@ The bugs these hunt: an open block of values encoded too early, or once too ofte
 that outlives its context; text that waits in a buffer; a description that fits no weights.
 """
 
+import itertools
 import json
 import math
 import os
@@ -61,7 +62,7 @@ def test_tokens_one_by_one_have_the_bits_of_attention_over_all_so_far():
     attention = DotProductAttention(recipe="hbfp4b16").eval()
     q, k, v = (torch.randn(2, 3, 50, 40, generator=torch.Generator().manual_seed(i)) for i in range(3))
     cache, bounds = KeyValueCache(attention), [0, 1, 2, 3, 15, 16, 17, 31, 33, 48, 50]
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         found = cache(*(x[:, :, begin:end] for x in (q, k, v)))
         expected = attention(*(x[:, :, :end] for x in (q, k, v)), is_causal=True)
         assert same(found.contiguous(), expected[:, :, begin:].contiguous())
@@ -230,8 +231,11 @@ def test_files_that_are_no_gpt_are_refused(trained, tmp_path, capsys):
     torch.save(checkpoint, tmp_path / "images.pt")
     (tmp_path / "noise").write_bytes(b"no such file")
     for name, reason in (
-        ("other.safetensors", "description of a GPT"), ("images.pt", "resnet20"), ("noise", "safetensors"), ("none", "none"),
-    ):  # fmt: skip
+        ("other.safetensors", "description of a GPT"),
+        ("images.pt", "resnet20"),
+        ("noise", "safetensors"),
+        ("none", "none"),
+    ):
         assert main(["generate", str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert reason in error
@@ -256,7 +260,7 @@ def test_text_comes_as_it_is_made_and_stops_at_ctrl_c(trained):
     process = _started(trained, "--tokens", "100000000", "--prompt", "a")
     assert len(process.stdout.read(5)) == 5  # long before the end, which never comes
     process.send_signal(signal.SIGINT)
-    out, error = process.communicate(timeout=600)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 130
     assert error == b""
 
