@@ -14,7 +14,7 @@ BIN    := $(VENV)/bin
 PYTHON := $(BIN)/python
 UV      = $(shell test -x $(BIN)/uv && echo $(BIN)/uv || echo uv)
 DIST   := build/dist
-# A second environment: the wheel, numpy and safetensors, no torch.
+# A second environment: the wheel and numpy, no torch.
 BARE   := build/numpy-only
 # Contestants of the bench beside torch: MIT, BSD.
 PEERS     := llama-cpp-python==0.3.36 torchao==0.18.0

@@ -38,6 +38,7 @@ from hbfp.errors import (
     ShapeError,
 )
 from hbfp.files import load, save
+from hbfp.files import open as open  # not in __all__: a star import must not hide the builtin
 from hbfp.format import HBFP, HBFP4, HBFP5, HBFP6, HBFP8, HBFP12, HBFP16, ExponentRule, Rounding
 
 __all__ = [
@@ -130,4 +131,4 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *_MODULES, *_TORCH})
+    return sorted({*__all__, "open", *_MODULES, *_TORCH})

@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backward",
+    "check",
     "column_sums",
     "convolution_forward",
     "convolution_input_gradient",
@@ -125,6 +126,16 @@ def decode(
     axis: int,
     threads: int,
 ) -> NDArray[np.float32]: ...
+def check(
+    exponents: NDArray[np.uint8],
+    mantissas: NDArray[np.uint8],
+    format: Format,
+    shape: tuple[int, ...],
+    axis: int,
+    threads: int,
+) -> None:
+    """Reads all codes. Raises CodeError as `unpack` does, and makes nothing."""
+
 def unpack(
     exponents: NDArray[np.uint8], mantissas: NDArray[np.uint8], format: Format, shape: tuple[int, ...], axis: int
 ) -> NDArray[Any]:

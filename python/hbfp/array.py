@@ -10,6 +10,7 @@ import math
 import operator
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, SupportsIndex, TypeAlias
 
@@ -284,17 +285,18 @@ class BlockArray:
             CodeError: the plane holds a forbidden code, non-zero padding, or codes in a NaN block.
         """
         if not self._checked:
-            self._unpack()
+            self._read(_core.check, get_num_threads())
 
-    def _unpack(self) -> NDArray[Any]:
+    def _read(self, read: Callable[..., Any], *options: int) -> Any:
+        """What a function of the core makes of the planes; it checks every code."""
         try:
-            codes = _core.unpack(self.exponent_plane, self.mantissa_plane, self.format.core, *self._held())
+            found = read(self.exponent_plane, self.mantissa_plane, self.format.core, *self._held(), *options)
         except CodeError as error:
             if self.source is None:
                 raise
             raise CodeError(f"{self.source}: {error}") from None
         object.__setattr__(self, "_checked", True)
-        return codes
+        return found
 
     @property
     def ndim(self) -> int:
@@ -317,7 +319,7 @@ class BlockArray:
         Raises:
             CodeError: as `check_codes`.
         """
-        return self._logical(self._unpack())
+        return self._logical(self._read(_core.unpack))
 
     @property
     def exponents(self) -> NDArray[np.uint8]:
@@ -343,11 +345,7 @@ class BlockArray:
         Raises:
             CodeError: as `check_codes`.
         """
-        self.check_codes()
-        shape, axis = self._held()
-        return self._logical(
-            _core.decode(self.exponent_plane, self.mantissa_plane, self.format.core, shape, axis, get_num_threads())
-        )
+        return self._logical(self._read(_core.decode, get_num_threads()))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -386,10 +384,17 @@ class BlockArray:
             )
         return self._view(shape, last - 1 if self.axis == last else last, False)
 
-    def _view(self, shape: tuple[int, ...], axis: int, transposed: bool) -> BlockArray:
+    def _view(
+        self,
+        shape: tuple[int, ...],
+        axis: int,
+        transposed: bool,
+        planes: tuple[Any, Any] | None = None,
+    ) -> BlockArray:
+        exponents, mantissas = planes or (self.exponent_plane, self.mantissa_plane)
         return BlockArray(
-            self.exponent_plane,
-            self.mantissa_plane,
+            exponents,
+            mantissas,
             self.format,
             shape,
             axis,
@@ -406,6 +411,56 @@ class BlockArray:
         straight = BlockArray.from_parts(self.mantissas, self.exponents, self.format, self.shape, self.axis)
         object.__setattr__(straight, "rounding", self.rounding)
         return straight
+
+    def __getitem__(self, rows: Any) -> BlockArray:
+        """A slice along the first dimension, `t[10:20]`: its planes are views, of nothing but the slice where blocks
+        run along another axis. (Where they run along the first one, bytes of the slice are copied.)
+
+        Args:
+            rows: a slice, begin and end; no step but 1. Blocks are not cut: along the blocked axis, and with tiles
+                over the first two dimensions, both lie at multiples of the block or at the end. A whole tensor is one
+                block.
+
+        Raises:
+            ShapeError: a block would be cut, or `rows` is no such slice.
+        """
+        if not isinstance(rows, slice) or rows.step not in (None, 1) or not self.shape:
+            raise ShapeError(
+                f"an encoded array is cut by slices of its first dimension, as t[10:20]; found {rows!r} of shape"
+                f" {list(self.shape)}: decode it for anything else"
+            )
+        format, length = self.format, self.shape[0]
+        # Where the blocks of the first dimension lie side by side in a row of the planes.
+        side_by_side = self.axis == 0 if format.tile is None else self.ndim == 1 or (self.ndim == 2 and self.transposed)
+        if format.block is None and format.tile is None:
+            step = length
+        elif side_by_side or (format.tile is not None and self.ndim == 2):
+            step = format.tile or format.block or 1
+        else:
+            step = 1
+        begin, end, _ = rows.indices(length)
+        end = max(begin, end)
+        if any(cut != length and cut % step for cut in (begin, end)):
+            raise ShapeError(
+                f"blocks of {format} cover {step} of the {length} rows of the first dimension and are not cut: expected"
+                f" multiples of {step} or the end; found {begin}:{end}"
+            )
+        shape = (end - begin, *self.shape[1:])
+        held = (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+        block_bytes = -(-((format.tile or 1) ** 2) * (format.block or 1) * format.bits // 8)
+
+        def cut(plane: NDArray[np.uint8], block_bytes: int, kept: tuple[int, int]) -> NDArray[np.uint8]:
+            if begin == end:
+                return np.zeros(kept, np.uint8)
+            first, last = begin // step, -(-end // step)
+            if side_by_side:
+                return plane[:, first * block_bytes : last * block_bytes]
+            lines = plane.shape[0] // -(-length // step)
+            return plane[first * lines : last * lines]
+
+        exponents, mantissas = format.plane_shapes(held, self.axis)
+        planes = cut(self.exponent_plane, 1, exponents), cut(self.mantissa_plane, block_bytes, mantissas)
+        return self._view(shape, self.axis, self.transposed, planes)
 
     def __matmul__(self, other: Any) -> Float32:
         return matmul(self, other)
@@ -506,6 +561,23 @@ def encode(
         values.reshape(held), format.core, held_axis, code, seed, stream, bool(check), get_num_threads()
     )
     return BlockArray(*planes, format, values.shape, axis, Rounding.parse(rounding), _checked=True)
+
+
+def encoding_error(x: ArrayLike, format: HBFP | str, axis: int = -1) -> tuple[int, float, float, int]:
+    """What encoding `x` to nearest even costs it, NaN blocks aside.
+
+    Returns:
+        Its elements that are not zero; the sums of x² and of (x - q · 2^s)²; how many elements saturate, having
+        |x| > (Q + ½) · 2^s.
+
+    Raises:
+        as `encode`.
+    """
+    format = HBFP.parse(format)
+    values = _float32(x)
+    held, held_axis = format.core_layout(values.shape, axis)
+    found = _core.measure(values.reshape(held), format.core, held_axis, 0, 0, 0, get_num_threads())
+    return found[:4]
 
 
 def quantize(

@@ -25,8 +25,8 @@ from hbfp import ops
 from hbfp.emulation import emulating
 from hbfp.errors import HBFPError
 from hbfp.nn.conversion import LAYERS
-from hbfp.nn.report import table
 from hbfp.policy import RootState, layer_states
+from hbfp.tables import table
 
 __all__ = ["Audit", "AuditRow", "audit"]
 

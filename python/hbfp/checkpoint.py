@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 
 from hbfp.array import BlockArray, encode
 from hbfp.errors import FileError
-from hbfp.files import load, save
-from hbfp.format import ExponentRule, Rounding
+from hbfp.files import Deferred, Entry, File, save
+from hbfp.format import HBFP, ExponentRule, Rounding
 from hbfp.nn.conversion import FROZEN
 from hbfp.packed import PackedWeight
 from hbfp.policy import OperandPolicy, layer_states, weights_of
@@ -85,14 +86,23 @@ def _array(tensor: Tensor) -> Any:
     return np.from_dlpack((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).contiguous())
 
 
-def save_model(path: str | os.PathLike[str], model: nn.Module, *, metadata: Mapping[str, str] | None = None) -> None:
+def save_model(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    max_shard_size: int | None = None,
+) -> None:
     """Writes the model's state_dict with the weights of converted layers packed, blocked along the inputs.
+
+    Weights are packed one by one as they are written.
 
     Args:
         path: of the file (safetensors); it appears complete or not at all.
         model: converted by `hbfp.convert_`, at the widths in force now, or frozen by `hbfp.freeze_`, whose weights are
             written as they are. bfloat16 tensors are stored as float32.
         metadata: further strings for the header, as in `hbfp.save`.
+        max_shard_size: bytes; see `hbfp.save`.
 
     Raises:
         FileError: something in the state_dict is not a tensor.
@@ -100,108 +110,150 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, *, metadata: Mapp
         OSError: the file can't be written.
     """
     policies = _packed(model)
-    tensors = _entries(model)
     content: dict[str, Any] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in _entries(model).items():
         if isinstance(tensor, PackedWeight):
-            content[name] = tensor.block_array()
-            continue
-        array = content[name] = _array(tensor)
-        if id(tensor) in policies:
+            content[name] = Deferred(tensor.format, tuple(tensor.shape), tensor.block_array, tensor.axis)
+        elif id(tensor) in policies:
             policy, axis = policies[id(tensor)]
-            content[name] = encode(array, policy.format, axis=axis, rounding=policy.rounding)
-    save(path, content, metadata)
+            make = partial(_encoded, tensor, policy, axis)
+            content[name] = Deferred(policy.format, tuple(tensor.shape), make, axis, policy.rounding)
+        else:
+            content[name] = _array(tensor)
+    save(path, content, metadata, max_shard_size=max_shard_size)
+
+
+def _encoded(tensor: Tensor, policy: OperandPolicy, axis: int) -> BlockArray:
+    return encode(_array(tensor), policy.format, axis=axis, rounding=policy.rounding)
 
 
 def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bool = False) -> None:
     """Reads a file written by `save_model` into `model`, in place: converted or not, of the same architecture.
 
-    Values are cast to the types that the model's tensors have. Weights that `hbfp.freeze_` packed take the file's codes
-    without becoming floats, and are laid out for the kernels at their first product. A model on "meta" gets its memory
-    here: frozen first, it is loaded without its floats ever being in memory.
+    Values are cast to the types that the model's tensors have. Tensors are decoded one by one; those of a model that
+    was made under `torch.device("meta")` become what was decoded, on the CPU, and exist once. Weights that
+    `hbfp.freeze_` packed take the file's codes without becoming floats: they read the file until their first product,
+    which checks the codes and lays them out for the kernels.
 
     Args:
-        path: of the file.
+        path: of the file, or of the index of its shards.
         model: where it has converted layers they must compute in the formats of the file, or the outputs would be
             others than those of the model that was saved. After a schedule, set its last step first.
         any_format: load into layers of other formats nevertheless.
 
     Raises:
-        FileError: names, shapes or formats of the file and the model differ (the model is as it was), or the file is
-            broken.
+        FileError: names, shapes or formats of the file and the model differ, the file is broken, or a tensor on the
+            meta device is no part of the state_dict (the model is as it was).
+        CodeError: the file holds forbidden codes (the model is as it was).
     """
-    content: Mapping[str, Any] = load(path)
+    where = os.fspath(path)
     tensors = _entries(model)
-    missing, unexpected = sorted(tensors.keys() - content.keys()), sorted(content.keys() - tensors.keys())
-    if missing or unexpected:
-        raise FileError(
-            f"{os.fspath(path)}: expected the {len(tensors)} tensors of {type(model).__name__}; "
-            f"missing {missing[:5]}, unexpected {unexpected[:5]}"
-        )
+    _refuse_unsaved(where, model, tensors)
     policies = _packed(model)
-    for name, value in content.items():
-        tensor = tensors[name]
-        if tuple(value.shape) != tuple(tensor.shape):
+    with File(path) as file:
+        missing, unexpected = sorted(tensors.keys() - file.keys()), sorted(file.keys() - tensors.keys())
+        if missing or unexpected:
             raise FileError(
-                f"{os.fspath(path)}: {name}: expected shape {tuple(tensor.shape)}, as the model has it; "
-                f"found {tuple(value.shape)}"
+                f"{where}: expected the {len(tensors)} tensors of {type(model).__name__}; "
+                f"missing {missing[:5]}, unexpected {unexpected[:5]}"
             )
-        policy, _ = policies.get(id(tensor), (None, None))
-        format = tensor.format if isinstance(tensor, PackedWeight) else None if policy is None else policy.format
-        if isinstance(value, BlockArray) and format is not None and value.format != format and not any_format:
-            raise FileError(
-                f"{os.fspath(path)}: {name}: expected {format}, in which the layer computes now; found "
-                f"{value.format}: set the schedule to the step that the model was saved at, or convert to that format, "
-                "or load with any_format=True"
-            )
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta and not any(buffer is tensor for tensor in tensors.values()):
-            raise FileError(f"{name}: expected a value, as the buffer is on 'meta' and no file holds it: set it first")
-    made: dict[int, Tensor] = {}
-    with torch.no_grad():
         for name, tensor in tensors.items():
-            new = _fill(tensor, content[name])
-            if new is not tensor:
-                made[id(tensor)] = new
-        for packed, floats in _tied(model):
-            new = _fill(packed, np.from_dlpack(made.get(id(floats), floats).detach()))
-            if new is not packed:
-                made[id(packed)] = new
-    if made:
+            policy, _ = policies.get(id(tensor), (None, None))
+            format = tensor.format if isinstance(tensor, PackedWeight) else None if policy is None else policy.format
+            _check(file, name, tensor, None if any_format else format)
+        made: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                new = _fill(tensor, file, name)
+                if new is not tensor:
+                    made[id(tensor)] = new
+            for packed, floats in _tied(model):
+                new = _put(packed, _pack(packed, made.get(id(floats), floats)))
+                if new is not packed:
+                    made[id(packed)] = new
         _exchange(model, made)
 
 
-def _fill(tensor: Tensor, value: Any) -> Tensor:
-    """`tensor` with the values of the file; on "meta", where there is nothing to fill, another in its place."""
-    if isinstance(tensor, PackedWeight):
-        same = isinstance(value, BlockArray) and (value.format, value.axis) == (tensor.format, tensor.axis)
-        packed = (
-            PackedWeight.from_block_array(value)
-            if same
-            else PackedWeight.of(torch.from_numpy(_floats(value)), tensor.format, tensor.axis)
+def _check(file: File, name: str, tensor: Tensor, format: HBFP | None) -> None:
+    """Refuse what can't become the value of `tensor`, whose layer computes in `format`."""
+    described = file.description(name)
+    stored = described or file.stored(name)[0]
+    shape = stored.shape
+    if shape != tuple(tensor.shape):
+        raise FileError(
+            f"{file.path}: {name}: expected shape {tuple(tensor.shape)}, as the model has it; found {shape}"
         )
-        if not tensor.is_meta:
-            tensor.adopt(packed)
-            return tensor
-        return nn.Parameter(packed.to(tensor.dtype), requires_grad=False)
-    values = torch.from_numpy(_floats(value))
+    if isinstance(stored, Entry):
+        if stored.dtype not in _TORCH:
+            raise FileError(f"{file.path}: {name}: dtype: expected one that torch has; found {stored.dtype}")
+        return
+    if format is not None and stored.format != format:
+        raise FileError(
+            f"{file.path}: {name}: expected {format}, in which the layer computes now; found "
+            f"{stored.format}: set the schedule to the step that the model was saved at, or convert to that format, "
+            "or load with any_format=True"
+        )
+    if not isinstance(tensor, PackedWeight):
+        cast(BlockArray, file[name]).check_codes()
+
+
+_TORCH = {
+    **{"BOOL": torch.bool, "C64": torch.complex64},
+    **{"U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
+    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
+    **{"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
+
+
+def _fill(tensor: Tensor, file: File, name: str) -> Tensor:
+    """`tensor` with the values of the file; on "meta", where there is nothing to fill, another in its place."""
+    described = file.description(name)
+    if isinstance(tensor, PackedWeight) and described is not None:
+        array = cast(BlockArray, file[name])
+        if (array.format, array.axis) == (tensor.format, tensor.axis):
+            return _put(tensor, PackedWeight.from_block_array(array))
+    if described is not None:
+        values = torch.from_numpy(cast(BlockArray, file[name]).decode())
+    else:
+        entry, data = file.stored(name)
+        values = torch.from_numpy(data.copy()).view(_TORCH[entry.dtype]).reshape(entry.shape)
+    if isinstance(tensor, PackedWeight):
+        return _put(tensor, _pack(tensor, values))
     if not tensor.is_meta:
         return tensor.copy_(values)
     values = values.to(tensor.dtype)
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
-def _floats(value: Any) -> Any:
-    return value.decode() if isinstance(value, BlockArray) else np.array(value)
+def _pack(like: PackedWeight, values: Tensor) -> PackedWeight:
+    return PackedWeight.of(values, like.format, like.axis)
 
 
-def _exchange(model: nn.Module, made: dict[int, Tensor]) -> None:
+def _put(place: PackedWeight, packed: PackedWeight) -> Tensor:
+    if not place.is_meta:
+        place.adopt(packed)
+        return place
+    return nn.Parameter(packed.to(place.dtype), requires_grad=False)
+
+
+def _exchange(model: nn.Module, made: Mapping[int, Tensor]) -> None:
     """Puts tensors with memory in the places of those on "meta", all of them."""
     for module in model.modules():
-        for entries in (module._parameters, module._buffers):
-            for name, old in entries.items():
-                if old is not None and id(old) in made:
-                    entries[name] = made[id(old)]  # type: ignore[assignment]
+        for name, old in [*module._parameters.items(), *module._buffers.items()]:
+            if old is not None and id(old) in made:
+                setattr(module, name, made[id(old)])  # recurrent layers keep a list of their weights
         for frozen in module.__dict__.get(FROZEN, {}).values():
             if frozen.tied is not None:
                 frozen.tied = made.get(id(frozen.tied), frozen.tied)
+
+
+def _refuse_unsaved(path: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """A buffer that no file holds has no value where the model was made without memory."""
+    saved = {id(tensor) for tensor in tensors.values()}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta and id(tensor) not in saved:
+            raise FileError(
+                f"{path}: {name}: expected a value for every tensor on the meta device; found one that the state_dict "
+                "does not hold: make it on the CPU before loading"
+            )

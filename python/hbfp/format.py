@@ -141,6 +141,8 @@ class HBFP:
             return text
         if not isinstance(text, str):
             raise FormatError(f"expected a format such as hbfp.HBFP4 or 'hbfp4b64'; found {text!r}")
+        if not text.isascii():  # half a surrogate pair would not reach the core
+            raise FormatError(f"expected a format such as hbfp.HBFP4 or 'hbfp4b64'; found {text!r}")
         core = _core.Format.parse(text)
         return cls(
             core.bits,

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from hbfp.checkpoint import is_idempotent
 from hbfp.errors import ConversionError, HBFPError
-from hbfp.files import EXPONENTS, MANTISSAS
+from hbfp.files.description import EXPONENTS, MANTISSAS
 from hbfp.format import HBFP
 from hbfp.nn.conversion import FROZEN, convert_, take_back
-from hbfp.nn.report import table
 from hbfp.packed import PackedWeight
 from hbfp.policy import Backend, LayerState, OperandPolicy, Recipe, Weight, layer_states, weights_of
+from hbfp.tables import table
 
 __all__ = ["FreezeReport", "FreezeRow", "freeze_", "unfreeze_"]
 

@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -24,6 +26,7 @@ from hbfp import ops
 from hbfp.array import BlockArray
 from hbfp.array import encode as _encode
 from hbfp.errors import HBFPError, ShapeError
+from hbfp.files.container import forget
 from hbfp.format import HBFP, Rounding
 
 __all__ = ["PackedWeight"]
@@ -41,6 +44,8 @@ class PackedWeight(Tensor):
     format: HBFP
     axis: int
     _held: tuple[Tensor, Tensor | None]
+    _lent: tuple[NDArray[np.uint8], ...] = ()
+    """Whose memory the planes share, until they are laid out."""
 
     @staticmethod
     def __new__(
@@ -96,8 +101,10 @@ class PackedWeight(Tensor):
     def from_block_array(cls, array: BlockArray) -> PackedWeight:
         """What was encoded elsewhere; its memory is shared until the first product, which checks the codes."""
         array = array.canonical()
-        planes = ops.bytes_of(array.mantissa_plane), ops.bytes_of(array.exponent_plane)
-        return cls(*planes, array.format, array.shape, array.axis)
+        planes = array.mantissa_plane, array.exponent_plane
+        made = cls(*map(ops.bytes_of, planes), array.format, array.shape, array.axis)
+        made._lent = planes
+        return made
 
     @classmethod
     def _on_meta(
@@ -150,6 +157,9 @@ class PackedWeight(Tensor):
         panels = ops.panels_of_planes(exponents, codes, self.format, *self._matrix)
         if panels is not None:
             self._held = panels, None
+            lent, self._lent = self._lent, ()
+            for plane in lent:
+                forget(plane)
 
     @property
     def _matrix(self) -> tuple[int, int]:
@@ -157,7 +167,7 @@ class PackedWeight(Tensor):
 
     def adopt(self, other: PackedWeight) -> None:
         """Holds what `other` holds, which has the same format, axis and shape, without copying it."""
-        self._held = other._held
+        self._held, self._lent = other._held, other._lent
 
     # --- products --------------------------------------------------------------------------------------------------
 

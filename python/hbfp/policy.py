@@ -8,11 +8,9 @@ place; the layers of one conversion share a `RootState`: the seed and the step.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from fnmatch import fnmatchcase
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +21,7 @@ from torch.compiler import is_dynamo_compiling, is_exporting
 from hbfp import ops
 from hbfp.errors import ConversionError, FormatError, HBFPError, RuleError
 from hbfp.format import HBFP, HBFP4, HBFP6, HBFP8, Rounding
+from hbfp.patterns import Matches, covers, matcher
 
 __all__ = [
     "Backend",
@@ -348,15 +347,14 @@ class Rule:
     pattern: str
     recipe: Recipe | None
     """None: what the pattern matches stays in FP32."""
-    matches: Callable[[str], bool] = field(repr=False, compare=False)
+    matches: Matches = field(repr=False, compare=False)
     """Whether the pattern matches a module's name."""
     pinned: bool = False
     """A layer for which a rule names a format keeps it, whatever a schedule does with the others."""
 
     def covers(self, name: str) -> bool:
         """Whether the rule speaks of the module called `name`: by its own name, or by that of a module around it."""
-        parts = name.split(".")
-        return any(self.matches(".".join(parts[:end])) for end in range(len(parts), 0, -1))
+        return covers(self.matches, name)
 
 
 def parse_rules(rules: Mapping[str, RuleValue] | None, base: Recipe) -> tuple[Rule, ...]:
@@ -380,7 +378,7 @@ def parse_rules(rules: Mapping[str, RuleValue] | None, base: Recipe) -> tuple[Ru
             chosen, pinned = _rule(value, base)
         except HBFPError as error:
             raise RuleError(f"rule {pattern!r}: {error}") from None
-        parsed.append(Rule(pattern, chosen, _matcher(pattern), pinned))
+        parsed.append(Rule(pattern, chosen, matcher(pattern), pinned))
     return tuple(parsed)
 
 
@@ -397,16 +395,6 @@ def _rule(value: RuleValue, base: Recipe) -> tuple[Recipe | None, bool]:
         return replace(chosen, boost=None), True
     chosen = recipe(value)
     return chosen, chosen.boost is None
-
-
-def _matcher(pattern: str) -> Callable[[str], bool]:
-    if not pattern.startswith("re:"):
-        return lambda name: fnmatchcase(name, pattern)
-    try:
-        expression = re.compile(pattern[3:])
-    except re.error as error:
-        raise RuleError(f"rule {pattern!r} is no regular expression: {error}") from None
-    return lambda name: expression.fullmatch(name) is not None
 
 
 # --- random streams --------------------------------------------------------------------------------------------------

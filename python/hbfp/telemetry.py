@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from hbfp import emulation, ops
 from hbfp.errors import HBFPError
 from hbfp.format import HBFP, Rounding
-from hbfp.nn.report import table
 from hbfp.policy import ROLES, SITES, LayerState, layer_states, root_states
+from hbfp.tables import table
 
 __all__ = ["Watch", "WatchRow", "watch"]
 

@@ -1,5 +1,8 @@
 """Packed models: small, strict, and bit-identical in what they compute."""
 
+import subprocess
+import sys
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -121,3 +124,123 @@ def test_bfloat16_buffers_and_counters_come_back(tmp_path):
     for name in ("1.running_mean", "1.num_batches_tracked", "2.weight"):
         assert torch.equal(saved.state_dict()[name], loaded.state_dict()[name])
         assert saved.state_dict()[name].dtype == loaded.state_dict()[name].dtype
+
+
+# --- without memory for it twice -------------------------------------------------------------------------------------
+
+
+class Tied(nn.Module):
+    """Every way in which a model holds tensors: tied, buffers, a recurrent layer that lists its weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 64)
+        self.lstm = nn.LSTM(64, 64)
+        self.norm = nn.BatchNorm1d(64, dtype=torch.float64)
+        self.head = nn.Linear(64, 9, bias=False)
+        self.head.weight = self.embedding.weight
+        self.frozen = nn.Parameter(torch.ones(3, dtype=torch.bfloat16), requires_grad=False)
+
+    def forward(self, x):
+        return self.head(self.norm(self.lstm(self.embedding(x))[0].mean(0).double()).float())
+
+
+def test_a_model_without_memory_takes_the_decoded_tensors(tmp_path):
+    path = tmp_path / "m.safetensors"
+    torch.manual_seed(0)
+    saved = hbfp_converted(Tied())
+    saved(torch.arange(9).reshape(3, 3))
+    with torch.device("meta"):
+        loaded = Tied()
+    hbfp_converted(loaded)
+    hbfp.save_model(path, saved)
+    hbfp.load_model(path, loaded)
+    assert loaded.head.weight is loaded.embedding.weight
+    assert isinstance(loaded.head.weight, nn.Parameter)
+    assert not loaded.frozen.requires_grad
+    for name, tensor in saved.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert (found.dtype, found.device.type, found.shape) == (tensor.dtype, "cpu", tensor.shape)
+    x = torch.arange(9).reshape(3, 3)
+    assert torch.equal(loaded.eval()(x), saved.eval()(x))
+
+
+def hbfp_converted(model):
+    hbfp.convert_(model, "hbfp4")
+    return model
+
+
+def test_what_no_file_holds_is_named(tmp_path):
+    path = tmp_path / "m.safetensors"
+
+    def make():
+        m = nn.Sequential(nn.Linear(64, 8))
+        m.register_buffer("mask", torch.ones(3), persistent=False)
+        return m
+
+    hbfp.save_model(path, make())
+    with torch.device("meta"):
+        loaded = make()
+    with pytest.raises(hbfp.FileError, match=r"mask: expected a value for every tensor on the meta"):
+        hbfp.load_model(path, loaded)
+    loaded.mask = torch.ones(3)
+    hbfp.load_model(path, loaded)
+    assert loaded[0].weight.device.type == "cpu"
+
+
+def test_shards(tmp_path):
+    path = tmp_path / "m.safetensors"
+    saved, loaded, again = (hbfp_converted(model(seed)) for seed in range(3))
+    hbfp.save_model(path, saved, max_shard_size=9000)
+    assert len(list(tmp_path.iterdir())) > 3
+    x = torch.arange(9)
+    for place, other in ((path, loaded), (tmp_path / "m.safetensors.index.json", again)):
+        hbfp.load_model(place, other)
+        assert torch.equal(other.eval()(x), saved.eval()(x))
+
+
+def test_forbidden_codes_leave_the_model_as_it_was(tmp_path):
+    """The last tensor of the file is bad; the first must not be loaded."""
+    path = tmp_path / "m.safetensors"
+    saved, loaded = (hbfp_converted(nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 64))) for _ in range(2))
+    hbfp.save_model(path, saved)
+    content = bytearray(path.read_bytes())
+    content[-1] = 0x88
+    path.write_bytes(content)
+    before = [p.clone() for p in loaded.parameters()]
+    with pytest.raises(hbfp.CodeError, match=r"tensor '1\.weight': expected codes"):
+        hbfp.load_model(path, loaded)
+    assert all(torch.equal(a, b) for a, b in zip(before, loaded.parameters(), strict=True))
+
+
+MEASURE = """
+import resource, sys, torch, hbfp
+from torch import nn
+
+def make():
+    return nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(16)))  # 256 MiB
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+with torch.device("meta"):
+    model = make()
+hbfp.convert_(model, "hbfp4")
+hbfp.encode(torch.ones(2048, 2048), "hbfp4b64").decode()  # what the first call allocates for good
+before = peak()
+hbfp.load_model(sys.argv[1], model)
+print(peak() - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+def test_loading_without_memory_peaks_at_one_tensor_more(tmp_path):
+    """The model as it is in the end, the file's pages, and one tensor on its way: never the whole model twice."""
+    path = tmp_path / "m.safetensors"
+    saved = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(16)))
+    hbfp.save_model(path, hbfp_converted(saved))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    growth, size = map(int, done)
+    assert size == 2**28
+    assert growth < size + path.stat().st_size + 2 * size // 16 + 2**24

@@ -103,7 +103,7 @@ def test_info_needs_no_torch():
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["level"] == hbfp.info()["level"]
-    assert set(facts["versions"]) == {"python", "hbfp", "numpy", "torch", "safetensors"}
+    assert set(facts["versions"]) == {"python", "hbfp", "numpy", "torch"}
 
 
 def test_info_as_text(capsys):

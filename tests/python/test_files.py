@@ -17,7 +17,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 
 import hbfp
-from hbfp import BlockArray, CodeError, DTypeError, FileError, testing
+from hbfp import BlockArray, CodeError, DTypeError, FileError, files, testing
 from hbfp.files import load_metadata
 
 FORMATS = ["hbfp4b64", "hbfp6b16-noclip-e5", "hbfp12b7-ceil", "hbfp4t8", "hbfp5tensor"]
@@ -183,7 +183,7 @@ def only_file(folder: Path) -> bytes:
     return file.read_bytes()
 
 
-@pytest.mark.parametrize("step", ["save_file", "fsync", "replace"])
+@pytest.mark.parametrize("step", ["digest", "fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "Ctrl-C"])
 def test_a_failed_save_leaves_the_old_file(saved, monkeypatch, step, error):
     old = saved.read_bytes()
@@ -191,9 +191,9 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch, step, error):
     def fail(*arguments: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(safetensors.numpy if step == "save_file" else os, step, fail)
+    monkeypatch.setattr(files.description if step == "digest" else os, step, fail)
     with pytest.raises(type(error)):
-        hbfp.save(saved, {"w": sample((3,))})
+        hbfp.save(saved, {"w": hbfp.encode(sample((3,)), hbfp.HBFP4)})
     monkeypatch.undo()
     assert only_file(saved.parent) == old
 
@@ -374,7 +374,7 @@ DAMAGE = {
     "another axis": (set_field("axis", 0), r"tensor 'w': hbfp_exponents: expected U8 \[70, 1\]; found U8 \[6, 2\]"),
     "unknown rounding": (set_field("rounding", "up"), "tensor 'w': rounding: expected one of nearest_even.*found 'up'"),
     "rounding as list": (set_field("rounding", []), r"tensor 'w': rounding: expected one of.*found \[\]"),
-    "checksum as number": (set_field("sha256", 3), "tensor 'w': sha256: expected a string; found 3"),
+    "checksum as number": (set_field("sha256", 3), "tensor 'w': sha256: expected 64 hexadecimal digits; found 3"),
 }
 
 

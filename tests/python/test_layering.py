@@ -19,6 +19,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "hbfp"
 CHAIN = (
     "_core",
     "errors",
+    "tables",
+    "patterns",
     "format",
     "reference",
     "array",

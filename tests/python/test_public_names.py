@@ -22,8 +22,9 @@ FUNCTIONS = {
         "(x, w, bias=None, format=None, *, rounding='nearest_even', seed=0, stream=0, out=None, accumulate=False,"
         " threads=None)"
     ),
-    "save": "(path, tensors, metadata=None)",
+    "save": "(path, tensors, metadata=None, *, max_shard_size=None)",
     "load": "(path, *, verify=False)",
+    "open": "(path)",
     "set_num_threads": "(n)",
     "get_num_threads": "()",
     "info": "()",

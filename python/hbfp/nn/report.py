@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hbfp.policy import Backend, Position
+from hbfp.tables import table
 
-__all__ = ["ConversionReport", "ReportRow", "table"]
+__all__ = ["ConversionReport", "ReportRow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +58,3 @@ class ConversionReport:
         summary = f"{len(self.converted)} in fixed point, {len(self.left)} left in FP32"
         rows = list(zip(*columns.values(), strict=True))
         return "\n".join([table(tuple(columns), rows), summary, *self.notes])
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> str:
-    """Lines of columns as wide as they must be; the columns numbered in `right` are aligned to the right."""
-    lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

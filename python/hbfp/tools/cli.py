@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from hbfp.errors import HBFPError
-from hbfp.tools import bench, demo, explain, generate, info, train, vectors_command
+from hbfp.tools import bench, demo, diff, explain, generate, info, inspection, quantize, train, vectors_command, verify
 
 
 class Command(Protocol):
@@ -31,8 +31,20 @@ class Command(Protocol):
         """Do it; the exit code."""
 
 
-# quantize, inspect, diff, verify, export and report take their places in this list.
-COMMANDS: tuple[Command, ...] = (demo, info, explain, train, generate, bench, vectors_command)
+# export and report take their places in this list.
+COMMANDS: tuple[Command, ...] = (
+    demo,
+    info,
+    explain,
+    quantize,
+    inspection,
+    diff,
+    verify,
+    train,
+    generate,
+    bench,
+    vectors_command,
+)
 
 # Modules of the optional parts, and the extra that brings them.
 _EXTRAS = {"torch": "torch", "matplotlib": "demo", "rich": "demo", "sklearn": "demo", "tensorboard": "tensorboard"}

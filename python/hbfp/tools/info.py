@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _versions() -> dict[str, str]:
     # Asked of the installed packages' descriptions: importing torch takes seconds.
     found = {"python": platform.python_version()}
-    for name in ("hbfp", "numpy", "torch", "safetensors"):
+    for name in ("hbfp", "numpy", "torch"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -127,6 +127,23 @@ pub(crate) fn decode<'py>(
     values.into_pyarray(py).reshape(shape)
 }
 
+/// Raises CodeError for planes that no encoder writes.
+#[pyfunction]
+pub(crate) fn check(
+    py: Python<'_>,
+    exponents: PyReadonlyArrayDyn<'_, u8>,
+    mantissas: PyReadonlyArrayDyn<'_, u8>,
+    format: &Format,
+    shape: Vec<usize>,
+    axis: isize,
+    threads: usize,
+) -> PyResult<()> {
+    let layout = layout(format, &shape, axis)?;
+    let exponents = contiguous(&exponents, Some(layout.exponents()), "exponents")?;
+    let mantissas = contiguous(&mantissas, Some(layout.mantissas()), "mantissas")?;
+    run(py, threads, |ctx| hbfp::encode::check(ctx, &layout, exponents, mantissas))
+}
+
 /// Planes -> codes in the logical shape, int8 or (above 8 bits) int16.
 #[pyfunction]
 pub(crate) fn unpack<'py>(

@@ -29,7 +29,7 @@ mod _core {
     #[pymodule_export]
     use crate::convolution::{convolution_forward, convolution_input_gradient, convolution_weight_gradient};
     #[pymodule_export]
-    use crate::encode::{decode, encode, measure, pack, philox4x32, quantize, unpack};
+    use crate::encode::{check, decode, encode, measure, pack, philox4x32, quantize, unpack};
     #[pymodule_export]
     use crate::error::{CodeError, DTypeError, FormatError, HBFPError, LevelError, NonFiniteError, ShapeError};
     #[pymodule_export]

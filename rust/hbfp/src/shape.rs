@@ -235,15 +235,14 @@ impl<'a> FloatLines<'a> {
 }
 
 pub(crate) fn element_count(shape: &[usize]) -> Result<usize> {
-    // Zeros first: they make any product small.
-    if shape.contains(&0) {
-        return Ok(0);
-    }
-    shape
+    // Zeros aside, so that parts of the product can be taken without care.
+    let count = shape
         .iter()
+        .filter(|&&d| d != 0)
         .try_fold(1usize, |n, &d| n.checked_mul(d))
         .filter(|&n| n <= isize::MAX as usize / 4)
-        .ok_or_else(|| Error::shape("a shape whose elements can be counted", format!("{shape:?}")))
+        .ok_or_else(|| Error::shape("a shape whose elements can be counted", format!("{shape:?}")))?;
+    Ok(if shape.contains(&0) { 0 } else { count })
 }
 
 /// How a tensor of a shape lies in its two planes.
@@ -291,7 +290,8 @@ impl PlaneLayout {
                 outer = padded[..last.saturating_sub(1)].iter().product::<usize>();
                 (inner, k) = (1, matrix[1]);
                 let (rows, columns) = (outer * matrix[0].div_ceil(t), matrix[1].div_ceil(t));
-                (exponents, mantissas) = ([rows, columns], [rows, columns * bytes(t * t)]);
+                // An overflow is found below: saturated, it is too large.
+                (exponents, mantissas) = ([rows, columns], [rows, columns.saturating_mul(bytes(t * t))]);
             }
             BlockShape::Tensor => {
                 (outer, inner, k) = (1, 1, count);

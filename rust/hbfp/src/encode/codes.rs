@@ -232,6 +232,9 @@ impl Codes {
     /// Value of every code: `write(line, k, value)`.
     pub(crate) fn decode(&self, mut write: impl FnMut(usize, usize, f32)) {
         let blocks = self.blocks();
+        if self.k == 0 {
+            return; // of any number of lines
+        }
         for line in 0..self.matrices * self.lines {
             for at in (0..self.k).step_by(self.block) {
                 let c = self.exponents[line * blocks + at / self.block];
@@ -287,6 +290,10 @@ fn for_each_tile(
     t: usize,
     mut f: impl FnMut(usize, usize, usize, usize, usize) -> Result<()>,
 ) -> Result<()> {
+    // Without elements there may be any number of matrices or rows, which nobody should count to.
+    if rows == 0 || columns == 0 {
+        return Ok(());
+    }
     for matrix in 0..matrices {
         for r in (0..rows).step_by(t) {
             for c in (0..columns).step_by(t) {

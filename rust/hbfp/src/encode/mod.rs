@@ -2,6 +2,7 @@
 #![allow(unsafe_code, reason = "calls of kernels")]
 
 pub(crate) mod blocks;
+mod check;
 pub(crate) mod codes;
 pub(crate) mod forms;
 mod measure;
@@ -9,6 +10,7 @@ pub(crate) mod panels;
 pub(crate) mod relayout;
 
 pub use blocks::RoundingMode;
+pub use check::check;
 pub use measure::{Measured, measure};
 
 use crate::arch::generic::encode::{STRIP, Scaling};
