@@ -250,7 +250,7 @@ def _exchange(model: nn.Module, made: Mapping[int, Tensor]) -> None:
 
 def _refuse_unsaved(path: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """A buffer that no file holds has no value where the model was made without memory."""
-    saved = {id(tensor) for tensor in tensors.values()}
+    saved = {id(tensor) for tensor in [*tensors.values(), *(packed for packed, _ in _tied(model))]}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta and id(tensor) not in saved:
             raise FileError(
