@@ -312,7 +312,9 @@ _aten: Any = torch.ops.aten
 
 @_of(_aten.detach.default, _aten.alias.default)
 def _detach(func: Any, x: PackedWeight) -> PackedWeight:
-    return _with(x, func)
+    made = _with(x, func)
+    made._lent = x._lent
+    return made
 
 
 @_of(_aten.clone.default)

@@ -581,5 +581,9 @@ def test_loading_is_measured_in_a_process_of_its_own(bench, tmp_path):
     assert layers == 30
     found = loading.measure(tmp_path / "m.safetensors", layers, 1, 256)
     assert 0 < found.loaded <= found.laid_out
+    # Pages of the file are given back as its weights are laid out.
+    layers = loading.write(tmp_path / "large.safetensors", 40)
+    size = (tmp_path / "large.safetensors").stat().st_size
+    assert loading.measure(tmp_path / "large.safetensors", layers, 1).peak < 1.6 * size
     with pytest.raises(NotRun, match="failed"):
         loading.measure(tmp_path / "none", layers, 1, 256)
