@@ -101,6 +101,8 @@ _TORCH = {
     "watch": "hbfp.telemetry",
     "load_model": "hbfp.checkpoint",
     "save_model": "hbfp.checkpoint",
+    "freeze_": "hbfp.freezing",
+    "unfreeze_": "hbfp.freezing",
 }
 
 

@@ -36,6 +36,9 @@ __all__ = [
     "encode",
     "info",
     "keep",
+    "kept_linear",
+    "kept_panels",
+    "kept_planes",
     "kept_product",
     "lay_out",
     "measure",
@@ -221,13 +224,35 @@ def tensor_product(
     `kept_product` takes, a uint8 tensor, or None where that would be no smaller than the floats. It holds the codes of
     `a` along its rows (axis -2 of the flattened matrix), made in the same pass."""
 
-def keep(operand: Floats, threads: int) -> Any | None:
-    """The codes of a matrix, blocked along its axis, for `kept_product`: a uint8 tensor; None for a format that cannot
-    be kept, and where that would be no smaller than the floats."""
+def keep(operand: Floats | Planes, threads: int, below: int | None = None) -> Any | None:
+    """A right operand, one matrix, in a uint8 tensor, laid out as `tensor_product` keeps one. None for a format that
+    cannot be kept, and for `below` bytes or more. Raises CodeError for planes that no encoder writes."""
 
-def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: int) -> None:
-    """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` or `keep` kept of a [K, N]
-    tensor in `kept_format`: the same bits as the product with that tensor."""
+def kept_panels(format: Format, lines: int, k: int) -> tuple[int, int, int] | None:
+    """Panels, bytes of a panel and lines of a panel of what `keep` gives for [lines, k]: all panels, and then one
+    byte for each."""
+
+def kept_planes(kept: Any, format: Format, lines: int, k: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Exponent and mantissa plane of what `keep` gave for [lines, k]. Blocks of zeros get the exponent byte 0."""
+
+def kept_linear(
+    x: Any,
+    x_format: Format,
+    rounding: int,
+    seed: int,
+    stream: int,
+    kept: Any,
+    kept_format: Format,
+    lines: int,
+    bias: Any | None,
+    threads: int,
+) -> Any | None:
+    """x [.., K] times what `keep` gave for [lines, K], plus bias, in one call that allocates: [.., lines]. None for all
+    that is not as usual, errors included."""
+
+def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: int, bias: Any | None = None) -> None:
+    """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` or `keep` kept of an X [K, N] in
+    `kept_format`, plus bias: the same bits as the product with that tensor."""
 
 _Codings = list[tuple[Format, int, int]]
 """Format, rounding and stream of the left and of the right operand of a product."""

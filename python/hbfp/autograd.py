@@ -24,6 +24,7 @@ from torch.compiler import is_compiling
 from hbfp import ops
 from hbfp.backends import Arithmetic, arithmetic
 from hbfp.errors import HBFPError, ShapeError
+from hbfp.packed import PackedWeight
 from hbfp.policy import Backend, Recipe
 
 __all__ = [
@@ -505,9 +506,12 @@ def linear(
     usual = weight.dim() == 2 and x.dim() > 1 and recipe.backends.forward is _INTEGER and not ops.recorders
     if usual and _unseen(x, weight, bias):
         policy = recipe.forward
-        quick = ops.quick_product(
-            x, -1, weight, -1, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), bias
-        )
+        if type(weight) is PackedWeight:
+            quick = weight.quick_product(x, policy.formats, policy.roundings[0], seed, stream | _X, bias)
+        else:
+            quick = ops.quick_product(
+                x, -1, weight, -1, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), bias
+            )
         if quick is not None:
             return quick
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:

@@ -22,6 +22,8 @@ from hbfp.array import BlockArray, encode
 from hbfp.errors import FileError
 from hbfp.files import Deferred, Entry, File, save
 from hbfp.format import HBFP, ExponentRule, Rounding
+from hbfp.nn.conversion import FROZEN
+from hbfp.packed import PackedWeight
 from hbfp.policy import OperandPolicy, layer_states, weights_of
 
 __all__ = ["encoded_state", "load_model", "save_model"]
@@ -47,16 +49,28 @@ def _packed(model: nn.Module) -> dict[int, _Encoding]:
             policy = read.get((id(module), name))
             if policies.setdefault(id(parameter), policy) != policy:
                 policies[id(parameter)] = None
-    return {key: policy for key, policy in policies.items() if policy is not None and _idempotent(policy[0])}
+    return {key: policy for key, policy in policies.items() if policy is not None and is_idempotent(policy[0])}
 
 
-def _idempotent(policy: OperandPolicy) -> bool:
+def is_idempotent(policy: OperandPolicy) -> bool:
+    """Whether decoded values encode to the codes that they came from."""
     return policy.rounding is not Rounding.STOCHASTIC and policy.format.exponent_rule != ExponentRule.CEIL
+
+
+def _tied(model: nn.Module) -> list[tuple[PackedWeight, nn.Parameter]]:
+    """Packed weights that stand for a parameter which others keep as floats: a file has the floats alone."""
+    pairs: list[Any] = [
+        (module._parameters[name], frozen.tied)
+        for module in model.modules()
+        for name, frozen in module.__dict__.get(FROZEN, {}).items()
+        if frozen.tied is not None
+    ]
+    return pairs
 
 
 def _entries(model: nn.Module) -> dict[str, Tensor]:
     """Tensors of the state_dict; one that has several names under the first of them."""
-    seen: set[int] = set()
+    seen = {id(packed) for packed, _ in _tied(model)}
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
@@ -85,14 +99,22 @@ def encoded_state(model: nn.Module) -> dict[str, BlockArray | NDArray[Any]]:
     return {name: x.make() if isinstance(x, Deferred) else x for name, x in _content(model).items()}
 
 
-def save_model(path: str | os.PathLike[str], model: nn.Module, *, max_shard_size: int | None = None) -> None:
+def save_model(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    max_shard_size: int | None = None,
+) -> None:
     """Writes the model's state_dict with the weights of converted layers packed, blocked along the inputs.
 
     Weights are packed one by one as they are written.
 
     Args:
         path: of the file (safetensors); it appears complete or not at all.
-        model: converted by `hbfp.convert_`; at the widths in force now. bfloat16 tensors are stored as float32.
+        model: converted by `hbfp.convert_`, at the widths in force now, or frozen by `hbfp.freeze_`, whose weights are
+            written as they are. bfloat16 tensors are stored as float32.
+        metadata: further strings for the header, as in `hbfp.save`.
         max_shard_size: bytes; see `hbfp.save`.
 
     Raises:
@@ -100,7 +122,7 @@ def save_model(path: str | os.PathLike[str], model: nn.Module, *, max_shard_size
         DTypeError: a plain tensor's type can't be stored.
         OSError: the file can't be written.
     """
-    save(path, _content(model), max_shard_size=max_shard_size)
+    save(path, _content(model), metadata, max_shard_size=max_shard_size)
 
 
 def _content(model: nn.Module) -> dict[str, Any]:
@@ -108,7 +130,9 @@ def _content(model: nn.Module) -> dict[str, Any]:
     policies = _packed(model)
     content: dict[str, Any] = {}
     for name, tensor in _entries(model).items():
-        if id(tensor) in policies:
+        if isinstance(tensor, PackedWeight):
+            content[name] = Deferred(tensor.format, tuple(tensor.shape), tensor.block_array, tensor.axis)
+        elif id(tensor) in policies:
             policy, axis = policies[id(tensor)]
             make = partial(_encoded, tensor, policy, axis)
             content[name] = Deferred(policy.format, tuple(tensor.shape), make, axis, policy.rounding)
@@ -125,7 +149,9 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bo
     """Reads a file written by `save_model` into `model`, in place: converted or not, of the same architecture.
 
     Values are cast to the types that the model's tensors have. Tensors are decoded one by one; those of a model that
-    was made under `torch.device("meta")` become what was decoded, on the CPU, and exist once.
+    was made under `torch.device("meta")` become what was decoded, on the CPU, and exist once. Weights that
+    `hbfp.freeze_` packed take the file's codes without becoming floats: they read the file until their first product,
+    which checks the codes and lays them out for the kernels.
 
     Args:
         path: of the file, or of the index of its shards.
@@ -151,13 +177,18 @@ def load_model(path: str | os.PathLike[str], model: nn.Module, *, any_format: bo
             )
         for name, tensor in tensors.items():
             policy, _ = policies.get(id(tensor), (None, None))
-            _check(file, name, tensor, None if any_format or policy is None else policy.format)
+            format = tensor.format if isinstance(tensor, PackedWeight) else None if policy is None else policy.format
+            _check(file, name, tensor, None if any_format else format)
         made: dict[int, Tensor] = {}
         with torch.no_grad():
             for name, tensor in tensors.items():
                 new = _fill(tensor, file, name)
                 if new is not tensor:
                     made[id(tensor)] = new
+            for packed, floats in _tied(model):
+                new = _put(packed, _pack(packed, made.get(id(floats), floats)))
+                if new is not packed:
+                    made[id(packed)] = new
         _exchange(model, made)
 
 
@@ -180,7 +211,8 @@ def _check(file: File, name: str, tensor: Tensor, format: HBFP | None) -> None:
             f"{stored.format}: set the schedule to the step that the model was saved at, or convert to that format, "
             "or load with any_format=True"
         )
-    cast(BlockArray, file[name]).check_codes()
+    if not isinstance(tensor, PackedWeight):
+        cast(BlockArray, file[name]).check_codes()
 
 
 _TORCH = {
@@ -194,15 +226,33 @@ _TORCH = {
 
 def _fill(tensor: Tensor, file: File, name: str) -> Tensor:
     """`tensor` with the values of the file; on "meta", where there is nothing to fill, another in its place."""
-    if file.description(name) is not None:
+    described = file.description(name)
+    if isinstance(tensor, PackedWeight) and described is not None:
+        array = cast(BlockArray, file[name])
+        if (array.format, array.axis) == (tensor.format, tensor.axis):
+            return _put(tensor, PackedWeight.from_block_array(array))
+    if described is not None:
         values = torch.from_numpy(cast(BlockArray, file[name]).decode())
     else:
         entry, data = file.stored(name)
         values = torch.from_numpy(data.copy()).view(_TORCH[entry.dtype]).reshape(entry.shape)
+    if isinstance(tensor, PackedWeight):
+        return _put(tensor, _pack(tensor, values))
     if not tensor.is_meta:
         return tensor.copy_(values)
     values = values.to(tensor.dtype)
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _pack(like: PackedWeight, values: Tensor) -> PackedWeight:
+    return PackedWeight.of(values, like.format, like.axis)
+
+
+def _put(place: PackedWeight, packed: PackedWeight) -> Tensor:
+    if not place.is_meta:
+        place.adopt(packed)
+        return place
+    return nn.Parameter(packed.to(place.dtype), requires_grad=False)
 
 
 def _exchange(model: nn.Module, made: Mapping[int, Tensor]) -> None:
@@ -211,11 +261,14 @@ def _exchange(model: nn.Module, made: Mapping[int, Tensor]) -> None:
         for name, old in [*module._parameters.items(), *module._buffers.items()]:
             if old is not None and id(old) in made:
                 setattr(module, name, made[id(old)])  # recurrent layers keep a list of their weights
+        for frozen in module.__dict__.get(FROZEN, {}).values():
+            if frozen.tied is not None:
+                frozen.tied = made.get(id(frozen.tied), frozen.tied)
 
 
 def _refuse_unsaved(path: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """A buffer that no file holds has no value where the model was made without memory."""
-    saved = {id(tensor) for tensor in tensors.values()}
+    saved = {id(tensor) for tensor in [*tensors.values(), *(packed for packed, _ in _tied(model))]}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta and id(tensor) not in saved:
             raise FileError(

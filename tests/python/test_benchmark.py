@@ -24,7 +24,9 @@ from hbfp.benchmark import (  # noqa: E402
     checks,
     gates,
     ggml,
+    inference,
     layers,
+    loading,
     memory,
     peers,
     plot,
@@ -39,6 +41,7 @@ from hbfp.benchmark.results import Missing, NotMeasured, NotRun, Results, Row, c
 from hbfp.benchmark.timing import Effort  # noqa: E402
 from hbfp.errors import FileError  # noqa: E402
 from hbfp.tools.cli import main  # noqa: E402
+from hbfp.training.gpt import GPTShape  # noqa: E402
 
 BRIEF = Effort(rounds=2, calls=1, sample=0.0, slow=1e9)
 
@@ -549,3 +552,39 @@ def test_torch_missing_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
     assert "pip install 'hbfp[torch]'" in done.stderr
+
+
+# --- inference -------------------------------------------------------------------------------------------------------
+
+
+def test_frozen_layers_are_measured_and_checked(bench, monkeypatch):
+    inference.frozen_linear(bench, 2, 64, 128)
+    assert contestants(bench) >= {"hbfp4, frozen", "hbfp4, frozen, compiled", "torch fp32"}
+    monkeypatch.setattr(hbfp.nn.Linear, "forward", lambda self, x: x @ self.weight.decode().T)
+    with pytest.raises(WrongAnswer):
+        inference.frozen_linear(bench, 2, 64, 128)
+
+
+def test_generation_is_measured_and_checked(bench, monkeypatch):
+    shape = GPTShape(11, 1, 64, 32)
+    inference.generation(bench, "small", shape, 4, 4)
+    assert contestants(bench) == {"hbfp4, frozen", "torch fp32"}
+    assert {row.unit for row in bench.results.rows} == {"tokens/s"}
+    assert all(row.figure == pytest.approx(4 / row.seconds) for row in bench.results.rows)
+    real = hbfp.nn.KeyValueCache.__call__
+    monkeypatch.setattr(hbfp.nn.KeyValueCache, "__call__", lambda self, q, k, v: 3 * real(self, q, k, v))
+    with pytest.raises(WrongAnswer, match="cached"):
+        inference.generation(bench, "small", shape, 4, 4)
+
+
+def test_loading_is_measured_in_a_process_of_its_own(bench, tmp_path):
+    layers = loading.write(tmp_path / "m.safetensors", 1, 256)
+    assert layers == 30
+    found = loading.measure(tmp_path / "m.safetensors", layers, 1, 256)
+    assert 0 < found.loaded <= found.laid_out
+    # Pages of the file are given back as its weights are laid out.
+    layers = loading.write(tmp_path / "large.safetensors", 40)
+    size = (tmp_path / "large.safetensors").stat().st_size
+    assert loading.measure(tmp_path / "large.safetensors", layers, 1).peak < 1.6 * size
+    with pytest.raises(NotRun, match="failed"):
+        loading.measure(tmp_path / "none", layers, 1, 256)

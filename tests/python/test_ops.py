@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 
 import hbfp  # noqa: E402
 from hbfp import ops  # noqa: E402
+from hbfp.packed import PackedWeight  # noqa: E402
 
 
 def values(*shape, seed=0):
@@ -39,6 +40,13 @@ CASES["attention_backward"] = (
     values(2, 5, 4), Q, K, V, None, True, 0.5, ["hbfp4b16", "hbfp6b16"] * 3, [0, 3] * 3, list(range(-5, 5)), -5,
     [True, False, True],
 )  # fmt: skip
+PANELS = PackedWeight.of(values(6, 70), "hbfp4b64")
+PLANES = hbfp.encode(values(6, 70), "hbfp6b64")
+CASES["packed_product"] = (values(5, 70), "hbfp4b64", 3, 1, PANELS.codes, None, "hbfp4b64", 6, -5, values(6))
+CASES["decode"] = (
+    torch.from_numpy(PLANES.mantissa_plane.copy()), torch.from_numpy(PLANES.exponent_plane.copy()), "hbfp6b64",
+    [2, 3, 70], 2,
+)  # fmt: skip
 CASES["next_step"] = (torch.tensor(2**32 - 1),)
 
 
@@ -47,7 +55,7 @@ def test_every_operator_has_a_case():
     assert found == set(CASES)
 
 
-DRAWN = {"product": 2, "quantize": 1, "attention": 4, "attention_backward": 10}
+DRAWN = {"product": 2, "packed_product": 1, "quantize": 1, "attention": 4, "attention_backward": 10}
 """Operators whose streams may be tensors, as the last argument, and how many."""
 
 

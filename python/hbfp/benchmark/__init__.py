@@ -16,6 +16,7 @@ CASES = (
     "scaling",
     "overhead",
     "layers",
+    "inference",
     "sweep",
 )
 """What can be asked for one by one. Here because this file imports nothing: the rest needs torch."""

@@ -253,6 +253,39 @@ def _memory(label: str, case: str, shape: str, bar: tuple[float, float] | None =
     return Gate(label, figure, bars, at_most=True, loosened=False)
 
 
+def _everywhere(must: float, stretch: float) -> Bars:
+    return dict.fromkeys(("scalar", "avx2", "avx512vnni"), (must, stretch))
+
+
+def _seconds(case: str, shape: str, own: str) -> Figure:
+    return lambda results, threads: results.find(case, shape, own, threads).seconds
+
+
+def _inference() -> list[Gate]:
+    frozen = "hbfp4, frozen"
+    bars = {1: _bars((10, 14), (20, 28)), 16: _bars((4.0, 4.5), (6, 9))}
+    gates = []
+    for m in (1, 4, 16):
+        shape = f"{m}x4096x4096"
+        for name in (frozen, f"{frozen}, compiled"):
+            label = f"{name}, linear {shape}"
+            gates.append(Gate(f"{label} / FP32", ratio("frozen linear", shape, name, _FP32), bars.get(m, _bars())))
+            figure = ratio("frozen linear", shape, name, _INT8)
+            gates.append(Gate(f"{label} / dynamic int8", figure, _bars((2, 2.7), (2, 2.8)) if m == 1 else _bars()))
+    for name in ("demo", "100 M"):
+        figure = ratio("generation", name, frozen, _FP32)
+        gates.append(Gate(f"tokens per second, {name} GPT / FP32", figure, _bars((3, 4), (3, 4)), loosened=False))
+    bars_of_time = _everywhere(0.2, 0.1)
+    for name in ("load_model", "load_model and layout"):
+        label, figure = f"{name}, 500 MB, s", _seconds("loading", "500 MB", name)
+        gates.append(Gate(label, figure, bars_of_time, "{:.3f}", at_most=True, loosened=False))
+    peak = fraction("loading", "500 MB", "peak memory", "file")
+    gates.append(
+        Gate("peak memory of loading, of the file", peak, _everywhere(1.1, 1.03), at_most=True, loosened=False)
+    )
+    return gates
+
+
 GATES: tuple[Gate, ...] = (
     _packed("HBFP4", _H4, (3.0, 3.3), (4.2, 4.8)),
     _packed("HBFP6", "hbfp6b64", (2.8, 3.1), (4.2, 4.8)),
@@ -325,4 +358,5 @@ GATES: tuple[Gate, ...] = (
     _memory("peak memory of a GPT step, of FP32's", "peak memory", "gpt"),
     _memory("saved activations of a linear layer, of FP32's", "saved activations", "linear 1024", (1 / 7, 1 / 7.5)),
     _memory("saved activations of a GPT, of FP32's", "saved activations", "gpt"),
+    *_inference(),
 )

@@ -12,7 +12,7 @@ from importlib import metadata
 import torch
 
 import hbfp
-from hbfp.benchmark import cases, layers
+from hbfp.benchmark import cases, inference, layers
 from hbfp.benchmark.cases import Bench
 from hbfp.benchmark.results import Results, cpu_name
 from hbfp.benchmark.timing import Effort
@@ -80,6 +80,12 @@ def plan(threads: Sequence[int], *, quick: bool = False, only: Sequence[str] = (
             for context in (512, 2048):
                 add("layers", f"attention {context}", count, partial(layers.attention, context=context), _LAYERS)
             add("layers", "LSTM", count, layers.lstm, _LAYERS)
+            for m in (1, 4, 16):
+                add("inference", f"frozen linear, {m}", count, partial(inference.frozen_linear, m=m))
+            for name, shape in inference.GPTS.items():
+                work = partial(inference.generation, name=name, shape=shape)
+                add("inference", f"generation, {name}", count, work, _LAYERS)
+            add("inference", "loading", count, inference.load)
     most = max(threads)
     if not quick:
         add("layers", "saved activations", most, layers.saved_activations)

@@ -129,6 +129,24 @@ class Container:
         return array if array.flags.aligned else array.copy()
 
 
+def forget(array: NDArray[Any]) -> None:
+    """Lets the memory go that a part of a mapped file takes; who reads it again, reads the file again.
+
+    For arrays that nobody has written to. Does nothing for an array that is no part of a mapped file.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    base = base.obj if isinstance(base, memoryview) else base
+    if not isinstance(base, mmap.mmap) or not hasattr(base, "madvise"):
+        return
+    start = array.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    page = mmap.PAGESIZE
+    first, last = -(-start // page) * page, (start + array.nbytes) // page * page
+    if last > first:
+        base.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
 def _mapped(descriptor: int, size: int) -> mmap.mmap:
     """The file in memory. Private: whoever writes into an array writes into his own copy of a page."""
     if sys.platform == "win32":

@@ -8,6 +8,7 @@ from __future__ import annotations
 from hbfp.nn import functional
 from hbfp.nn.attention import DotProductAttention
 from hbfp.nn.bilinear import Bilinear
+from hbfp.nn.cache import KeyValueCache
 from hbfp.nn.conversion import convert_, revert_
 from hbfp.nn.convolution import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from hbfp.nn.linear import Linear
@@ -30,6 +31,7 @@ __all__ = [
     "ConversionReport",
     "DotProductAttention",
     "GRUCell",
+    "KeyValueCache",
     "LSTMCell",
     "Linear",
     "MultiheadAttention",

@@ -99,6 +99,9 @@ _FUSED: dict[type[nn.Module], tuple[str, Any]] = {nn.TransformerEncoder: ("use_n
 _WHOLE: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
 """Classes that reach into their parts' weights without calling them: the parts are not converted by themselves."""
 
+FROZEN = "hbfp_frozen"
+"""The entry of a module's `__dict__` that says which of its weights are packed; see `hbfp.freezing`."""
+
 _HARMLESS = frozenset({"__init__", "reset_parameters", "extra_repr", "__annotate__", "__annotate_func__", "_abc_impl"})
 """What a subclass may define and still be computed by its base's forward, with nothing lost."""
 
@@ -509,8 +512,18 @@ def revert_(model: nn.Module) -> None:
     """Takes back `convert_`: every converted layer under `model` is again what it was, with the weights it has now.
 
     Raises:
-        ConversionError: nothing under `model` was converted.
+        ConversionError: nothing under `model` was converted, or it is frozen.
     """
+    frozen = [name for name, module in model.named_modules() if FROZEN in module.__dict__]
+    if frozen:
+        raise ConversionError(
+            f"the weights of {_some(frozen)} are packed: hbfp.unfreeze_(model) first makes floats of them"
+        )
+    take_back(model)
+
+
+def take_back(model: nn.Module) -> None:
+    """`revert_`, whatever the weights are held as."""
     converted = [(module, state) for _, module, state in layer_states(model) if state.undo is not None]
     if not converted:
         raise ConversionError(f"{type(model).__name__} holds no converted layer: there is nothing to take back")

@@ -16,7 +16,20 @@ from collections.abc import Sequence
 from typing import NoReturn, Protocol
 
 from hbfp.errors import HBFPError
-from hbfp.tools import bench, demo, diff, explain, export, info, inspection, quantize, train, vectors_command, verify
+from hbfp.tools import (
+    bench,
+    demo,
+    diff,
+    explain,
+    export,
+    generate,
+    info,
+    inspection,
+    quantize,
+    train,
+    vectors_command,
+    verify,
+)
 
 
 class Command(Protocol):
@@ -43,6 +56,7 @@ COMMANDS: tuple[Command, ...] = (
     verify,
     export,
     train,
+    generate,
     bench,
     vectors_command,
 )

@@ -17,6 +17,7 @@ NAME = "train"
 HELP = "train a character-level GPT on a text, or a network for images on CIFAR, in fixed-point or FP32 arithmetic"
 
 SAVE_EVERY = 100
+PACKED = "model.safetensors"
 
 # Options that make the run what it is: stored in the checkpoint, not to be changed by --resume. They have no defaults
 # here, so that what was typed can be told from what was not; the defaults are those of training.train.Settings.
@@ -136,7 +137,8 @@ def _run(arguments: argparse.Namespace, processes: "Processes") -> int:
 
     from hbfp.errors import FileError, HBFPError
     from hbfp.training.data import Windows
-    from hbfp.training.gpt import GPT, sample
+    from hbfp.training.generation import Writer
+    from hbfp.training.gpt import GPT
     from hbfp.training.loop import Observer, train
     from hbfp.training.outcome import PLOT, REPORT, Outcome
     from hbfp.training.progress import Progress
@@ -204,10 +206,12 @@ def _run(arguments: argparse.Namespace, processes: "Processes") -> int:
     if not processes.leads:
         return 0
     written = ""
-    if arguments.sample and isinstance(training.run.model, GPT) and isinstance(training.data, Windows):
-        corpus = training.data.corpus
-        codes = sample(training.run.model, corpus.encode("\n"), arguments.sample, seed=settings.seed)
-        written = corpus.decode(codes)
+    packed: Path | None = None
+    if isinstance(training.run.model, GPT) and isinstance(training.data, Windows):
+        writer = Writer(training.run.model, training.data.corpus.vocabulary)
+        packed = arguments.out / PACKED
+        writer.save(packed)
+        written = "".join(writer.write("", arguments.sample, seed=settings.seed))
     outcome = Outcome.of(training, checkpoint)
     outcome.write(arguments.out)
     plot: Path | None = arguments.out / PLOT
@@ -218,6 +222,7 @@ def _run(arguments: argparse.Namespace, processes: "Processes") -> int:
         print(f"hbfp train: no plot: {error.name} is not installed; pip install 'hbfp[demo]'", file=sys.stderr)
     if arguments.json:
         result = asdict(outcome) | {"plot": None if plot is None else str(plot), "sample": written}
+        result |= {"model": None if packed is None else str(packed)}
         del result["losses"]  # they are in the report
         print(json.dumps(result, indent=1))
         return 0
@@ -230,6 +235,8 @@ def _run(arguments: argparse.Namespace, processes: "Processes") -> int:
         f"validation loss {outcome.final_loss:.4f}, {answer} right {outcome.accuracy:.2%}, after {outcome.steps} steps"
     )
     print(f"checkpoint: {checkpoint}")
+    if packed is not None:
+        print(f"packed model: {packed}; go on with: hbfp generate {shlex.quote(str(packed))}")
     print(f"losses and plot: {arguments.out / REPORT}{'' if plot is None else f', {plot}'}")
     if written:
         print(f"\n{written}")

@@ -5,13 +5,14 @@ Every product with a weight is an `nn.Linear` and both products of attention sit
 weights of its own: a tied one would put one parameter under two formats.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from hbfp.errors import HBFPError
-from hbfp.nn import DotProductAttention
+from hbfp.nn import DotProductAttention, KeyValueCache
 
 HEAD_WIDTH = 64
 
@@ -52,11 +53,11 @@ class Block(nn.Module):
         self.gelu = nn.GELU()
         self.down = nn.Linear(4 * shape.width, shape.width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         batch, time, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, time, 3, self.heads, HEAD_WIDTH)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        mixed = self.attention(query, key, value, is_causal=True)
+        mixed = self.attention(query, key, value, is_causal=True) if cache is None else cache(query, key, value)
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))
         mlp: Tensor = self.down(self.gelu(self.up(self.mlp_norm(x))))
         return x + mlp
@@ -84,23 +85,15 @@ class GPT(nn.Module):
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=branch if name.endswith(("proj.weight", "down.weight")) else 0.02)
 
-    def forward(self, codes: Tensor) -> Tensor:
-        x = self.characters(codes) + self.positions.weight[: codes.shape[-1]]
-        for block in self.blocks:
-            x = block(x)
+    def caches(self) -> list[KeyValueCache]:
+        """An empty cache for each block, in the formats in force."""
+        return [KeyValueCache(cast(Block, block).attention) for block in self.blocks]
+
+    def forward(self, codes: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """With `caches`, of `self.caches()`, `codes` are the next of each text, and positions go on from the last."""
+        past = 0 if caches is None else caches[0].length
+        x = self.characters(codes) + self.positions.weight[past : past + codes.shape[-1]]
+        for number, block in enumerate(self.blocks):
+            x = block(x) if caches is None else block(x, caches[number])
         scores: Tensor = self.head(self.norm(x))
         return scores
-
-
-@torch.no_grad()
-def sample(model: GPT, start: list[int], count: int, *, temperature: float = 0.8, seed: int = 0) -> list[int]:
-    """`count` codes that the model goes on with after `start` (at least one code); the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    codes = list(start)
-    training = model.training
-    model.eval()
-    for _ in range(count):
-        scores = model(torch.tensor([codes[-model.shape.context :]]))[0, -1] / temperature
-        codes.append(int(torch.multinomial(scores.softmax(-1), 1, generator=generator)))
-    model.train(training)
-    return codes[len(start) :]

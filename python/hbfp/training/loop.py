@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hbfp.errors import FileError, HBFPError
 from hbfp.nn.conversion import convert_
 from hbfp.optim import wide_weights
+from hbfp.policy import layer_states
 from hbfp.schedule import Booster, set_step
 from hbfp.training.data import Batch, Data
 from hbfp.training.plan import Plan
@@ -153,6 +154,7 @@ class Run:
             "step": self.step,
             "losses": self.losses,
             "validations": self.validations,
+            "formats": formats_of(self.model),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,6 +176,11 @@ def _buffers_kept(model: nn.Module) -> Iterator[None]:
         for buffer, value in before:
             buffer.copy_(value)
         raise
+
+
+def formats_of(model: nn.Module) -> dict[str, str]:
+    """The format of each converted layer's forward product, as it is now; empty for a model in FP32."""
+    return {name: str(state.recipe.forward.right.format) for name, _, state in layer_states(model)}
 
 
 def grade(answers: Iterable[Batch]) -> Score:

@@ -152,7 +152,7 @@ class Training:
         content = read_checkpoint(checkpoint)
         stored = content.get("settings")
         names = {field.name for field in fields(Settings)}
-        if not isinstance(stored, dict) or set(stored) != names | {"sha256"}:
+        if not isinstance(stored, dict) or set(stored) - {"vocabulary"} != names | {"sha256"}:
             raise FileError(f"{checkpoint} is not a checkpoint of `hbfp train`")
         if stored["processes"] != processes.count:
             raise HBFPError(
@@ -183,6 +183,7 @@ class Training:
             **asdict(self.settings),
             "data": str(Path(self.settings.data).resolve()),
             "sha256": self.sha256,
+            **({"vocabulary": self.data.corpus.vocabulary} if isinstance(self.data, Windows) else {}),
         }
 
     @property

@@ -12,14 +12,18 @@ use hbfp::{Error, Rounding};
 use numpy::{IntoPyArray, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-type PlanePair<'py> = (Bound<'py, PyArray2<u8>>, Bound<'py, PyArray2<u8>>);
+pub(crate) type PlanePair<'py> = (Bound<'py, PyArray2<u8>>, Bound<'py, PyArray2<u8>>);
 
 pub(crate) fn mode(rounding: u8, seed: u64, stream: u64) -> PyResult<RoundingMode> {
     let rounding = Rounding::from_code(rounding).map_err(|e| to_python(&e))?;
     Ok(RoundingMode { rounding, seed: Seed { seed, stream } })
 }
 
-fn planes<'py>(py: Python<'py>, planes: hbfp::encode::Planes, shapes: [[usize; 2]; 2]) -> PyResult<PlanePair<'py>> {
+pub(crate) fn planes<'py>(
+    py: Python<'py>,
+    planes: hbfp::encode::Planes,
+    shapes: [[usize; 2]; 2],
+) -> PyResult<PlanePair<'py>> {
     let plane = |bytes: Vec<u8>, shape: [usize; 2]| bytes.into_pyarray(py).reshape(shape);
     Ok((plane(planes.exponents, shapes[0])?, plane(planes.mantissas, shapes[1])?))
 }

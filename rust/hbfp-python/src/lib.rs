@@ -35,7 +35,10 @@ mod _core {
     #[pymodule_export]
     use crate::format::Format;
     #[pymodule_export]
-    use crate::product::{Floats, Packed, Planes, keep, kept_product, lay_out, prepack, product, tensor_product};
+    use crate::product::{
+        Floats, Packed, Planes, keep, kept_linear, kept_panels, kept_planes, kept_product, lay_out, prepack, product,
+        tensor_product,
+    };
     #[pymodule_export]
     use crate::run::info;
     #[pymodule_export]

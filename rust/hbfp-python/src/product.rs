@@ -1,7 +1,7 @@
 //! Operands and products.
 #![allow(clippy::too_many_arguments, reason = "Python signatures")]
 
-use crate::encode::mode;
+use crate::encode::{PlanePair, mode, planes};
 use crate::error::{DTypeError, ShapeError};
 use crate::format::{Format, layout, resolve_axis};
 use crate::run::{here, run, run_here, run_with_workspace, with_workspace};
@@ -290,32 +290,113 @@ pub(crate) fn tensor_product<'py>(
     }
 }
 
-/// The codes of a matrix of floats along its blocked axis, for [`kept_product`]; None where the floats are no larger.
+/// A right operand laid out in a uint8 tensor, as [`tensor_product`] keeps one; None for a format that can't be kept, and for
+/// `below` bytes or more.
 #[pyfunction]
+#[pyo3(signature = (operand, threads, below=None))]
 pub(crate) fn keep<'py>(
     py: Python<'py>,
     operand: &Bound<'py, PyAny>,
     threads: usize,
+    below: Option<usize>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let borrowed = Borrowed::new(operand, "operand")?;
-    let Borrowed::Floats(view, axis, format, mode) = &borrowed else {
-        return Err(DTypeError::new_err("operand: expected Floats; found Planes"));
+    let operand = borrowed.operand()?;
+    let (shape, axis) = match &operand {
+        Operand::Floats { x, axis, .. } => (x.shape(), *axis),
+        Operand::Planes { layout, axis, .. } => (layout.shape(), *axis),
     };
-    let (&[rows, columns], &axis, format, mode) = (view.shape(), axis, format.inner, *mode) else {
-        return Err(ShapeError::new_err(format!("expected a matrix to keep; found shape {:?}", view.shape())));
+    let &[rows, columns] = shape else {
+        return Err(ShapeError::new_err(format!("operand: expected a matrix; found shape {shape:?}")));
     };
-    let (lines, k) = if axis == 0 { (columns, rows) } else { (rows, columns) };
-    let len = gemm::kept_bytes(&here()?, lines, k, format).filter(|&len| len < 4 * view.count());
-    let Some(len) = len else { return Ok(None) };
-    let mut kept = BytesView::new(py, len)?;
-    let of = borrowed.operand()?;
-    let keep = Keep { axis, format, mode, bytes: kept.as_mut_slice() };
-    run_with_workspace(py, threads, |ctx, workspace| gemm::keep(ctx, &of, keep, workspace))?;
-    Ok(Some(kept.into_tensor()))
+    let (lines, k) = if axis == 1 { (rows, columns) } else { (columns, rows) };
+    let len = kept_bytes(lines, k, operand.format())?;
+    let Some(len) = len.filter(|&len| below.is_none_or(|below| len < below)) else { return Ok(None) };
+    let mut bytes = BytesView::new(py, len)?;
+    let slice = bytes.as_mut_slice();
+    run(py, threads, |ctx| gemm::keep(ctx, &operand, slice))?;
+    Ok(Some(bytes.into_tensor()))
 }
 
-/// out [M, N] = a [K, M] along its rows, times what [`tensor_product`] or [`keep`] kept of an X [K, N].
+/// Panels, bytes of a panel and lines of a panel of what [`keep`] gives for [lines, k]; None: it gives nothing.
 #[pyfunction]
+pub(crate) fn kept_panels(format: &Format, lines: usize, k: usize) -> PyResult<Option<[usize; 3]>> {
+    run_here(|ctx| Ok(gemm::kept_panels(ctx, lines, k, format.inner)))
+}
+
+/// The planes of what [`keep`] gave for [lines, k].
+#[pyfunction]
+pub(crate) fn kept_planes<'py>(
+    py: Python<'py>,
+    kept: &Bound<'py, PyAny>,
+    format: &Format,
+    lines: usize,
+    k: usize,
+) -> PyResult<PlanePair<'py>> {
+    let bytes = BytesView::read(kept, "kept")?;
+    let layout = layout(format, &[lines, k], 1)?;
+    let kept = Kept { lines, k, format: format.inner, bytes: bytes.as_slice() };
+    let (exponents, mantissas) = run(py, 1, |ctx| kept.planes(ctx, &layout))?;
+    planes(py, hbfp::encode::Planes { exponents, mantissas }, [layout.exponents(), layout.mantissas()])
+}
+
+/// A new tensor [.., lines]: x [.., K], a float32 tensor, times what [`keep`] gave for [lines, K], plus bias. None for all
+/// that is not as usual, errors included.
+#[pyfunction]
+pub(crate) fn kept_linear<'py>(
+    py: Python<'py>,
+    x: &Bound<'py, PyAny>,
+    x_format: &Format,
+    rounding: u8,
+    seed: u64,
+    stream: u64,
+    kept: &Bound<'py, PyAny>,
+    kept_format: &Format,
+    lines: usize,
+    bias: Option<&Bound<'py, PyAny>>,
+    threads: usize,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let Some(view) = FloatView::plain(x)? else { return Ok(None) };
+    let bias = match bias.map(FloatView::plain).transpose()? {
+        Some(Some(bias)) if bias.is_contiguous() => Some(bias),
+        None => None,
+        Some(_) => return Ok(None),
+    };
+    let mut shape = view.shape().to_vec();
+    let (count, Some(last)) = (view.count(), shape.last_mut()) else { return Ok(None) };
+    let k = std::mem::replace(last, lines);
+    if count == 0 || lines == 0 || shape.len() < 2 {
+        return Ok(None);
+    }
+    let view = if shape.len() == 2 {
+        view
+    } else {
+        let Some(flat) = view.flattened() else { return Ok(None) };
+        flat
+    };
+    let bytes = BytesView::read(kept, "kept")?;
+    let mode = mode(rounding, seed, stream)?;
+    let out = x.call_method1(intern!(py, "new_empty"), PyTuple::new(py, &shape)?)?;
+    let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
+    let a = Operand::Floats { x: view.tensor(), axis: 1, format: x_format.inner, mode };
+    let b = Right::Kept(Kept { lines, k, format: kept_format.inner, bytes: bytes.as_slice() });
+    let epilogue = Epilogue { accumulate: false, bias: bias.as_ref().map(FloatView::as_slice) };
+    let slice = target.as_mut_slice();
+    let work = (count / k).saturating_mul(lines).saturating_mul(k);
+    let multiply =
+        |ctx: &Context<'_>, workspace: &mut Workspace| gemm::product(ctx, &a, &b, slice, epilogue, workspace);
+    if work <= SMALL_MACS && count <= SMALL_ELEMENTS {
+        run_here(|ctx| with_workspace(ctx, multiply))?;
+    } else {
+        run_with_workspace(py, threads, multiply)?;
+    }
+    Ok(Some(out))
+}
+
+/// out [M, N] = a [K, M] along its rows, or [M, K] along its columns, times what [`tensor_product`] or [`keep`] kept of an
+/// X [K, N], plus bias.
+#[pyfunction]
+#[pyo3(signature = (a, kept, kept_format, out, threads, bias=None))]
 pub(crate) fn kept_product(
     py: Python<'_>,
     a: &Bound<'_, PyAny>,
@@ -323,11 +404,17 @@ pub(crate) fn kept_product(
     kept_format: &Format,
     out: &Bound<'_, PyAny>,
     threads: usize,
+    bias: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<()> {
     let left = Borrowed::new(a, "a")?;
     let bytes = BytesView::read(kept, "kept")?;
     let mut out = FloatView::write(out, "out")?;
     left.expect_apart(&out)?;
+    let bias = bias.map(|bias| FloatView::read(bias, "bias")).transpose()?;
+    if let Some(bias) = &bias {
+        bias.expect_contiguous("bias")?;
+        out.expect_apart(bias.extent(), "out")?;
+    }
     let Borrowed::Floats(view, axis, ..) = &left else {
         return Err(DTypeError::new_err("a: expected Floats; found Planes"));
     };
@@ -337,8 +424,9 @@ pub(crate) fn kept_product(
     };
     let kept = Kept { lines, k: view.shape()[*axis], format: kept_format.inner, bytes: bytes.as_slice() };
     let a = left.operand()?;
+    let epilogue = Epilogue { accumulate: false, bias: bias.as_ref().map(FloatView::as_slice) };
     let slice = out.as_mut_slice();
     run_with_workspace(py, threads, |ctx, workspace| {
-        gemm::product(ctx, &a, &Right::Kept(kept), slice, Epilogue::default(), workspace)
+        gemm::product(ctx, &a, &Right::Kept(kept), slice, epilogue, workspace)
     })
 }

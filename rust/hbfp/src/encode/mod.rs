@@ -7,6 +7,7 @@ pub(crate) mod codes;
 pub(crate) mod forms;
 mod measure;
 pub(crate) mod panels;
+pub(crate) mod relayout;
 
 pub use blocks::RoundingMode;
 pub use check::check;

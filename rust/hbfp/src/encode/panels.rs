@@ -4,6 +4,7 @@
 
 use super::blocks::{Part, RUN, RoundingMode, Scratch, load_lines, plane_strip, random_rows, random_strip};
 use super::codes::{Codes, unpack_block};
+use super::relayout::strip_of_planes;
 use super::{Context, forms, per_worker};
 use crate::arch::generic::encode::{BlockPlace, FAST_SCALES, PanelCoding, ROW_PADDING, STRIP, STRIPS_STAGED};
 use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER, a_block_bytes, b_block_bytes, nibble_block_bytes};
@@ -383,6 +384,11 @@ impl<'a> Filling<'a> {
         let strips = from..(from + self.strips_together).min(layout.strips());
         let b = rest / groups * self.blocks_together;
         let blocks = b..(b + self.blocks_together).min(layout.blocks);
+        if let (Source::Planes(planes), Form::Nibbles, 4) = (source, layout.form, format.bits()) {
+            return strips
+                .into_iter()
+                .try_for_each(|strip| strip_of_planes(planes, layout, panels, matrix, strip, blocks.clone()));
+        }
         scratch.reserve(layout.block);
         let per_strip = STRIP / layout.width;
         // Other forms are made of the kernels' own, which goes to scratch.

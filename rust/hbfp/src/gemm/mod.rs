@@ -13,9 +13,10 @@ use crate::arch::kernels::TileKernel;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
 use crate::encode::panels::{Form, Job, PanelLayout, Panels, PanelsMut, PanelsRef, PlaneLines, Side, Source, fill};
+use crate::encode::relayout::planes_of_nibbles;
 use crate::encode::{Context, RoundingMode, check_size};
 use crate::error::{Error, Result};
-use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
+use crate::format::{BlockFormat, BlockShape, MAX_BLOCK, NAN_EXPONENT};
 use crate::mem::AlignedBytes;
 use crate::shape::{FloatLines, FloatTensor, PlaneLayout, element_count};
 use std::sync::Mutex;
@@ -158,17 +159,6 @@ pub struct Keep<'a> {
     pub bytes: &'a mut [u8],
 }
 
-/// Writes another encoding of a matrix of floats, whose own format plays no part: what [`product_keeping`] does beside a
-/// product.
-///
-/// # Errors
-/// [`Error::Shape`] for what is no matrix of floats, or not of the size.
-pub fn keep(ctx: &Context<'_>, of: &Operand<'_>, keep: Keep<'_>, workspace: &mut Workspace) -> Result<()> {
-    let (lines, mode) = (keep.lines(of)?, keep.mode);
-    let source = Source::Floats(&lines, mode);
-    fill(ctx, keep.job(ctx, &source)?, &mut workspace.scratch)
-}
-
 /// What [`Keep`] wrote.
 #[derive(Clone, Copy, Debug)]
 pub struct Kept<'a> {
@@ -227,6 +217,65 @@ pub fn kept_bytes(ctx: &Context<'_>, lines: usize, k: usize, format: BlockFormat
     }
     let layout = kept_layout(format, [1, lines, k], ctx.kernels.columns);
     Some(layout.bytes() + layout.panel_count())
+}
+
+/// Panels of a kept operand, bytes of one, and its lines: what lies behind all panels is one byte for each. None: the
+/// format cannot be kept.
+#[must_use]
+pub fn kept_panels(ctx: &Context<'_>, lines: usize, k: usize, format: BlockFormat) -> Option<[usize; 3]> {
+    kept_bytes(ctx, lines, k, format)?;
+    let layout = kept_layout(format, [1, lines, k], ctx.kernels.columns);
+    Some([layout.panel_count(), layout.panel_bytes(), layout.width])
+}
+
+/// Lays a right operand out in `bytes`, as [`Keep`] does beside a product; it is one matrix of `lines` × K.
+///
+/// # Errors
+/// [`Error::Shape`] for batches, another number of bytes than [`kept_bytes`] and formats without one; [`Error::Code`] for
+/// planes that no encoder writes.
+pub fn keep(ctx: &Context<'_>, operand: &Operand<'_>, bytes: &mut [u8]) -> Result<()> {
+    let format = operand.format();
+    let resolved = operand.resolve(ctx, true)?;
+    let source = resolved.source();
+    if source.matrices() != 1 {
+        return Err(Error::shape("one matrix to keep", format!("a batch of {}", source.matrices())));
+    }
+    let Some(len) = kept_bytes(ctx, source.lines(), source.k(), format) else {
+        return Err(Error::shape("a format in blocks of up to 8 bits, to keep", format.to_string()));
+    };
+    check_size("bytes to keep the operand in", bytes.len(), len)?;
+    let layout = kept_layout(format, source.shape(), ctx.kernels.columns);
+    let (bytes, general) = bytes.split_at_mut(layout.bytes());
+    let panels = PanelsMut::new(bytes, general);
+    fill(ctx, Job { source: &source, format, layout, panels }, &mut Vec::new())
+}
+
+impl Kept<'_> {
+    /// The planes of `layout`, that of a matrix of `lines` × K blocked along K, that it holds: (exponents, mantissas).
+    /// Blocks of zeros get c = 0.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for another number of bytes than such an operand has at this level, or another layout.
+    pub fn planes(&self, ctx: &Context<'_>, layout: &PlaneLayout) -> Result<(Vec<u8>, Vec<u8>)> {
+        if layout.shape() != [self.lines, self.k] || layout.axis != 1 || layout.format() != self.format {
+            let expected = format!("the layout of [{}, {}] in {}", self.lines, self.k, self.format);
+            return Err(Error::shape(expected, format!("{:?} in {}", layout.shape(), layout.format())));
+        }
+        let (panel_layout, panels) = self.panels(ctx)?;
+        if panel_layout.form == Form::Nibbles && self.format.bits() == 4 {
+            return Ok(planes_of_nibbles(&panel_layout, &self.bytes[..panel_layout.bytes()]));
+        }
+        let mut codes = driver::codes_of_panels(&panel_layout, panels, self.format);
+        let blocks = codes.blocks();
+        for (place, c) in codes.exponents.iter_mut().enumerate() {
+            let (line, at) = (place / blocks, place % blocks * codes.block);
+            let block = &codes.codes[line * self.k..][at..self.k.min(at + codes.block)];
+            if *c != NAN_EXPONENT && block.iter().all(|&q| q == 0) {
+                *c = 0;
+            }
+        }
+        Ok(codes.to_planes(layout))
+    }
 }
 
 /// A right operand in the layout of a level's kernels.

@@ -1,0 +1,438 @@
+"""Weights held as codes: a float32 tensor to torch, an eighth of its size in memory.
+
+A `PackedWeight` stands for the values that its codes decode to. Products of `hbfp` in its own format read the codes,
+along its own axis; every other operator is given the decoded values, so the layers of torch compute with it in FP32.
+It is read-only but for `copy_` and `load_state_dict`, has no gradient, and lies on the CPU (or on "meta").
+
+In memory it is *panels*, in the order of this machine's kernels, where the format and the axis allow (`ops.packed`);
+what was read from a file stays the file's planes until the first product. Between machines, in pickles and state_dicts,
+it is planes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hbfp import ops
+from hbfp.array import BlockArray
+from hbfp.array import encode as _encode
+from hbfp.errors import HBFPError, ShapeError
+from hbfp.files.container import forget
+from hbfp.format import HBFP, Rounding
+
+__all__ = ["PackedWeight"]
+
+
+class PackedWeight(Tensor):
+    """The values of an encoded tensor; see the module. `of` packs floats, `from_block_array` what was encoded before.
+
+    Attributes:
+        format: of the codes.
+        axis: of the blocks, non-negative.
+        codes, exponents: panels and None, or the mantissa and the exponent plane.
+    """
+
+    format: HBFP
+    axis: int
+    _held: tuple[Tensor, Tensor | None]
+    _lent: tuple[NDArray[np.uint8], ...] = ()
+    """Whose memory the planes share, until they are laid out."""
+
+    @staticmethod
+    def __new__(
+        cls,
+        codes: Tensor,
+        exponents: Tensor | None,
+        format: HBFP,
+        shape: Sequence[int],
+        axis: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> PackedWeight:
+        """Takes what is held already, unchecked. `dtype` is what the decoded values are rounded to."""
+        made: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=codes.device)
+        made.format, made.axis, made._held = format, axis, (codes, exponents)
+        return made
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    # --- ways in and out -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def of(
+        cls, x: Tensor, format: HBFP | str, axis: int = -1, rounding: str | Rounding = "nearest_even"
+    ) -> PackedWeight:
+        """Packs floats.
+
+        Args:
+            x: on the CPU, or on "meta", which gives a packed weight without values.
+            format: of the codes.
+            axis: of the blocks.
+            rounding: any but "stochastic".
+
+        Raises:
+            ShapeError: no such axis. DTypeError: no floats. HBFPError: stochastic rounding.
+        """
+        format, rounding = HBFP.parse(format), Rounding.parse(rounding)
+        if rounding is Rounding.STOCHASTIC:
+            raise HBFPError("a weight that is rounded stochastically is encoded anew at each product: it is not packed")
+        shape = tuple(x.shape)
+        axis = format.blocked_axis(axis, shape)
+        x = x.detach()
+        if x.is_meta:
+            return cls._on_meta(format, shape, axis)
+        codes = None
+        if _has_panels(format, shape, axis):
+            codes = ops.panels_of_floats(x.reshape(prod(shape[:-1]), shape[-1]), format, rounding.code)
+        if codes is not None:
+            return cls(codes, None, format, shape, axis)
+        return cls.from_block_array(_encode(x, format, axis=axis, rounding=rounding))
+
+    @classmethod
+    def from_block_array(cls, array: BlockArray) -> PackedWeight:
+        """What was encoded elsewhere; its memory is shared until the first product, which checks the codes."""
+        array = array.canonical()
+        planes = array.mantissa_plane, array.exponent_plane
+        made = cls(*map(ops.bytes_of, planes), array.format, array.shape, array.axis)
+        made._lent = planes
+        return made
+
+    @classmethod
+    def _on_meta(
+        cls, format: HBFP, shape: tuple[int, ...], axis: int, dtype: torch.dtype = torch.float32
+    ) -> PackedWeight:
+        exponents, mantissas = (
+            torch.empty(size, dtype=torch.uint8, device="meta") for size in format.plane_shapes(shape, axis)
+        )
+        return cls(mantissas, exponents, format, shape, axis, dtype)
+
+    def planes(self) -> tuple[Tensor, Tensor]:
+        """The exponent and the mantissa plane (docs/spec.md, section 7), uint8. Blocks of zeros have the byte 0."""
+        codes, exponents = self._held
+        if exponents is not None:
+            return exponents, codes
+        return ops.planes_of_panels(codes, self.format, *self._matrix)
+
+    def block_array(self) -> BlockArray:
+        """The same as the numpy level holds it."""
+        exponents, mantissas = (ops.bytes_in(plane) for plane in self.planes())
+        return BlockArray(exponents, mantissas, self.format, tuple(self.shape), self.axis)
+
+    def decode(self) -> Tensor:
+        """The values, a plain tensor of this one's dtype."""
+        values = ops.decode(*self._held, self.format, self.shape, self.axis)
+        return values if self.dtype is torch.float32 else values.to(self.dtype)
+
+    @property
+    def codes(self) -> Tensor:
+        return self._held[0]
+
+    @property
+    def exponents(self) -> Tensor | None:
+        return self._held[1]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes in memory, or of the file's part that stands for them."""
+        return sum(x.numel() for x in self._held if x is not None)
+
+    def lay_out(self) -> None:
+        """Makes panels of planes, where the format has any; the next product would.
+
+        Raises:
+            CodeError: the planes hold what no encoder writes.
+        """
+        codes, exponents = self._held
+        if exponents is None or codes.is_meta or not _has_panels(self.format, tuple(self.shape), self.axis):
+            return
+        panels = ops.panels_of_planes(exponents, codes, self.format, *self._matrix)
+        if panels is not None:
+            self._held = panels, None
+            lent, self._lent = self._lent, ()
+            for plane in lent:
+                forget(plane)
+
+    @property
+    def _matrix(self) -> tuple[int, int]:
+        return prod(self.shape[:-1]), self.shape[-1]
+
+    def adopt(self, other: PackedWeight) -> None:
+        """Holds what `other` holds, which has the same format, axis and shape, without copying it."""
+        self._held, self._lent = other._held, other._lent
+
+    # --- products --------------------------------------------------------------------------------------------------
+
+    def quick_product(
+        self, x: Tensor, formats: tuple[HBFP, HBFP], rounding: int, seed: int, stream: int, bias: Tensor | None
+    ) -> Tensor | None:
+        """x [..., K] times the transpose of this [N, K]; None where anything is not as usual, errors included.
+
+        Not for code that torch.compile traces.
+        """
+        if self._held[1] is not None:
+            self.lay_out()
+        codes, exponents = self._held
+        if exponents is not None or formats[1] != self.format or self.axis != 1 or x.shape[-1] != self.shape[1]:
+            return None
+        return ops.quick_packed_product(x, formats[0], rounding, seed, stream, codes, self.format, self.shape[0], bias)
+
+    # --- what torch asks of a subclass -----------------------------------------------------------------------------
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        names = ["codes"] if self._held[1] is None else ["codes", "exponents"]
+        return names, (str(self.format), tuple(self.shape), self.axis, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Any, outer_stride: Any
+    ) -> PackedWeight:
+        format, shape, axis, dtype = context
+        return PackedWeight(inner["codes"], inner.get("exponents"), HBFP.parse(format), shape, axis, dtype)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What a compiled graph depends on: the description, not the codes."""
+        names, context = self.__tensor_flatten__()
+        sizes = [(name, tuple(getattr(self, name).shape)) for name in names]
+        return hashlib.sha256(repr((sizes, context, str(self.device))).encode()).hexdigest()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        own = _OPERATORS.get(func)
+        if own is not None:
+            result = own(func, *args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if isinstance(value, PackedWeight) and argument.alias_info is not None and argument.alias_info.is_write:
+                raise HBFPError(
+                    f"a packed weight is not changed in place, and {func} would: unfreeze the model first "
+                    "(hbfp.unfreeze_), or assign new values with copy_"
+                )
+        return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs or {}))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        exponents, mantissas = self.planes()
+        described = str(self.format), tuple(self.shape), self.axis, self.dtype
+        return _rebuilt, (exponents, mantissas, *described, isinstance(self, nn.Parameter))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
+        if id(self) not in memo:
+            memo[id(self)] = _like(self, cast(PackedWeight, self.clone()))
+        return cast(PackedWeight, memo[id(self)])
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        held = "planes" if self._held[1] is not None else "panels"
+        device = "" if self.device.type == "cpu" else f", device={self.device.type}"
+        return f"PackedWeight({list(self.shape)}, {self.format}, axis={self.axis}, {held}{device})"
+
+
+def _has_panels(format: HBFP, shape: tuple[int, ...], axis: int) -> bool:
+    return (
+        len(shape) > 1
+        and axis == len(shape) - 1
+        and format.core.encodes_to_panels
+        and 0 not in shape
+        and ops.panel_sizes(format, prod(shape[:-1]), shape[-1]) is not None
+    )
+
+
+def _decoded(value: Any) -> Any:
+    return value.decode() if isinstance(value, PackedWeight) else value
+
+
+def _like(old: Tensor, new: PackedWeight) -> PackedWeight:
+    """`new`, a parameter if `old` is one."""
+    return cast(PackedWeight, nn.Parameter(new, requires_grad=False)) if isinstance(old, nn.Parameter) else new
+
+
+def _rebuilt(
+    exponents: Tensor,
+    mantissas: Tensor,
+    format: str,
+    shape: tuple[int, ...],
+    axis: int,
+    dtype: torch.dtype,
+    parameter: bool,
+) -> Tensor:
+    """What a pickle holds."""
+    made = PackedWeight(mantissas, exponents, HBFP.parse(format), shape, axis, dtype)
+    return nn.Parameter(made, requires_grad=False) if parameter else made
+
+
+torch.serialization.add_safe_globals([_rebuilt])
+
+
+# --- operators that know about codes ---------------------------------------------------------------------------------
+
+_OPERATORS: dict[Any, Callable[..., Any]] = {}
+
+
+def _of(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _OPERATORS.update(dict.fromkeys(operators, function))
+        return function
+
+    return register
+
+
+def _with(
+    x: PackedWeight,
+    change: Callable[[Tensor], Tensor],
+    *,
+    shape: Sequence[int] | None = None,
+    axis: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> PackedWeight:
+    codes, exponents = x._held
+    return PackedWeight(
+        change(codes),
+        None if exponents is None else change(exponents),
+        x.format,
+        x.shape if shape is None else shape,
+        x.axis if axis is None else axis,
+        x.dtype if dtype is None else dtype,
+    )
+
+
+_aten: Any = torch.ops.aten
+
+
+@_of(_aten.detach.default, _aten.alias.default)
+def _detach(func: Any, x: PackedWeight) -> PackedWeight:
+    made = _with(x, func)
+    made._lent = x._lent
+    return made
+
+
+@_of(_aten.clone.default)
+def _clone(func: Any, x: PackedWeight, *, memory_format: Any = None) -> PackedWeight:
+    return _with(x, func)
+
+
+@_of(_aten._to_copy.default)
+def _to_copy(func: Any, x: PackedWeight, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+    _require_cpu(device)
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    if device is not None and torch.device(device).type == "meta":
+        return PackedWeight._on_meta(x.format, tuple(x.shape), x.axis, dtype or x.dtype)
+    if x.is_meta and device is not None:
+        return NotImplemented
+    return _with(x, func, dtype=dtype)
+
+
+@_of(_aten.empty_like.default)
+def _empty_like(func: Any, x: PackedWeight, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+    _require_cpu(device)
+    if dtype is not None and not dtype.is_floating_point:
+        return NotImplemented
+    # Not uninitialised memory: there are codes that may not be.
+    planes = PackedWeight._on_meta(x.format, tuple(x.shape), x.axis, dtype or x.dtype)
+    to = x.device if device is None else device
+    return (
+        planes if torch.device(to).type == "meta" else _with(planes, lambda inner: torch.zeros_like(inner, device=to))
+    )
+
+
+def _require_cpu(device: Any) -> None:
+    if device is not None and torch.device(device).type not in ("cpu", "meta"):
+        raise HBFPError(
+            f"expected the CPU; found device {device}: packed weights are read by the CPU's kernels. Unfreeze the "
+            "model (hbfp.unfreeze_) before it is moved"
+        )
+
+
+@_of(_aten.copy_.default)
+def _copy(func: Any, x: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
+    if not isinstance(x, PackedWeight):
+        return NotImplemented
+    if x.shape != source.shape:
+        raise ShapeError(f"expected values of shape {tuple(x.shape)} for a packed weight; found {tuple(source.shape)}")
+    if x.is_meta:
+        return x
+    if isinstance(source, PackedWeight) and (source.format, source.axis) == (x.format, x.axis):
+        codes, exponents = source._held
+        x._held = codes.clone(), None if exponents is None else exponents.clone()
+        x.lay_out()
+    else:
+        values = source.decode() if isinstance(source, PackedWeight) else source
+        x._held = PackedWeight.of(values, x.format, x.axis)._held
+    return x
+
+
+@_of(_aten.is_pinned.default)
+def _is_pinned(func: Any, x: PackedWeight, device: Any = None) -> bool:
+    return False
+
+
+@_of(_aten.view.default, _aten._unsafe_view.default)
+def _view(func: Any, x: PackedWeight, size: Sequence[int]) -> Any:
+    """Views that leave the blocked last dimension alone change nothing but the shape."""
+    shape = [*size]
+    if x.axis != x.dim() - 1 or x.format.block is None or not shape:
+        return NotImplemented
+    if -1 in shape:
+        shape[shape.index(-1)] = x.numel() // max(1, -prod(shape))
+    if prod(shape) != x.numel() or shape[-1] != x.shape[-1]:
+        return NotImplemented
+    return _with(x, lambda inner: inner, shape=shape, axis=len(shape) - 1)
+
+
+@_of(_aten.slice.Tensor)
+def _slice(
+    func: Any, x: PackedWeight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    """Rows of a matrix that begin where a panel does, as those of one projection of several do."""
+    codes, exponents = x._held
+    if dim % x.dim() or x.dim() != 2 or step != 1 or x.axis != 1 or x.format.block is None:
+        return NotImplemented
+    first, last, _ = slice(start, end).indices(x.shape[0])
+    last = max(first, last)
+    shape = (last - first, x.shape[1])
+    if exponents is not None:
+        return _with(x, lambda inner: inner[first:last], shape=shape)
+    sizes, wanted = (ops.panel_sizes(x.format, lines, x.shape[1]) for lines in (x.shape[0], last - first))
+    if sizes is None or wanted is None or first % sizes[2]:
+        return NotImplemented
+    (panels, size, lines), count = sizes, wanted[0]
+    begin = first // lines
+    there = min(count, panels - begin)
+    parts = []
+    for part, each in ((codes[: panels * size], size), (codes[panels * size :], 1)):
+        parts.append(part[begin * each : (begin + there) * each])
+        if there < count:  # panels are made in fours and more
+            parts.append(part.new_zeros((count - there) * each))
+    return PackedWeight(torch.cat(parts), None, x.format, shape, 1, x.dtype)
+
+
+@_of(torch.ops.hbfp.product.default)
+def _product(
+    func: Any,
+    a: Tensor, a_axis: int, a_format: str, a_rounding: int, a_stream: int,
+    b: Tensor, b_axis: int, b_format: str, b_rounding: int, b_stream: int,
+    seed: int, bias: Tensor | None, streams: Sequence[Tensor] | None = None,
+) -> Any:  # fmt: skip
+    if not isinstance(b, PackedWeight) or isinstance(a, PackedWeight) or isinstance(bias, PackedWeight):
+        return NotImplemented
+    fits = a_axis == -1 and b_axis == -1 and b.dim() == 2 and b.axis == 1 and str(b.format) == b_format
+    if not fits or b_rounding == Rounding.STOCHASTIC.code or a.dim() < 1 or a.shape[-1] != b.shape[1]:
+        return NotImplemented
+    if type(b.codes) is Tensor:
+        b.lay_out()
+    return torch.ops.hbfp.packed_product(
+        a, a_format, a_rounding, a_stream, b.codes, b.exponents, b_format, b.shape[0], seed, bias,
+        None if streams is None else [*streams][:1],
+    )  # fmt: skip
