@@ -60,7 +60,9 @@ fn is_plain(bytes: &[u8], bits: u8, length: usize, c: u8) -> bool {
     }
     match bits {
         // A nibble is 8 where it is 0 with its top bit flipped.
-        4 if length % 2 == 0 => !bytes.iter().fold(false, |any, b| any | (b & 0x0F == 0x08) | (b & 0xF0 == 0x80)),
+        4 if length.is_multiple_of(2) => {
+            !bytes.iter().fold(false, |any, b| any | (b & 0x0F == 0x08) | (b & 0xF0 == 0x80))
+        }
         8 => !bytes.iter().fold(false, |any, &b| any | (b == 0x80)),
         _ => false,
     }
