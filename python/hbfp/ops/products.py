@@ -167,7 +167,7 @@ def keep(x: Tensor, format: HBFP, rounding: int, stream: int, seed: int) -> Tens
     if not direct(x):
         return None
     operand = _core.Floats(float32(x), -2, format.core, rounding, seed, stream)
-    kept: Tensor | None = _core.keep(operand, threads())
+    kept: Tensor | None = _core.keep(operand, threads(), 4 * x.numel())
     return kept
 
 

@@ -310,7 +310,7 @@ pub(crate) fn keep<'py>(
         return Err(ShapeError::new_err(format!("operand: expected a matrix; found shape {shape:?}")));
     };
     let (lines, k) = if axis == 1 { (rows, columns) } else { (columns, rows) };
-    let len = kept_bytes(lines, k, operand.format())?;
+    let len = gemm::kept_bytes(&here()?, lines, k, operand.format());
     let Some(len) = len.filter(|&len| below.is_none_or(|below| len < below)) else { return Ok(None) };
     let mut bytes = BytesView::new(py, len)?;
     let slice = bytes.as_mut_slice();
