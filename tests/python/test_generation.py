@@ -53,7 +53,7 @@ def test_a_cached_prompt_has_the_bits_of_the_forward_pass(recipe):
     model, codes = gpt(recipe), text(50)
     caches = model.caches()
     with torch.no_grad():
-        assert same(model(codes, caches), model(codes))
+        assert same(model.extend(codes, caches), model(codes))
     assert [cache.length for cache in caches] == [50, 50]
 
 
@@ -70,7 +70,7 @@ def test_tokens_one_by_one_have_the_bits_of_attention_over_all_so_far():
     caches = model.caches()
     with torch.no_grad():
         for end in range(1, 41):
-            assert same(model(codes[:, end - 1 : end], caches)[:, -1], model(codes[:, :end])[:, -1].contiguous())
+            assert same(model.extend(codes[:, end - 1 : end], caches)[:, -1], model(codes[:, :end])[:, -1].contiguous())
 
 
 def test_reading_the_open_block_anew_has_the_bits_of_the_whole_pass_at_any_depth():
@@ -82,14 +82,14 @@ def test_reading_the_open_block_anew_has_the_bits_of_the_whole_pass_at_any_depth
             closed = caches[0].length // 16 * 16
             for cache in caches:
                 cache.truncate(closed)
-            assert same(model(codes[:, closed:end], caches)[:, -1], model(codes[:, :end])[:, -1].contiguous())
+            assert same(model.extend(codes[:, closed:end], caches)[:, -1], model(codes[:, :end])[:, -1].contiguous())
 
 
 def test_floats_are_cached_as_floats():
     model, codes = gpt(None), text(50)
     caches = model.caches()
     with torch.no_grad():
-        found = torch.cat([model(codes[:, a:b], caches) for a, b in ((0, 20), (20, 21), (21, 50))], 1)
+        found = torch.cat([model.extend(codes[:, a:b], caches) for a, b in ((0, 20), (20, 21), (21, 50))], 1)
         assert torch.allclose(found, model(codes), atol=1e-4)
 
 
@@ -97,8 +97,8 @@ def test_a_cache_takes_what_its_codes_take():
     model, codes = gpt("hbfp4b64", context=128), text(128)
     coded, plain = model.caches(), gpt(None, context=128).caches()
     with torch.no_grad():
-        model(codes, coded)
-        gpt(None, context=128)(codes, plain)
+        model.extend(codes, coded)
+        gpt(None, context=128).extend(codes, plain)
     assert 8 * coded[0].nbytes == 4.125 * 2 * 2 * 128 * 64
     assert plain[0].nbytes == 4 * 2 * 2 * 128 * 64
 

@@ -85,13 +85,14 @@ def generation(bench: Bench, name: str, shape: GPTShape, tokens: int = 64, promp
     with torch.inference_mode():
         for model in (plain, frozen):
             whole, caches = model(codes), model.caches()
-            model(codes[:, :-1], caches)
-            last = model(codes[:, -1:], caches)[:, -1]
+            model.extend(codes[:, :-1], caches)
+            last = model.extend(codes[:, -1:], caches)[:, -1]
             error = float((last - whole[:, -1]).norm() / whole[:, -1].norm())
-            if not error <= (1e-3 if model is plain else 0.2):
+            # Ours only roughly: what came before is as it was read then (docs/spec.md, 9.34).
+            if not error <= (1e-3 if model is plain else 0.5):
                 raise WrongAnswer(f"generation {name}: cached logits are off by {error:.3g}")
             caches = model.caches()
-            if model is frozen and not torch.equal(model(codes, caches), whole):
+            if model is frozen and not torch.equal(model.extend(codes, caches), whole):
                 raise WrongAnswer(f"generation {name}: a prompt that is cached gives other bits")
     start = codes[0, :prompt].tolist()
 

@@ -96,7 +96,7 @@ def _generate(
                     cache.truncate(closed)
             new = codes[begin + caches[0].length :]
             with torch.inference_mode():
-                scores = model(torch.tensor([new]), caches)[0, -1]
+                scores = model.extend(torch.tensor([new]), caches)[0, -1]
                 code = _draw(scores, temperature, top_k, generator)
             codes.append(code)
             yield code

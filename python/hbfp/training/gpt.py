@@ -89,9 +89,14 @@ class GPT(nn.Module):
         """An empty cache for each block, in the formats in force."""
         return [KeyValueCache(cast(Block, block).attention) for block in self.blocks]
 
-    def forward(self, codes: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
-        """With `caches`, of `self.caches()`, `codes` are the next of each text, and positions go on from the last."""
-        past = 0 if caches is None else caches[0].length
+    def forward(self, codes: Tensor) -> Tensor:
+        return self._scores(codes, 0, None)
+
+    def extend(self, codes: Tensor, caches: Sequence[KeyValueCache]) -> Tensor:
+        """Scores of the codes that come next in each text: `caches`, of `self.caches()`, hold those before."""
+        return self._scores(codes, caches[0].length, caches)
+
+    def _scores(self, codes: Tensor, past: int, caches: Sequence[KeyValueCache] | None) -> Tensor:
         x = self.characters(codes) + self.positions.weight[past : past + codes.shape[-1]]
         for number, block in enumerate(self.blocks):
             x = block(x) if caches is None else block(x, caches[number])
