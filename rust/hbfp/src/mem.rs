@@ -82,15 +82,6 @@ fn advise_huge(p: NonNull<u8>, len: usize) {
     let _ = (p, len);
 }
 
-/// The same for memory of others, as far as it fills large pages; worth it before the memory is first written.
-pub(crate) fn advise_huge_inside(bytes: &mut [u8]) {
-    let skip = bytes.as_ptr().align_offset(HUGE_PAGE);
-    let len = bytes.len().saturating_sub(skip) / HUGE_PAGE * HUGE_PAGE;
-    if let Some(first) = bytes.get_mut(skip).filter(|_| len > 0) {
-        advise_huge(NonNull::from(first), len);
-    }
-}
-
 /// A slice that several tasks write to, each to its own part.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedMut<'a, T> {

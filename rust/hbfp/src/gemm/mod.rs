@@ -17,7 +17,7 @@ use crate::encode::relayout::planes_of_nibbles;
 use crate::encode::{Context, RoundingMode, check_size};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK, NAN_EXPONENT};
-use crate::mem::{AlignedBytes, advise_huge_inside};
+use crate::mem::AlignedBytes;
 use crate::shape::{FloatLines, FloatTensor, PlaneLayout, element_count};
 use std::sync::Mutex;
 
@@ -244,7 +244,6 @@ pub fn keep(ctx: &Context<'_>, operand: &Operand<'_>, bytes: &mut [u8]) -> Resul
         return Err(Error::shape("a format in blocks of up to 8 bits, to keep", format.to_string()));
     };
     check_size("bytes to keep the operand in", bytes.len(), len)?;
-    advise_huge_inside(bytes);
     let layout = kept_layout(format, source.shape(), ctx.kernels.columns);
     let (bytes, general) = bytes.split_at_mut(layout.bytes());
     let panels = PanelsMut::new(bytes, general);
