@@ -37,9 +37,23 @@ pub(crate) struct MatrixUnitKernels {
     pub(crate) lay_out_right: [LayOutRight; 2],
     /// The function for blocks of this many steps.
     pub(crate) tile: fn(steps: usize) -> TileFn,
+    pub(crate) aligned: AlignedKernels,
     pub(crate) peak: unsafe fn(rounds: usize),
 }
 type LayOutRight = unsafe fn(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8);
+
+/// Kernels for lines brought to one exponent; conditions as for the functions of the same names in
+/// [`super::generic::aligned`].
+#[derive(Debug)]
+pub(crate) struct AlignedKernels {
+    pub(crate) lay_out_left:
+        unsafe fn(blocks: usize, steps: usize, room: i32, panels: &[*const u8], out: *mut u8) -> Option<u32>,
+    /// Of bytes, of nibbles.
+    pub(crate) lay_out_right: [AlignRight; 2],
+    pub(crate) tile: unsafe fn(pieces: usize, a: *const u8, b: *const u8, c: Tile),
+}
+type AlignRight =
+    unsafe fn(blocks: usize, steps: usize, offset: i32, room: i32, panel: *const u8, out: *mut u8) -> Option<u32>;
 
 /// The kernels of a level. Conditions of the functions stand at the generic algorithms of the same names.
 #[derive(Debug)]
@@ -263,6 +277,7 @@ macro_rules! matrix_unit {
         pub(crate) mod $name {
             #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
             use super::*;
+            use crate::arch::generic::aligned;
             use crate::arch::generic::matrix_unit::{self, MatrixUnit};
 
             pub(crate) static KERNELS: Kernels = Kernels {
@@ -272,6 +287,11 @@ macro_rules! matrix_unit {
                     lay_out_left,
                     lay_out_right: [lay_out_right::<false>, lay_out_right::<true>],
                     tile: |steps| if steps == 16 { tile::<16> } else { tile::<0> },
+                    aligned: AlignedKernels {
+                        lay_out_left: align_left,
+                        lay_out_right: [align_right::<false>, align_right::<true>],
+                        tile: aligned_tile,
+                    },
                     peak,
                 }),
                 ..$base::TABLE
@@ -298,6 +318,20 @@ macro_rules! matrix_unit {
             #$attribute
             unsafe fn lay_out_right<const NIBBLES: bool>(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8) {
                 unsafe { matrix_unit::lay_out_right::<_, NIBBLES>($make, blocks, steps, offset, panel, out) }
+            }
+            #$attribute
+            unsafe fn align_left(blocks: usize, steps: usize, room: i32, panels: &[*const u8], out: *mut u8) -> Option<u32> {
+                unsafe { aligned::lay_out_left($make, blocks, steps, room, panels, out) }
+            }
+            #$attribute
+            unsafe fn align_right<const NIBBLES: bool>(
+                blocks: usize, steps: usize, offset: i32, room: i32, panel: *const u8, out: *mut u8,
+            ) -> Option<u32> {
+                unsafe { aligned::lay_out_right::<_, NIBBLES>($make, blocks, steps, offset, room, panel, out) }
+            }
+            #$attribute
+            unsafe fn aligned_tile(pieces: usize, a: *const u8, b: *const u8, c: Tile) {
+                unsafe { aligned::tile($make, pieces, a, b, c) }
             }
             #$attribute
             unsafe fn tile<const STEPS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile) {

@@ -126,6 +126,10 @@ impl<const N: usize> Simd for Scalar<N> {
         map(a, |a| a << S)
     }
     #[inline(always)]
+    fn shl_lanes(self, a: Self::V, places: Self::V) -> Self::V {
+        zip(a, places, |a, places| a << places)
+    }
+    #[inline(always)]
     fn sar<const S: i32>(self, a: Self::V) -> Self::V {
         map(a, |a| (a as i32 >> S) as u32)
     }
@@ -205,6 +209,10 @@ impl<const N: usize> Simd for Scalar<N> {
         zip_bytes(a, b, i8::min)
     }
     #[inline(always)]
+    fn abs_i8(self, a: Self::V) -> Self::V {
+        zip_bytes(a, a, |a, _| a.wrapping_abs())
+    }
+    #[inline(always)]
     fn max_i8(self, a: Self::V, b: Self::V) -> Self::V {
         zip_bytes(a, b, i8::max)
     }
@@ -272,6 +280,12 @@ impl<const N: usize> Simd for Scalar<N> {
             // SAFETY: the caller vouches for 16 bytes at every stride.
             unsafe { p.add(c * stride).cast::<[u32; 4]>().write_unaligned([chunk[0], chunk[1], chunk[2], chunk[3]]) }
         }
+    }
+    #[inline(always)]
+    unsafe fn load_chunk(self, p: *const i32) -> Self::V {
+        // SAFETY: the caller vouches for 16 bytes.
+        let words = unsafe { p.cast::<[u32; 4]>().read_unaligned() };
+        from_fn(|i| words[i % 4])
     }
     #[inline(always)]
     unsafe fn store_chunk(self, p: *mut u8, v: Self::V) {

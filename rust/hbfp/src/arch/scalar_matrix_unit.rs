@@ -52,6 +52,10 @@ impl MatrixUnit for Scalar<16> {
             }
         });
     }
+    unsafe fn fill_passing<const T: usize>(self, from: *const u8, stride: usize) {
+        // SAFETY: see above.
+        unsafe { self.fill::<T>(from, stride) };
+    }
     unsafe fn multiply<const SUMS: usize, const LEFT: usize, const RIGHT: usize>(self) {
         with(|unit| {
             let (left, right, steps) = (unit.registers[LEFT], unit.registers[RIGHT], unit.steps);

@@ -50,6 +50,8 @@ pub(crate) trait Simd: Copy {
     fn xor(self, a: Self::V, b: Self::V) -> Self::V;
     fn shl<const N: i32>(self, a: Self::V) -> Self::V;
     fn sar<const N: i32>(self, a: Self::V) -> Self::V;
+    /// Each lane by as many places as the same lane of `places` says, 0 to 31.
+    fn shl_lanes(self, a: Self::V, places: Self::V) -> Self::V;
     /// The largest lane, as i32.
     fn reduce_max_i32(self, a: Self::V) -> i32;
     /// Whether a lane, as i32, is below zero.
@@ -92,6 +94,8 @@ pub(crate) trait Simd: Copy {
     fn min_i8(self, a: Self::V, b: Self::V) -> Self::V;
     /// Per byte, signed.
     fn max_i8(self, a: Self::V, b: Self::V) -> Self::V;
+    /// Per byte: −128 stays as it is.
+    fn abs_i8(self, a: Self::V) -> Self::V;
     /// Per lane: the sum of its two signed halves.
     fn sum_halves(self, a: Self::V) -> Self::V;
 
@@ -124,6 +128,10 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// All these are valid for writing; no alignment is needed.
     unsafe fn store_chunks(self, p: *mut u8, stride: usize, v: Self::V);
+    /// Four words in every chunk.
+    /// # Safety
+    /// `p` is valid for reading 16 bytes; no alignment is needed.
+    unsafe fn load_chunk(self, p: *const i32) -> Self::V;
     /// Chunk 0.
     /// # Safety
     /// `p` is valid for writing 16 bytes; no alignment is needed.

@@ -54,14 +54,17 @@ pub(crate) struct Part {
 pub(crate) struct TileBuffers {
     /// A B panel taken out of nibbles.
     pub(crate) panel: AlignedBytes,
-    /// A task's A panels, and a B panel, for a matrix unit.
+    /// A task's A panels, and a B panel, for a matrix unit: block by block, and aligned.
     pub(crate) unit_left: AlignedBytes,
     pub(crate) unit_right: AlignedBytes,
+    pub(crate) aligned_left: AlignedBytes,
+    pub(crate) aligned_right: AlignedBytes,
 }
 
 impl TileBuffers {
     fn bytes(&self) -> usize {
-        self.panel.capacity() + self.unit_left.capacity() + self.unit_right.capacity()
+        let unit = [&self.unit_left, &self.unit_right, &self.aligned_left, &self.aligned_right];
+        self.panel.capacity() + unit.iter().map(|buffer| buffer.capacity()).sum::<usize>()
     }
 }
 

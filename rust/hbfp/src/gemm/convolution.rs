@@ -405,7 +405,8 @@ impl Convolution {
         let joined = right_layout.joined();
         let al = PanelLayout::new([1, row_pixels, line], block, PANEL_ROWS, left_side);
         let out = SharedMut::new(out);
-        let kernel_of_tiles = Kernel { tile, from_nibbles: false };
+        let max_codes = [left.format.max_code(), right.format.max_code()];
+        let kernel_of_tiles = Kernel { tile, from_nibbles: false, max_codes };
         let tiles = Tiles::new(ctx, kernel_of_tiles, al, joined, out, epilogue);
         // Rows of a task belong to one sample where they are patches: these have random bits of their own.
         let (samples, rows_each) = if flatten { (self.batch, row_pixels) } else { (1, self.batch * row_pixels) };
@@ -919,7 +920,9 @@ impl Convolution {
         let al = PanelLayout::new([1, channels, self.batch], block, PANEL_ROWS, left_layout.side);
         let quads = channels.div_ceil(PANEL_ROWS);
         let out = SharedMut::new(out);
-        let tiles = Tiles::new(ctx, Kernel { tile, from_nibbles: false }, al, joined, out, Epilogue::default());
+        let max_codes = [x_coding.format.max_code(), dy_coding.format.max_code()];
+        let tiles =
+            Tiles::new(ctx, Kernel { tile, from_nibbles: false, max_codes }, al, joined, out, Epilogue::default());
         let workers = ctx.threads.max(1);
         let plan = Plan::new(&al, &joined, taps * quads, out_pixels, self.groups, workers, tiles.on_unit());
         let row_tasks = (taps * quads).div_ceil(plan.row_panels);

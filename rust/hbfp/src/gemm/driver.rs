@@ -8,7 +8,7 @@
 
 use super::Epilogue;
 use super::cache::Caches;
-use super::tiles::{Kernel, PanelBlocks, Place, Task, Tiles};
+use super::tiles::{Kernel, PanelBlocks, Place, Task, Tiles, UNIT_PANELS};
 use crate::arch::generic::matrix_unit;
 use crate::arch::generic::product::{PANEL_ROWS, RIDER, b_block_bytes};
 use crate::encode::Context;
@@ -32,7 +32,7 @@ const TASKS_PER_WORKER: usize = 8;
 
 /// Elements of the reduction, and left panels, of a task on a matrix unit.
 pub(super) const UNIT_DEPTH: usize = 4096;
-const UNIT_PANELS: usize = 64;
+const UNIT_TASK_PANELS: usize = 64;
 
 /// The right operand of [`multiply`].
 pub(super) enum Right<'a> {
@@ -69,14 +69,14 @@ impl Plan {
         };
         let depth = depth.clamp(1, al.blocks.max(1));
         // Most of the second level for A, the rest for what passes through it; tasks of equal size.
-        let (most, whole) = if on_unit { (UNIT_PANELS, matrix_unit::PANELS) } else { (256, 1) };
+        let (most, whole) = if on_unit { (UNIT_TASK_PANELS, matrix_unit::PANELS) } else { (256, 1) };
         let most = (caches.l2 * 5 / 8 / (depth * al.block_bytes)).clamp(8, most);
         let mut row_panels = al.panels.div_ceil(al.panels.div_ceil(most)).next_multiple_of(whole);
-        let mut column_panels = 16.min(bl.panels);
+        let mut column_panels = if on_unit { 64 } else { 16 }.min(bl.panels);
         if workers > 1 {
             let tasks = |r: usize, c: usize| al.matrices * al.panels.div_ceil(r) * bl.panels.div_ceil(c);
             // Each task of a unit lays its left panels out anew.
-            let fewest = if on_unit { 4 } else { 1 };
+            let fewest = if on_unit { 8 } else { 1 };
             while tasks(row_panels, column_panels) < TASKS_PER_WORKER * workers
                 && (row_panels > 8 || column_panels > fewest)
             {
@@ -125,7 +125,7 @@ pub(super) fn multiply(
     let fillings = Fillings::new(ctx, [Some(left), kept, fresh].into_iter().flatten(), together);
     let out = SharedMut::new(out);
     let tiles = Tiles::new(ctx, kernel, al, bl, out, epilogue);
-    let plan = Plan::new(ctx, &al, &bl, encoded, tiles.on_unit() && al.panels >= matrix_unit::PANELS);
+    let plan = Plan::new(ctx, &al, &bl, encoded, tiles.on_unit() && al.panels >= UNIT_PANELS);
     let row_tasks = al.panels.div_ceil(plan.row_panels);
     let column_tasks = bl.panels.div_ceil(plan.column_panels);
     let passes = al.blocks.div_ceil(plan.depth).max(1);

@@ -593,6 +593,7 @@ pub fn product_keeping(
         }
         _ => unreachable!("resolved above"),
     };
-    let kernel = tiles::Kernel { tile: kernel, from_nibbles: from_nibbles.is_some() };
+    let kernel =
+        tiles::Kernel { tile: kernel, from_nibbles: from_nibbles.is_some(), max_codes: [af.max_code(), bf.max_code()] };
     driver::multiply(ctx, left, kept, right, right_layout, out, epilogue, kernel, scratch)
 }

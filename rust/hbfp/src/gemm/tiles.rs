@@ -2,8 +2,8 @@
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint tiles")]
 
 use super::{Epilogue, general};
-use crate::arch::generic::matrix_unit;
 use crate::arch::generic::product::{PANEL_ROWS, Tile, b_block_bytes};
+use crate::arch::generic::{aligned, matrix_unit};
 use crate::arch::kernels::{MatrixUnitKernels, TileFn, TileKernel};
 use crate::encode::Context;
 use crate::encode::blocks::TileBuffers;
@@ -16,20 +16,29 @@ use std::ops::Range;
 pub(super) struct Kernel {
     pub(super) tile: Option<&'static TileKernel>,
     pub(super) from_nibbles: bool,
+    /// The largest code of the left and of the right operand.
+    pub(super) max_codes: [i32; 2],
 }
+
+/// Fewest left panels for which laying both operands out for a matrix unit pays.
+pub(super) const UNIT_PANELS: usize = 3;
 
 /// Widest B panel.
 const MAX_COLUMNS: usize = 32;
 
 /// A tile on its own.
 #[repr(align(64))]
-struct Buffer([f32; PANEL_ROWS * MAX_COLUMNS]);
+struct Buffer<const N: usize>([f32; N]);
 
-impl Default for Buffer {
+impl<const N: usize> Default for Buffer<N> {
     fn default() -> Self {
-        Self([0.0; PANEL_ROWS * MAX_COLUMNS])
+        Self([0.0; N])
     }
 }
+
+/// Of a panel, and of a matrix unit.
+type PanelTile = Buffer<{ PANEL_ROWS * MAX_COLUMNS }>;
+type UnitTile = Buffer<{ matrix_unit::SIDE * matrix_unit::SIDE }>;
 
 /// Bytes of C from which on it goes around the caches.
 const AROUND_CACHES: usize = 8 << 20;
@@ -80,7 +89,20 @@ pub(super) struct Tiles<'a> {
 #[derive(Clone, Copy)]
 struct Unit {
     kernels: &'static MatrixUnitKernels,
-    run: TileFn,
+    /// Block by block; none: the unit does not pay for such short ones.
+    run: Option<TileFn>,
+    /// Largest codes, and how far they can be shifted.
+    max_codes: [i32; 2],
+    room: [i32; 2],
+}
+
+/// Up to eight left panels, which follow one another, for a matrix unit.
+struct Group {
+    panels: Range<usize>,
+    /// Aligned: the largest sum of a line's codes, each taken positive.
+    sum: Option<u32>,
+    /// Whether they are laid out block by block; None: they can't be.
+    laid_out: Option<bool>,
 }
 
 impl<'a> Tiles<'a> {
@@ -94,9 +116,14 @@ impl<'a> Tiles<'a> {
     ) -> Self {
         let run = kernel.tile.map(|tile| [1, 2, 3, 4].map(|rows| (tile.for_block)(al.steps, rows)));
         let large = size_of::<f32>() * out.len() >= AROUND_CACHES;
-        let fits = run.is_some() && matrix_unit::fits(al.steps) && bl.width == matrix_unit::SIDE;
-        let unit = ctx.kernels.matrix_unit.as_ref().filter(|_| fits);
-        let unit = unit.map(|kernels| Unit { kernels, run: (kernels.tile)(al.steps) });
+        let fits = run.is_some() && bl.width == matrix_unit::SIDE;
+        let fits = fits && (matrix_unit::fits(al.steps) || aligned::fits(al.steps));
+        let unit = ctx.kernels.matrix_unit.as_ref().filter(|_| fits).map(|kernels| Unit {
+            kernels,
+            run: matrix_unit::fits(al.steps).then(|| (kernels.tile)(al.steps)),
+            max_codes: kernel.max_codes,
+            room: kernel.max_codes.map(aligned::room),
+        });
         Self { ctx, al, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles, unit, large }
     }
 
@@ -130,7 +157,7 @@ impl<'a> Tiles<'a> {
     /// # Safety
     /// The panels hold `blocks` blocks of the layouts; the tile belongs to one task.
     #[inline]
-    unsafe fn tile(&self, a: PanelBlocks, b: PanelBlocks, blocks: usize, place: Place, buffer: &mut Buffer) {
+    unsafe fn tile(&self, a: PanelBlocks, b: PanelBlocks, blocks: usize, place: Place, buffer: &mut PanelTile) {
         let Self { al, bl, .. } = self;
         let Place { at, stride, height, width, column, first, finish, .. } = place;
         let columns = bl.width;
@@ -214,15 +241,12 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
     /// # Safety
     /// The panels hold as many blocks of the layouts, and stay as they are; the tiles belong to the task.
     pub(super) unsafe fn run(&self, tiles: &Tiles<'_>, buffers: &mut TileBuffers) {
-        let groups = match tiles.unit {
-            // One panel of B would not pay for laying out those of A.
-            Some(_) if self.blocks > 0 && self.columns.len() > 1 => self.groups(tiles),
-            _ => Vec::new(),
-        };
+        let unit = tiles.unit.filter(|_| self.blocks > 0 && self.columns.len() > 1);
+        let mut groups = unit.map_or_else(Vec::new, |unit| self.groups(unit));
         // SAFETY: the caller's word.
         unsafe {
-            match tiles.unit.filter(|_| !groups.is_empty()) {
-                Some(unit) => self.on_unit(unit, tiles, &groups, buffers),
+            match unit.filter(|_| !groups.is_empty()) {
+                Some(unit) => self.on_unit(unit, tiles, &mut groups, buffers),
                 None => self.columns.clone().for_each(|j| self.column(tiles, j, &self.rows, &mut buffers.panel)),
             }
         }
@@ -233,7 +257,7 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
     /// # Safety
     /// As for [`Task::run`].
     unsafe fn column(&self, tiles: &Tiles<'_>, j: usize, rows: &Range<usize>, panel: &mut AlignedBytes) {
-        let mut buffer = Buffer::default();
+        let mut buffer = PanelTile::default();
         let b = tiles.right_panel((self.right)(j), self.blocks, panel);
         for i in rows.clone() {
             let a = (self.left)(i);
@@ -243,74 +267,168 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
         }
     }
 
-    /// The first of every eight A panels whose rows follow one another and that need no general product.
-    fn groups(&self, tiles: &Tiles<'_>) -> Vec<usize> {
-        let whole = |first: usize| {
-            let last = first + matrix_unit::PANELS - 1;
-            let place = |i: usize| (self.place)(i, self.columns.start, false);
-            last < self.rows.end
-                && (first..=last).all(|i| !(self.left)(i).general && place(i).height == PANEL_ROWS)
-                && (first..last).all(|i| place(i + 1).at == place(i).at + PANEL_ROWS * place(i).stride)
+    /// The A panels, eight by eight, that a matrix unit takes.
+    fn groups(&self, unit: Unit) -> Vec<Group> {
+        let place = |i: usize| (self.place)(i, self.columns.start, false);
+        let group = |first: usize| {
+            let panels = first..(first + matrix_unit::PANELS).min(self.rows.end);
+            let follows = |i: usize| place(i + 1).at == place(i).at + PANEL_ROWS * place(i).stride;
+            let whole = panels.len() == matrix_unit::PANELS && panels.clone().all(|i| place(i).height == PANEL_ROWS);
+            let whole = whole && (first..panels.end - 1).all(follows);
+            let takes = panels.len() >= UNIT_PANELS && !panels.clone().any(|i| (self.left)(i).general);
+            takes.then(|| Group { panels, sum: None, laid_out: (whole && unit.run.is_some()).then_some(false) })
         };
-        debug_assert_eq!(tiles.al.width, PANEL_ROWS);
-        self.rows.clone().step_by(matrix_unit::PANELS).filter(|&first| whole(first)).collect()
+        self.rows.clone().step_by(matrix_unit::PANELS).filter_map(group).collect()
     }
 
-    /// [`Task::run`] where a matrix unit takes the groups' tiles, but for those at C's edge.
+    /// [`Task::run`] where a matrix unit takes the groups' tiles.
     ///
     /// # Safety
     /// As for [`Task::run`]; the groups are those of [`Task::groups`].
-    unsafe fn on_unit(&self, unit: Unit, tiles: &Tiles<'_>, groups: &[usize], buffers: &mut TileBuffers) {
-        let Tiles { al, bl, out, epilogue, .. } = tiles;
+    unsafe fn on_unit(&self, unit: Unit, tiles: &Tiles<'_>, groups: &mut [Group], buffers: &mut TileBuffers) {
+        let Tiles { al, bl, epilogue, .. } = tiles;
         let (blocks, steps) = (self.blocks, al.steps);
-        let group_bytes = blocks * matrix_unit::block_bytes(steps);
-        let left = buffers.unit_left.reserve(groups.len() * group_bytes).as_ptr();
-        let right = buffers.unit_right.reserve(group_bytes).as_ptr();
-        for (g, &first) in groups.iter().enumerate() {
-            let panels = std::array::from_fn(|i| (self.left)(first + i).bytes);
-            // SAFETY: the caller's word; the buffer has room for the groups.
-            unsafe { (unit.kernels.lay_out_left)(blocks, steps, &panels, left.add(g * group_bytes)) };
+        let nibbles = usize::from(bl.form == Form::Nibbles);
+        let (pieces, line_bytes) = (aligned::pieces(blocks, steps), aligned::line_bytes(blocks, steps));
+        let kernels = &unit.kernels.aligned;
+        let first = (self.place)(self.rows.start, self.columns.start, false).first;
+        if aligned::fits(steps) && first && !epilogue.accumulate {
+            let to = buffers.aligned_left.reserve(groups.len() * line_bytes).as_ptr();
+            for (g, group) in groups.iter_mut().enumerate() {
+                let mut panels = [std::ptr::null(); matrix_unit::PANELS];
+                let panels = &mut panels[..group.panels.len()];
+                panels.iter_mut().zip(group.panels.clone()).for_each(|(panel, i)| *panel = (self.left)(i).bytes);
+                // SAFETY: the caller's word; the buffer has room for the groups.
+                group.sum =
+                    unsafe { (kernels.lay_out_left)(blocks, steps, unit.room[0], panels, to.add(g * line_bytes)) };
+            }
         }
-        let mut on_unit = || {
+        let group_bytes = blocks * matrix_unit::block_bytes(steps);
+        let mut run = || {
             for j in self.columns.clone() {
                 let panel = (self.right)(j);
-                if panel.general || (self.place)(groups[0], j, false).width < matrix_unit::SIDE {
+                if panel.general {
                     // SAFETY: the caller's word.
                     unsafe { self.column(tiles, j, &self.rows, &mut buffers.panel) };
                     continue;
                 }
-                let nibbles = usize::from(bl.form == Form::Nibbles);
-                // SAFETY: the caller's word; the buffer has room for the panel.
-                unsafe { (unit.kernels.lay_out_right[nibbles])(blocks, steps, bl.offset(), panel.bytes, right) };
-                for (g, &first) in groups.iter().enumerate() {
-                    let Place { at, stride, column, first: fresh, last, .. } = (self.place)(first, j, false);
-                    let finish = (first..first + matrix_unit::PANELS).any(|i| (self.place)(i, j, false).finish);
-                    let c = out.pointer(at, (matrix_unit::SIDE - 1) * stride + matrix_unit::SIDE);
-                    let fresh = fresh && !epilogue.accumulate;
-                    // Written once and not touched again.
-                    let once = tiles.large && fresh && last && !finish;
-                    let around = once && (c as usize | (4 * stride)).is_multiple_of(64);
-                    let tile = Tile { c, stride, fresh, around };
-                    // SAFETY: both operands are laid out; the tile belongs to this task; the unit is configured.
-                    unsafe { (unit.run)(blocks, steps, left.add(g * group_bytes), right, tile) };
-                    if finish {
-                        // SAFETY: the same tile, row by row.
-                        let row = |r: usize| unsafe { out.part(at + r * stride, matrix_unit::SIDE) };
-                        tiles.finish((0..matrix_unit::SIDE).map(row), column);
+                // The largest code of the right lines, aligned.
+                let code = if groups.iter().any(|group| group.sum.is_some()) {
+                    let to = buffers.aligned_right.reserve(line_bytes).as_ptr();
+                    let lay_out = kernels.lay_out_right[nibbles];
+                    // SAFETY: the caller's word; the buffer has room for the panel.
+                    unsafe { lay_out(blocks, steps, bl.offset(), unit.room[1], panel.bytes, to) }
+                        .map(|places| (unit.max_codes[1] as u64) << places)
+                } else {
+                    None
+                };
+                let exact = |sum: u32, code: u64| u64::from(sum) * code < aligned::EXACT;
+                let narrow = (self.place)(groups[0].panels.start, j, false).width < matrix_unit::SIDE;
+                let mut laid_out = false;
+                let mut done = self.rows.start;
+                for g in 0..groups.len() {
+                    let Range { start, end } = groups[g].panels;
+                    let aligned = groups[g].sum.zip(code).is_some_and(|(sum, code)| exact(sum, code));
+                    let by_blocks = unit.run.zip(groups[g].laid_out).filter(|_| !aligned && !narrow);
+                    if !aligned && by_blocks.is_none() {
+                        continue;
+                    }
+                    // What the unit has left out before.
+                    if done < start {
+                        // SAFETY: the caller's word.
+                        unsafe { self.column(tiles, j, &(done..start), &mut buffers.panel) };
+                    }
+                    done = end;
+                    let Some((run, group_laid_out)) = by_blocks else {
+                        let (a, b) = (buffers.aligned_left.as_ptr(), buffers.aligned_right.as_ptr());
+                        // SAFETY: both operands are laid out; the unit is configured for pieces of 16 steps.
+                        unsafe {
+                            let a = a.add(g * line_bytes);
+                            self.unit_tile(tiles, &groups[g].panels, j, |tile| (kernels.tile)(pieces, a, b, tile));
+                        }
+                        continue;
+                    };
+                    let left = buffers.unit_left.reserve(groups.len() * group_bytes).as_ptr();
+                    let right = buffers.unit_right.reserve(group_bytes).as_ptr();
+                    // SAFETY: the caller's word; the buffers have room for the groups, and for the panel.
+                    unsafe {
+                        let left = left.add(g * group_bytes);
+                        if !group_laid_out {
+                            let panels = std::array::from_fn(|i| (self.left)(start + i).bytes);
+                            (unit.kernels.lay_out_left)(blocks, steps, &panels, left);
+                            groups[g].laid_out = Some(true);
+                        }
+                        if !laid_out {
+                            let lay_out = unit.kernels.lay_out_right[nibbles];
+                            lay_out(blocks, steps, bl.offset(), panel.bytes, right);
+                            laid_out = true;
+                        }
+                        let mut run = || {
+                            self.unit_tile(tiles, &(start..end), j, |tile| run(blocks, steps, left, right, tile));
+                        };
+                        if steps.is_multiple_of(matrix_unit::PIECE) {
+                            run();
+                        } else {
+                            (unit.kernels.with)(steps, &mut run);
+                        }
                     }
                 }
-                // What lies between the groups, and after them.
-                let mut done = self.rows.start;
-                for &first in groups.iter().chain([&self.rows.end]) {
-                    if done < first {
-                        // SAFETY: the caller's word.
-                        unsafe { self.column(tiles, j, &(done..first), &mut buffers.panel) };
-                    }
-                    done = first + matrix_unit::PANELS;
+                if done < self.rows.end {
+                    // SAFETY: the caller's word.
+                    unsafe { self.column(tiles, j, &(done..self.rows.end), &mut buffers.panel) };
                 }
             }
         };
         // SAFETY: the level has the unit.
-        unsafe { (unit.kernels.with)(steps, &mut on_unit) };
+        unsafe { (unit.kernels.with)(matrix_unit::PIECE, &mut run) };
+    }
+
+    /// The tile of a group of panels and a B panel by `kernel`; one that sticks out, or whose rows lie apart, goes through
+    /// a buffer.
+    ///
+    /// # Safety
+    /// As for [`Task::run`]; `kernel` writes a tile of 32 × 32.
+    unsafe fn unit_tile(&self, tiles: &Tiles<'_>, panels: &Range<usize>, j: usize, kernel: impl Fn(Tile)) {
+        const SIDE: usize = matrix_unit::SIDE;
+        let Tiles { out, epilogue, .. } = tiles;
+        let place = |i: usize| (self.place)(i, j, false);
+        let Place { at, stride, column, first, last, width, .. } = place(panels.start);
+        let finish = panels.clone().any(|i| place(i).finish);
+        let fresh = first && !epilogue.accumulate;
+        let follows = |i: usize| place(i + 1).at == at + (i + 1 - panels.start) * PANEL_ROWS * stride;
+        let whole = panels.len() == matrix_unit::PANELS
+            && width == SIDE
+            && place(panels.end - 1).height == PANEL_ROWS
+            && (panels.start..panels.end - 1).all(follows);
+        if whole {
+            let c = out.pointer(at, (SIDE - 1) * stride + SIDE);
+            // Written once and not touched again.
+            let once = tiles.large && fresh && last && !finish;
+            let around = once && (c as usize | (4 * stride)).is_multiple_of(64);
+            kernel(Tile { c, stride, fresh, around });
+            if finish {
+                // SAFETY: the same tile, row by row.
+                let row = |r: usize| unsafe { out.part(at + r * stride, SIDE) };
+                tiles.finish((0..SIDE).map(row), column);
+            }
+            return;
+        }
+        debug_assert!(fresh, "only aligned products, which start at zero, stick out");
+        let mut buffer = UnitTile::default();
+        kernel(Tile { c: buffer.0.as_mut_ptr(), stride: SIDE, fresh: true, around: false });
+        for (i, from) in panels.clone().zip(buffer.0.chunks_exact(PANEL_ROWS * SIDE)) {
+            let Place { at, stride, height, width, .. } = place(i);
+            let rows = (0..height).map(|r| {
+                // SAFETY: the tile belongs to this task; each of its rows is taken once at a time.
+                let row = unsafe { out.part(at + r * stride, width) };
+                row.copy_from_slice(&from[SIDE * r..][..width]);
+                row
+            });
+            if finish {
+                tiles.finish(rows, column);
+            } else {
+                rows.for_each(drop);
+            }
+        }
     }
 }

@@ -25,9 +25,9 @@ pub(crate) const SIDE: usize = 32;
 /// Left panels of a tile.
 pub(crate) const PANELS: usize = SIDE / PANEL_ROWS;
 /// Rows and columns of a product of the unit.
-const HALF: usize = SIDE / 2;
+pub(super) const HALF: usize = SIDE / 2;
 /// Most steps of a product of the unit.
-const PIECE: usize = 16;
+pub(crate) const PIECE: usize = 16;
 
 /// Bytes of a block of 32 lines.
 pub(crate) const fn block_bytes(steps: usize) -> usize {
@@ -60,6 +60,8 @@ pub(crate) trait MatrixUnit: Simd {
     unsafe fn clear<const T: usize>(self);
     /// Rows of a register, `stride` bytes apart.
     unsafe fn fill<const T: usize>(self, from: *const u8, stride: usize);
+    /// The same of rows that pass by once: they push nothing out of the first-level cache.
+    unsafe fn fill_passing<const T: usize>(self, from: *const u8, stride: usize);
     /// Sums += left codes · right codes.
     unsafe fn multiply<const SUMS: usize, const LEFT: usize, const RIGHT: usize>(self);
     /// A register to a cache line, around the caches; for other threads after [`MatrixUnit::restore`].

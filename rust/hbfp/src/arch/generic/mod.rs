@@ -1,5 +1,6 @@
 //! Algorithms told once, over the operations of [`crate::arch::simd::Simd`].
 
+pub(crate) mod aligned;
 pub(crate) mod encode;
 pub(crate) mod matrix_unit;
 pub(crate) mod philox;

@@ -117,6 +117,13 @@ impl MatrixUnit for Avx512Vnni {
         }
     }
     #[inline(always)]
+    unsafe fn fill_passing<const T: usize>(self, from: *const u8, stride: usize) {
+        // SAFETY: see above.
+        unsafe {
+            on_register!(T, "tileloaddt1 ", ", [{0} + {1}]", in(reg) from, in(reg) stride, options(nostack, preserves_flags, readonly));
+        }
+    }
+    #[inline(always)]
     unsafe fn multiply<const SUMS: usize, const LEFT: usize, const RIGHT: usize>(self) {
         // SAFETY: see above.
         unsafe {

@@ -117,6 +117,10 @@ impl Simd for Avx2 {
         level!(_mm256_slli_epi32::<N>(a))
     }
     #[inline(always)]
+    fn shl_lanes(self, a: Self::V, places: Self::V) -> Self::V {
+        level!(_mm256_sllv_epi32(a, places))
+    }
+    #[inline(always)]
     fn sar<const N: i32>(self, a: Self::V) -> Self::V {
         level!(_mm256_srai_epi32::<N>(a))
     }
@@ -206,6 +210,10 @@ impl Simd for Avx2 {
         level!(_mm256_min_epi8(a, b))
     }
     #[inline(always)]
+    fn abs_i8(self, a: Self::V) -> Self::V {
+        level!(_mm256_abs_epi8(a))
+    }
+    #[inline(always)]
     fn max_i8(self, a: Self::V, b: Self::V) -> Self::V {
         level!(_mm256_max_epi8(a, b))
     }
@@ -291,6 +299,11 @@ impl Simd for Avx2 {
             _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(v));
             _mm_storeu_si128(p.add(stride).cast(), _mm256_extracti128_si256::<1>(v));
         }
+    }
+    #[inline(always)]
+    unsafe fn load_chunk(self, p: *const i32) -> Self::V {
+        // SAFETY: the token proves the level, the caller 16 readable bytes.
+        unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     unsafe fn store_chunk(self, p: *mut u8, v: Self::V) {

@@ -111,6 +111,10 @@ impl Simd for Avx512Vnni {
         level!(_mm512_sll_epi32(a, _mm_cvtsi32_si128(N)))
     }
     #[inline(always)]
+    fn shl_lanes(self, a: Self::V, places: Self::V) -> Self::V {
+        level!(_mm512_sllv_epi32(a, places))
+    }
+    #[inline(always)]
     fn sar<const N: i32>(self, a: Self::V) -> Self::V {
         level!(_mm512_sra_epi32(a, _mm_cvtsi32_si128(N)))
     }
@@ -184,6 +188,10 @@ impl Simd for Avx512Vnni {
     #[inline(always)]
     fn min_i8(self, a: Self::V, b: Self::V) -> Self::V {
         level!(_mm512_min_epi8(a, b))
+    }
+    #[inline(always)]
+    fn abs_i8(self, a: Self::V) -> Self::V {
+        level!(_mm512_abs_epi8(a))
     }
     #[inline(always)]
     fn max_i8(self, a: Self::V, b: Self::V) -> Self::V {
@@ -280,6 +288,11 @@ impl Simd for Avx512Vnni {
             _mm_storeu_si128(p.add(2 * stride).cast(), _mm512_extracti32x4_epi32::<2>(v));
             _mm_storeu_si128(p.add(3 * stride).cast(), _mm512_extracti32x4_epi32::<3>(v));
         }
+    }
+    #[inline(always)]
+    unsafe fn load_chunk(self, p: *const i32) -> Self::V {
+        // SAFETY: the token proves the level, the caller 16 readable bytes.
+        unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     unsafe fn store_chunk(self, p: *mut u8, v: Self::V) {
