@@ -26,7 +26,8 @@ struct Keys([[[i32; 16]; 2]; ROUNDS]);
 const ROWS: usize = 4;
 const IOTA: [u32; 16] = [0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0];
 
-/// Writes the random bits of the rectangle, row after row, `8 * groups` a row.
+/// Writes the random bits of the rectangle, row after row, `8 * groups` a row. Where a register holds the counters of two
+/// rows, it does.
 ///
 /// Two and a half of the ten rounds are done once for many counters: with the stream the same for all, one half of the
 /// first two rounds sees only the row, the other half, and half of the third, only the group.
@@ -35,16 +36,45 @@ const IOTA: [u32; 16] = [0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0];
 /// `out` is valid for writing `8 * rows * groups + RANDOM_PADDING` elements.
 #[inline(always)]
 pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, out: *mut u16) {
-    let lanes = S::LANES / 2;
+    // SAFETY: the caller's word.
+    unsafe {
+        if 4 * counters.groups == S::LANES {
+            fill::<S, 2>(s, seed, counters, out);
+        } else {
+            fill::<S, 1>(s, seed, counters, out);
+        }
+    }
+}
+
+/// What belongs to the rows of a register.
+#[inline(always)]
+fn of_rows<S: Simd, const TOGETHER: usize>(s: S, second: S::V, [x, y]: [u32; 2]) -> S::V {
+    let first = s.splat(x as i32);
+    if TOGETHER == 1 { first } else { s.xor(first, s.and(second, s.splat((x ^ y) as i32))) }
+}
+
+/// [`fill_random`] with so many rows in a register: one, or two that fill it.
+///
+/// # Safety
+/// As for [`fill_random`].
+#[inline(always)]
+unsafe fn fill<S: Simd, const TOGETHER: usize>(s: S, seed: Seed, counters: Counters, out: *mut u16) {
+    let lanes = S::LANES / 2 / TOGETHER;
     let Counters { row, row_step, rows, group, groups } = counters;
     if rows == 0 || groups == 0 {
         return;
     }
+    // Counters of the second of two rows.
+    let mut second = [0i32; 16];
+    second[..S::LANES].iter_mut().skip(2 * lanes).for_each(|lane| *lane = -1);
     // SAFETY: the arrays hold a register each; the last register of a row ends less than `lanes` counters behind the row,
     // which the padding covers after the last row. Registers go from the last to the first and rows from the first to the
     // last, so that what is written past a row's end is written again by its owner.
     unsafe {
-        let iota = s.load(IOTA.as_ptr().cast());
+        let second = s.load(second.as_ptr());
+        let mut iota = IOTA;
+        iota.copy_within(..2 * lanes, S::LANES - 2 * lanes);
+        let iota = s.load(iota.as_ptr().cast());
         let [m0, m1] = MULTIPLIERS.map(|m| s.splat(m as i32));
         let mut keys = [[0u32; 2]; ROUNDS];
         let (mut k0, mut k1) = (seed.seed as u32, (seed.seed >> 32) as u32);
@@ -75,10 +105,13 @@ pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, 
             while r < rows {
                 let mut c = [[s.splat(0); 4]; ROWS];
                 for (i, c) in c.iter_mut().enumerate() {
-                    let row = row.wrapping_add(row_step.wrapping_mul((r + i) as u32));
-                    let of_row = u64::from(MULTIPLIERS[0]) * u64::from((first >> 32) as u32 ^ row ^ keys[0][0]);
-                    let p1 = s.mul_low_u32(s.xor(s.splat((of_row >> 32) as i32), of_group[0]), m1);
-                    *c = [s.xor(s.high_u32(p1), of_group[1]), p1, s.xor(of_group[2], s.splat(of_row as i32)), third];
+                    let of_row = [0, TOGETHER - 1].map(|next| {
+                        let row = row.wrapping_add(row_step.wrapping_mul((r + TOGETHER * i + next) as u32));
+                        u64::from(MULTIPLIERS[0]) * u64::from((first >> 32) as u32 ^ row ^ keys[0][0])
+                    });
+                    let p1 = s.mul_low_u32(s.xor(of_rows::<S, TOGETHER>(s, second, of_row.map(|x| (x >> 32) as u32)), of_group[0]), m1);
+                    let c2 = s.xor(of_group[2], of_rows::<S, TOGETHER>(s, second, of_row.map(|x| x as u32)));
+                    *c = [s.xor(s.high_u32(p1), of_group[1]), p1, c2, third];
                 }
                 // Written out: a loop would be left rolled, with copies of its state.
                 macro_rules! rounds {
@@ -94,11 +127,14 @@ pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, 
                 }
                 rounds!(3 4 5 6 7 8 9);
                 for (i, c) in c.into_iter().enumerate() {
-                    if r + i < rows {
-                        s.store_counters(out.add(8 * ((r + i) * groups + g)), c);
+                    let r = r + TOGETHER * i;
+                    if r < rows {
+                        // All of a product is asked for: to know the low half alone, compilers take a slower one.
+                        let c = [c[0], s.in_order(c[1]), c[2], s.in_order(c[3])];
+                        s.store_counters(out.add(8 * (r * groups + g)), c);
                     }
                 }
-                r += ROWS;
+                r += TOGETHER * ROWS;
             }
         }
     }

@@ -1,6 +1,7 @@
 //! AVX-512 (F, BW, DQ, VL) with VNNI: sixteen lanes.
 
 use crate::arch::simd::Simd;
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI.
@@ -126,6 +127,11 @@ impl Simd for Avx512Vnni {
     #[inline(always)]
     fn any_negative(self, a: Self::V) -> bool {
         level!(_mm512_movepi32_mask(a) != 0)
+    }
+
+    #[inline(always)]
+    fn in_order(self, v: Self::V) -> Self::V {
+        level!(pass_in_order(v))
     }
 
     #[inline(always)]
@@ -321,4 +327,16 @@ impl Simd for Avx512Vnni {
             _mm512_storeu_si512(p.add(32).cast(), _mm512_permutex2var_epi64(first, high, second));
         }
     }
+}
+
+/// An empty statement that the compiler takes for one that changes `v`.
+///
+/// # Safety
+/// The CPU has AVX-512 F.
+#[inline]
+#[target_feature(enable = "avx512f")]
+unsafe fn pass_in_order(mut v: __m512i) -> __m512i {
+    // SAFETY: no instruction.
+    unsafe { asm!("/* {0} */", inout(zmm_reg) v, options(nomem, nostack, preserves_flags)) };
+    v
 }
