@@ -32,7 +32,7 @@ const TASKS_PER_WORKER: usize = 8;
 
 /// Elements of the reduction, and left panels, of a task on a matrix unit.
 pub(super) const UNIT_DEPTH: usize = 4096;
-const UNIT_TASK_PANELS: usize = 64;
+const UNIT_TASK_PANELS: usize = 128;
 
 /// The right operand of [`multiply`].
 pub(super) enum Right<'a> {
