@@ -73,8 +73,11 @@ fn exponents_at_every_distance() {
             TestOperand::from_elements((count, k), rng.below(2) == 0, format, |line, at| values[line * k + at])
         });
         let bias: Vec<f32> = (0..n).map(|j| j as f32 / 3.0).collect();
+        let mut odd_bias = bias.clone();
+        (odd_bias[0], odd_bias[n - 1]) = (f32::from_bits(0xFFC0_1234), f32::NEG_INFINITY);
         let start: Vec<f32> = (0..m * n).map(|i| 1.0 / (1 + i) as f32).collect();
-        for (accumulate, bias) in [(false, None), (false, Some(&bias[..])), (true, None)] {
+        for (accumulate, bias) in [(false, None), (false, Some(&bias)), (false, Some(&odd_bias)), (true, None)] {
+            let bias = bias.map(|bias| &bias[..]);
             let expected = products(&a, &b, accumulate.then_some(&start), bias);
             for (name, ctx) in &levels {
                 let packed = prepack(ctx, &b.operand()).unwrap();

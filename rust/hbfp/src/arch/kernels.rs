@@ -3,7 +3,7 @@
 use super::generic::encode::{
     BlockPlace, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, STRIP, Scaling, TOWARD_ZERO,
 };
-use super::generic::matrix_unit::PANELS;
+use super::generic::matrix_unit::{PANELS, SIDE};
 use super::generic::philox::Counters;
 use super::generic::product::{Correction, Tile};
 use super::level::Level;
@@ -50,7 +50,7 @@ pub(crate) struct AlignedKernels {
         unsafe fn(blocks: usize, steps: usize, room: i32, panels: &[*const u8], out: *mut u8) -> Option<u32>,
     /// Of bytes, of nibbles.
     pub(crate) lay_out_right: [AlignRight; 2],
-    pub(crate) tile: unsafe fn(pieces: usize, a: *const u8, b: *const u8, c: Tile),
+    pub(crate) tile: unsafe fn(pieces: usize, a: *const u8, b: *const u8, bias: &[f32; SIDE], c: Tile),
 }
 type AlignRight =
     unsafe fn(blocks: usize, steps: usize, offset: i32, room: i32, panel: *const u8, out: *mut u8) -> Option<u32>;
@@ -330,8 +330,8 @@ macro_rules! matrix_unit {
                 unsafe { aligned::lay_out_right::<_, NIBBLES>($make, blocks, steps, offset, room, panel, out) }
             }
             #$attribute
-            unsafe fn aligned_tile(pieces: usize, a: *const u8, b: *const u8, c: Tile) {
-                unsafe { aligned::tile($make, pieces, a, b, c) }
+            unsafe fn aligned_tile(pieces: usize, a: *const u8, b: *const u8, bias: &[f32; SIDE], c: Tile) {
+                unsafe { aligned::tile($make, pieces, a, b, bias, c) }
             }
             #$attribute
             unsafe fn tile<const STEPS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile) {

@@ -1,6 +1,7 @@
 //! Tiles of C over the panels of a task: each by the kernel that fits it.
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint tiles")]
 
+use super::cache::Caches;
 use super::{Epilogue, general};
 use crate::arch::generic::product::{PANEL_ROWS, Tile, b_block_bytes};
 use crate::arch::generic::{aligned, matrix_unit};
@@ -40,9 +41,6 @@ impl<const N: usize> Default for Buffer<N> {
 type PanelTile = Buffer<{ PANEL_ROWS * MAX_COLUMNS }>;
 type UnitTile = Buffer<{ matrix_unit::SIDE * matrix_unit::SIDE }>;
 
-/// Bytes of C from which on it goes around the caches.
-const AROUND_CACHES: usize = 8 << 20;
-
 /// Some blocks of a panel.
 #[derive(Clone, Copy)]
 pub(super) struct PanelBlocks {
@@ -81,8 +79,10 @@ pub(super) struct Tiles<'a> {
     from_nibbles: bool,
     /// For tiles of 32 × 32.
     unit: Option<Unit>,
-    /// Whether C would push all else out of the caches.
+    /// Whether C would push all else out of the second-level cache.
     large: bool,
+    /// Whether no NaN is added to sums.
+    plain_bias: bool,
 }
 
 /// A matrix unit, and its kernel for the blocks at hand.
@@ -115,7 +115,8 @@ impl<'a> Tiles<'a> {
         epilogue: Epilogue<'a>,
     ) -> Self {
         let run = kernel.tile.map(|tile| [1, 2, 3, 4].map(|rows| (tile.for_block)(al.steps, rows)));
-        let large = size_of::<f32>() * out.len() >= AROUND_CACHES;
+        let large = size_of::<f32>() * out.len() >= 2 * Caches::get().l2;
+        let plain_bias = !epilogue.bias.is_some_and(|bias| bias.iter().any(|x| x.is_nan()));
         let fits = run.is_some() && bl.width == matrix_unit::SIDE;
         let fits = fits && (matrix_unit::fits(al.steps) || aligned::fits(al.steps));
         let unit = ctx.kernels.matrix_unit.as_ref().filter(|_| fits).map(|kernels| Unit {
@@ -124,7 +125,7 @@ impl<'a> Tiles<'a> {
             max_codes: kernel.max_codes,
             room: kernel.max_codes.map(aligned::room),
         });
-        Self { ctx, al, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles, unit, large }
+        Self { ctx, al, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles, unit, large, plain_bias }
     }
 
     /// Whether a matrix unit takes what tiles of 32 × 32 a task has.
@@ -196,9 +197,11 @@ impl<'a> Tiles<'a> {
     /// The last steps of rows of a tile that begins at this column.
     fn finish<'r>(&self, rows: impl Iterator<Item = &'r mut [f32]>, column: usize) {
         for row in rows {
-            let bias = self.epilogue.bias.map(|bias| &bias[column..][..row.len()]);
-            for (c, x) in row.iter_mut().enumerate() {
-                *x = general::finish(*x, bias.map(|bias| bias[c]));
+            if let Some(bias) = self.epilogue.bias {
+                let bias = &bias[column..][..row.len()];
+                row.iter_mut().zip(bias).for_each(|(x, &bias)| *x = general::finish(*x, Some(bias)));
+            } else {
+                row.iter_mut().for_each(|x| *x = general::finish(*x, None));
             }
         }
     }
@@ -344,7 +347,9 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
                         // SAFETY: both operands are laid out; the unit is configured for pieces of 16 steps.
                         unsafe {
                             let a = a.add(g * line_bytes);
-                            self.unit_tile(tiles, &groups[g].panels, j, |tile| (kernels.tile)(pieces, a, b, tile));
+                            self.unit_tile(tiles, &groups[g].panels, j, tiles.plain_bias, |tile, bias| {
+                                (kernels.tile)(pieces, a, b, bias, tile);
+                            });
                         }
                         continue;
                     };
@@ -364,7 +369,9 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
                             laid_out = true;
                         }
                         let mut run = || {
-                            self.unit_tile(tiles, &(start..end), j, |tile| run(blocks, steps, left, right, tile));
+                            self.unit_tile(tiles, &(start..end), j, false, |tile, _| {
+                                run(blocks, steps, left, right, tile)
+                            });
                         };
                         if steps.is_multiple_of(matrix_unit::PIECE) {
                             run();
@@ -384,16 +391,30 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
     }
 
     /// The tile of a group of panels and a B panel by `kernel`; one that sticks out, or whose rows lie apart, goes through
-    /// a buffer.
+    /// a buffer. The kernel is given the bias of the tile's columns, or zeros, if it `adds_bias`.
     ///
     /// # Safety
     /// As for [`Task::run`]; `kernel` writes a tile of 32 × 32.
-    unsafe fn unit_tile(&self, tiles: &Tiles<'_>, panels: &Range<usize>, j: usize, kernel: impl Fn(Tile)) {
+    unsafe fn unit_tile(
+        &self,
+        tiles: &Tiles<'_>,
+        panels: &Range<usize>,
+        j: usize,
+        adds_bias: bool,
+        kernel: impl Fn(Tile, &[f32; matrix_unit::SIDE]),
+    ) {
         const SIDE: usize = matrix_unit::SIDE;
         let Tiles { out, epilogue, .. } = tiles;
         let place = |i: usize| (self.place)(i, j, false);
         let Place { at, stride, column, first, last, width, .. } = place(panels.start);
-        let finish = panels.clone().any(|i| place(i).finish);
+        let mut finish = panels.clone().any(|i| place(i).finish);
+        let mut bias = [0.0; SIDE];
+        if adds_bias && finish {
+            if let Some(all) = epilogue.bias {
+                bias[..width].copy_from_slice(&all[column..column + width]);
+            }
+            finish = false;
+        }
         let fresh = first && !epilogue.accumulate;
         let follows = |i: usize| place(i + 1).at == at + (i + 1 - panels.start) * PANEL_ROWS * stride;
         let whole = panels.len() == matrix_unit::PANELS
@@ -405,7 +426,7 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
             // Written once and not touched again.
             let once = tiles.large && fresh && last && !finish;
             let around = once && (c as usize | (4 * stride)).is_multiple_of(64);
-            kernel(Tile { c, stride, fresh, around });
+            kernel(Tile { c, stride, fresh, around }, &bias);
             if finish {
                 // SAFETY: the same tile, row by row.
                 let row = |r: usize| unsafe { out.part(at + r * stride, SIDE) };
@@ -415,7 +436,7 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
         }
         debug_assert!(fresh, "only aligned products, which start at zero, stick out");
         let mut buffer = UnitTile::default();
-        kernel(Tile { c: buffer.0.as_mut_ptr(), stride: SIDE, fresh: true, around: false });
+        kernel(Tile { c: buffer.0.as_mut_ptr(), stride: SIDE, fresh: true, around: false }, &bias);
         for (i, from) in panels.clone().zip(buffer.0.chunks_exact(PANEL_ROWS * SIDE)) {
             let Place { at, stride, height, width, .. } = place(i);
             let rows = (0..height).map(|r| {

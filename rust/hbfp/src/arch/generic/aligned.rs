@@ -312,14 +312,14 @@ pub(crate) unsafe fn lay_out_right<S: MatrixUnit, const NIBBLES: bool>(
 #[repr(align(64))]
 struct Aligned<T>(T);
 
-/// C tile of 32 × 32 = left · right, exactly.
+/// C tile of 32 × 32 = left · right + bias: the product is exact, so this is rounded once, as the contract has it.
 ///
 /// # Safety
 /// - `a` and `b` are valid for reading the layouts above of `pieces` pieces;
 /// - `c` is valid for writing 32 rows of 32 elements, on cache lines if it goes around them;
 /// - the calling thread's unit is configured for pieces of 16 steps.
 #[inline(always)]
-pub(crate) unsafe fn tile<S: MatrixUnit>(s: S, pieces: usize, a: *const u8, b: *const u8, c: Tile) {
+pub(crate) unsafe fn tile<S: MatrixUnit>(s: S, pieces: usize, a: *const u8, b: *const u8, bias: &[f32; SIDE], c: Tile) {
     let mut sums = MaybeUninit::<Aligned<[[i32; HALF * HALF]; 4]>>::uninit();
     let sums = sums.as_mut_ptr().cast::<i32>();
     // SAFETY: all offsets are inside the lines, the buffer and the tile that the caller vouches for; the unit writes the
@@ -345,11 +345,12 @@ pub(crate) unsafe fn tile<S: MatrixUnit>(s: S, pieces: usize, a: *const u8, b: *
         s.store_sums::<2>(sums.add(2 * HALF * HALF));
         s.store_sums::<3>(sums.add(3 * HALF * HALF));
         let (ea, eb) = (a.add(PIECE_BYTES * pieces).cast::<i32>(), columns(s, b.add(PIECE_BYTES * pieces)));
+        let bias = columns(s, bias.as_ptr().cast());
         for row in 0..SIDE {
             let from = sums.add(2 * HALF * HALF * (row / HALF) + HALF * (row % HALF));
             let ea = s.splat(ea.add(row).read_unaligned());
-            let x = s.mul_f32(s.to_f32(s.load(from)), s.add(eb[0], ea));
-            let y = s.mul_f32(s.to_f32(s.load(from.add(HALF * HALF))), s.add(eb[1], ea));
+            let x = s.mul_add_f32(s.to_f32(s.load(from)), s.add(eb[0], ea), bias[0]);
+            let y = s.mul_add_f32(s.to_f32(s.load(from.add(HALF * HALF))), s.add(eb[1], ea), bias[1]);
             let to = c.c.add(row * c.stride);
             if c.around {
                 s.store_around(to.cast(), x);

@@ -109,7 +109,10 @@ unsafe fn fill<S: Simd, const TOGETHER: usize>(s: S, seed: Seed, counters: Count
                         let row = row.wrapping_add(row_step.wrapping_mul((r + TOGETHER * i + next) as u32));
                         u64::from(MULTIPLIERS[0]) * u64::from((first >> 32) as u32 ^ row ^ keys[0][0])
                     });
-                    let p1 = s.mul_low_u32(s.xor(of_rows::<S, TOGETHER>(s, second, of_row.map(|x| (x >> 32) as u32)), of_group[0]), m1);
+                    let p1 = s.mul_low_u32(
+                        s.xor(of_rows::<S, TOGETHER>(s, second, of_row.map(|x| (x >> 32) as u32)), of_group[0]),
+                        m1,
+                    );
                     let c2 = s.xor(of_group[2], of_rows::<S, TOGETHER>(s, second, of_row.map(|x| x as u32)));
                     *c = [s.xor(s.high_u32(p1), of_group[1]), p1, c2, third];
                 }
