@@ -5,12 +5,14 @@ use super::generic::encode::{
 };
 use super::generic::matrix_unit::{PANELS, SIDE};
 use super::generic::philox::Counters;
-use super::generic::product::{Correction, Tile};
+use super::generic::product::{Correction, Lines, Operands, Panel, Tile};
 use super::level::Level;
 use crate::rng::Seed;
 
-/// C tile += A panel · B panel; conditions as for [`super::generic::product::tile_dot4`].
-pub(crate) type TileFn = unsafe fn(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile);
+/// C tile += A · B panel; conditions as for [`super::generic::product::tile_dot4`].
+pub(crate) type TileFn = unsafe fn(of: Operands, c: Tile);
+/// The same for a matrix unit; conditions as for [`super::generic::matrix_unit::tile`].
+pub(crate) type UnitTileFn = unsafe fn(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile);
 type QuantizeRow = unsafe fn(*const f32, usize, Scaling, f32, *const u16, *mut f32);
 type RoundRow = unsafe fn(*const f32, usize, Scaling, *const u16, *mut i16);
 type StageStrips = unsafe fn(*const f32, isize, usize, usize, *mut f32, usize, *mut i32);
@@ -23,8 +25,21 @@ pub(crate) struct TileKernel {
     pub(crate) correction: Correction,
     /// Whether sums stay exact: steps of a block, largest code of the left, width of the right operand.
     pub(crate) fits: fn(steps: usize, left_max: i32, right_bits: u8) -> bool,
-    /// The function for blocks of this many steps and the first `rows` ≤ 4 rows of a panel.
-    pub(crate) for_block: fn(steps: usize, rows: usize) -> TileFn,
+    /// The function for tiles of a shape.
+    pub(crate) of_shape: fn(TileShape) -> TileFn,
+}
+
+/// What a tile kernel is compiled for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TileShape {
+    /// Steps of a block.
+    pub(crate) steps: usize,
+    /// The first rows of a panel, up to 4. Lines and narrow tiles have 4.
+    pub(crate) rows: usize,
+    /// Whether the rows of A are lines, and not panels.
+    pub(crate) lines: bool,
+    /// Whether B panels have half the columns: one register.
+    pub(crate) narrow: bool,
 }
 
 /// Kernels of a matrix unit; conditions as for the functions of the same names in [`super::generic::matrix_unit`].
@@ -33,10 +48,11 @@ pub(crate) struct MatrixUnitKernels {
     /// Runs a task with the unit configured for blocks of so many steps.
     pub(crate) with: unsafe fn(steps: usize, task: &mut dyn FnMut()),
     pub(crate) lay_out_left: unsafe fn(blocks: usize, steps: usize, panels: &[*const u8; PANELS], out: *mut u8),
+    pub(crate) lay_out_lines: unsafe fn(blocks: usize, steps: usize, lines: &[*const u8; SIDE], out: *mut u8),
     /// Of bytes, of nibbles.
     pub(crate) lay_out_right: [LayOutRight; 2],
     /// The function for blocks of this many steps.
-    pub(crate) tile: fn(steps: usize) -> TileFn,
+    pub(crate) tile: fn(steps: usize) -> UnitTileFn,
     pub(crate) aligned: AlignedKernels,
     pub(crate) peak: unsafe fn(rounds: usize),
 }
@@ -46,12 +62,20 @@ type LayOutRight = unsafe fn(blocks: usize, steps: usize, offset: i32, panel: *c
 /// [`super::generic::aligned`].
 #[derive(Debug)]
 pub(crate) struct AlignedKernels {
-    pub(crate) lay_out_left:
-        unsafe fn(blocks: usize, steps: usize, room: i32, panels: &[*const u8], out: *mut u8) -> Option<u32>,
+    /// Of panels, of lines.
+    pub(crate) lay_out_left: [AlignLeft; 2],
     /// Of bytes, of nibbles.
     pub(crate) lay_out_right: [AlignRight; 2],
     pub(crate) tile: unsafe fn(pieces: usize, a: *const u8, b: *const u8, bias: &[f32; SIDE], c: Tile),
 }
+type AlignLeft = unsafe fn(
+    pieces: usize,
+    blocks: usize,
+    steps: usize,
+    room: i32,
+    rows: &[&[*const u8]],
+    out: *mut u8,
+) -> Option<u32>;
 type AlignRight =
     unsafe fn(blocks: usize, steps: usize, offset: i32, room: i32, panel: *const u8, out: *mut u8) -> Option<u32>;
 
@@ -59,7 +83,7 @@ type AlignRight =
 #[derive(Debug)]
 pub struct Kernels {
     pub(crate) level: Level,
-    /// Columns of a B panel: two registers.
+    /// Columns of a B panel: two registers. See [`Kernels::columns_for`].
     pub(crate) columns: usize,
     /// In order of preference; the last one fits everything the fast path admits.
     pub(crate) tiles: &'static [TileKernel],
@@ -111,6 +135,11 @@ impl Kernels {
         Self::of(Level::best())
     }
 
+    /// Columns of the B panels of an operand of so many lines that is not kept for all products: half, where these do.
+    pub(crate) fn columns_for(&self, lines: usize) -> usize {
+        if 2 * lines <= self.columns { self.columns / 2 } else { self.columns }
+    }
+
     /// The level.
     #[must_use]
     pub fn level(&self) -> Level {
@@ -140,18 +169,26 @@ macro_rules! kernels {
         $(kernels!(@tile $make, $attribute, $tile);)+
     };
     (@tile $make:expr, $attribute:tt, $tile:ident) => {
-        fn $tile(steps: usize, rows: usize) -> TileFn {
+        fn $tile(shape: TileShape) -> TileFn {
             #$attribute
-            unsafe fn run<const STEPS: usize, const ROWS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile) {
-                unsafe { product::$tile::<_, STEPS, ROWS>($make, blocks, steps, a, b, c) }
+            unsafe fn run<A: Left, const STEPS: usize, const ROWS: usize, const N: usize>(of: Operands, c: Tile) {
+                unsafe { product::$tile::<_, A, STEPS, ROWS, N>($make, of, c) }
             }
-            match (steps, rows) {
-                (16, 1) => run::<16, 1>,
-                (_, 1) => run::<0, 1>,
-                (_, 2) => run::<0, 2>,
-                (_, 3) => run::<0, 3>,
-                (16, _) => run::<16, 4>,
-                _ => run::<0, 4>,
+            let TileShape { steps, rows, lines, narrow } = shape;
+            debug_assert!(rows == PANEL_ROWS || !(lines || narrow));
+            match (lines, narrow, steps, rows) {
+                (false, false, 16, 1) => run::<Panel, 16, 1, 2>,
+                (false, false, _, 1) => run::<Panel, 0, 1, 2>,
+                (false, false, _, 2) => run::<Panel, 0, 2, 2>,
+                (false, false, _, 3) => run::<Panel, 0, 3, 2>,
+                (false, false, 16, _) => run::<Panel, 16, 4, 2>,
+                (false, false, _, _) => run::<Panel, 0, 4, 2>,
+                (false, true, 16, _) => run::<Panel, 16, 4, 1>,
+                (false, true, _, _) => run::<Panel, 0, 4, 1>,
+                (true, false, 16, _) => run::<Lines, 16, 4, 2>,
+                (true, false, _, _) => run::<Lines, 0, 4, 2>,
+                (true, true, 4, _) => run::<Lines, 4, 4, 1>,
+                (true, true, _, _) => run::<Lines, 0, 4, 1>,
             }
         }
     };
@@ -160,6 +197,7 @@ macro_rules! kernels {
         pub(crate) mod $name {
             #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
             use super::*;
+            use crate::arch::generic::product::{Left, PANEL_ROWS};
             use crate::arch::generic::{encode, philox, product, softmax};
             use crate::arch::simd::Simd;
             use crate::ceilings;
@@ -168,9 +206,9 @@ macro_rules! kernels {
             pub(crate) const TABLE: Kernels = Kernels {
                 level: $level,
                 columns: 2 * <$token>::LANES,
-                tiles: &[$(TileKernel { correction: Correction::$correction, fits: $fits, for_block: $tile }),+],
+                tiles: &[$(TileKernel { correction: Correction::$correction, fits: $fits, of_shape: $tile }),+],
                 nibble_tiles: &[
-                    $(TileKernel { correction: Correction::$nibbles_correction, fits: $nibbles_fit, for_block: $nibbles }),+
+                    $(TileKernel { correction: Correction::$nibbles_correction, fits: $nibbles_fit, of_shape: $nibbles }),+
                 ],
                 matrix_unit: None,
                 unpack_nibbles,
@@ -285,10 +323,11 @@ macro_rules! matrix_unit {
                 matrix_unit: Some(MatrixUnitKernels {
                     with,
                     lay_out_left,
+                    lay_out_lines,
                     lay_out_right: [lay_out_right::<false>, lay_out_right::<true>],
                     tile: |steps| if steps == 16 { tile::<16> } else { tile::<0> },
                     aligned: AlignedKernels {
-                        lay_out_left: align_left,
+                        lay_out_left: [align_left::<Panel>, align_left::<Lines>],
                         lay_out_right: [align_right::<false>, align_right::<true>],
                         tile: aligned_tile,
                     },
@@ -316,12 +355,18 @@ macro_rules! matrix_unit {
                 unsafe { matrix_unit::lay_out_left($make, blocks, steps, panels, out) }
             }
             #$attribute
+            unsafe fn lay_out_lines(blocks: usize, steps: usize, lines: &[*const u8; SIDE], out: *mut u8) {
+                unsafe { matrix_unit::lay_out_lines($make, blocks, steps, lines, out) }
+            }
+            #$attribute
             unsafe fn lay_out_right<const NIBBLES: bool>(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8) {
                 unsafe { matrix_unit::lay_out_right::<_, NIBBLES>($make, blocks, steps, offset, panel, out) }
             }
             #$attribute
-            unsafe fn align_left(blocks: usize, steps: usize, room: i32, panels: &[*const u8], out: *mut u8) -> Option<u32> {
-                unsafe { aligned::lay_out_left($make, blocks, steps, room, panels, out) }
+            unsafe fn align_left<L: crate::arch::generic::product::Left>(
+                pieces: usize, blocks: usize, steps: usize, room: i32, rows: &[&[*const u8]], out: *mut u8,
+            ) -> Option<u32> {
+                unsafe { aligned::lay_out_left::<_, L>($make, pieces, blocks, steps, room, rows, out) }
             }
             #$attribute
             unsafe fn align_right<const NIBBLES: bool>(

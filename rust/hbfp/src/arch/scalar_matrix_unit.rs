@@ -74,6 +74,11 @@ impl MatrixUnit for Scalar<16> {
         // SAFETY: see above.
         unsafe { self.store(p, v) };
     }
+    unsafe fn steps_of_lines(self, lines: [*const u8; 4]) -> Self::V {
+        // SAFETY: see above.
+        let lines = lines.map(|line| unsafe { line.cast::<[u32; 4]>().read_unaligned() });
+        std::array::from_fn(|lane| lines[lane % 4][lane / 4])
+    }
     unsafe fn panel_rows<const STEPS: usize>(self, panel: *const u8, to: *mut u8) {
         for (row, t) in (0..4).flat_map(|row| (0..STEPS).map(move |t| (row, t))) {
             // SAFETY: see above.

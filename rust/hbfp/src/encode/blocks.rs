@@ -79,13 +79,12 @@ pub(crate) struct Scratch {
     pub(crate) tiles: TileBuffers,
     /// Strips whose panels take another form in the end.
     pub(crate) strips: AlignedBytes,
-    /// A convolution's left panels, gathered for a task; which of them need the general product.
-    pub(crate) gathered: AlignedBytes,
+    /// Which of a convolution's left panels need the general product.
     pub(crate) general: Vec<bool>,
     /// Patches of an image, and their panels.
     pub(crate) patches: Vec<f32>,
     pub(crate) patch_panels: Panels,
-    /// As many zeros as a block has elements.
+    /// At least as many zeros as a block has elements.
     pub(crate) zeros: Vec<f32>,
 }
 
@@ -104,13 +103,18 @@ impl Scratch {
         grow(&mut self.zeros, padded);
     }
 
+    /// So many bytes of zeros, until the next call.
+    pub(crate) fn zero_bytes(&mut self, bytes: usize) -> *const u8 {
+        self.zeros.resize(self.zeros.len().max(bytes.div_ceil(4)), 0.0);
+        self.zeros.as_ptr().cast()
+    }
+
     pub(crate) fn bytes(&self) -> usize {
         4 * (self.staging.len() + self.zeros.len())
             + 2 * (self.random.len() + self.transposed.len() + self.wide.len())
             + self.codes.len()
             + self.tiles.bytes()
             + self.strips.capacity()
-            + self.gathered.capacity()
             + 4 * self.patches.len()
             + self.patch_panels.bytes.capacity()
     }
@@ -203,10 +207,32 @@ pub(crate) fn random_strip(kernels: &Kernels, lines: &FloatLines<'_>, part: Part
 /// Random bits of a part whose lines lie side by side, from the plane: `out` as that of [`random_strip`].
 pub(crate) fn plane_strip(lines: &FloatLines<'_>, part: Part, out: &mut [u16]) {
     debug_assert!(lines.line_stride == 1);
-    for (j, out) in out.chunks_exact_mut(STRIP).enumerate().take(part.n) {
+    for (j, out) in out.as_chunks_mut::<STRIP>().0.iter_mut().enumerate().take(part.n) {
         if let Some(bits) = lines.plane_at(part.matrix, part.line, part.k + j) {
+            // The strip beside this one comes next.
+            prefetch(bits.wrapping_add(STRIP));
             // SAFETY: `width` neighbours inside the plane, which has an element for each of the view's.
-            out[..part.width].copy_from_slice(unsafe { std::slice::from_raw_parts(bits, part.width) });
+            unsafe {
+                if part.width == STRIP {
+                    *out = bits.cast::<[u16; STRIP]>().read_unaligned();
+                } else if part.width == STRIP / 2 {
+                    out[..STRIP / 2].copy_from_slice(&bits.cast::<[u16; STRIP / 2]>().read_unaligned());
+                } else {
+                    out[..part.width].copy_from_slice(std::slice::from_raw_parts(bits, part.width));
+                }
+            }
         }
     }
+}
+
+/// Asks for the cache line at `p`, which need not exist.
+#[inline(always)]
+fn prefetch(p: *const u16) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of the architecture; a prefetch of any address is harmless.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
 }

@@ -4,12 +4,10 @@
 
 use super::panels::{PanelLayout, Side};
 use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER};
-use crate::format::EXPONENT_OFFSET;
+use crate::format::{EXPONENT_OFFSET, MAX_BLOCK};
 
 /// Bytes behind the codes of a left panel's block: corrections, riders.
 const ENDS: usize = 8 * PANEL_ROWS;
-/// Bytes behind the codes of a line's block.
-pub(crate) const LINE_ENDS: usize = 8;
 
 fn exponent_byte(rider: i32) -> u8 {
     ((rider >> 23) + EXPONENT_OFFSET) as u8
@@ -43,56 +41,78 @@ fn pairs_to_nibbles(codes: &[u8], row: usize, nibbles: &mut [u8]) {
     }
 }
 
-/// One of the four lines of a left panel's block, whose steps have `step` bytes a line: codes, correction, rider.
-pub(crate) fn to_line(panel: &[u8], lane: usize, step: usize, line: &mut [u8]) {
-    let (codes, ends) = panel.split_at(panel.len() - ENDS);
-    let (line, line_ends) = line.split_at_mut(line.len() - LINE_ENDS);
-    if step == 4 {
-        for (to, from) in line.as_chunks_mut::<4>().0.iter_mut().zip(codes.as_chunks::<16>().0) {
-            to.copy_from_slice(&from[4 * lane..4 * lane + 4]);
-        }
-    } else {
-        for (to, from) in line.as_chunks_mut::<8>().0.iter_mut().zip(codes.as_chunks::<32>().0) {
-            to.copy_from_slice(&from[8 * lane..8 * lane + 8]);
-        }
-    }
-    line_ends[..4].copy_from_slice(&ends[4 * lane..4 * lane + 4]);
-    line_ends[4..].copy_from_slice(&ends[16 + 4 * lane..20 + 4 * lane]);
-}
-
-/// Word i of line j to word j of row i.
+/// Word i of part j to word j of part i.
 ///
 /// # Safety
-/// Each line is valid for reading 16 bytes, `to` for writing 64.
+/// Each part is valid for reading or writing 16 bytes.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn transpose(lines: [*const u8; PANEL_ROWS], to: *mut u8) {
+unsafe fn transpose(from: [*const u8; PANEL_ROWS], to: [*mut u8; PANEL_ROWS]) {
     use std::arch::x86_64::*;
     // SAFETY: SSE2 is part of the architecture; the caller vouches for the memory.
     unsafe {
-        let [a, b, c, d] = lines.map(|line| _mm_loadu_si128(line.cast()));
+        let [a, b, c, d] = from.map(|part| _mm_loadu_si128(part.cast()));
         let (ab0, ab1) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
         let (cd0, cd1) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
-        let to = to.cast::<__m128i>();
-        _mm_storeu_si128(to, _mm_unpacklo_epi64(ab0, cd0));
-        _mm_storeu_si128(to.add(1), _mm_unpackhi_epi64(ab0, cd0));
-        _mm_storeu_si128(to.add(2), _mm_unpacklo_epi64(ab1, cd1));
-        _mm_storeu_si128(to.add(3), _mm_unpackhi_epi64(ab1, cd1));
+        _mm_storeu_si128(to[0].cast(), _mm_unpacklo_epi64(ab0, cd0));
+        _mm_storeu_si128(to[1].cast(), _mm_unpackhi_epi64(ab0, cd0));
+        _mm_storeu_si128(to[2].cast(), _mm_unpacklo_epi64(ab1, cd1));
+        _mm_storeu_si128(to[3].cast(), _mm_unpackhi_epi64(ab1, cd1));
     }
 }
 
-/// Word i of line j to word j of row i.
+/// Word i of part j to word j of part i.
 ///
 /// # Safety
-/// Each line is valid for reading 16 bytes, `to` for writing 64.
+/// Each part is valid for reading or writing 16 bytes.
 #[cfg(not(target_arch = "x86_64"))]
 #[inline(always)]
-unsafe fn transpose(lines: [*const u8; PANEL_ROWS], to: *mut u8) {
+unsafe fn transpose(from: [*const u8; PANEL_ROWS], to: [*mut u8; PANEL_ROWS]) {
     // SAFETY: the caller vouches for the memory.
     unsafe {
-        let words = lines.map(|line| line.cast::<[u32; 4]>().read_unaligned());
-        let turned: [[u32; 4]; 4] = std::array::from_fn(|step| words.map(|words| words[step]));
-        to.cast::<[[u32; 4]; 4]>().write_unaligned(turned);
+        let words = from.map(|part| part.cast::<[u32; 4]>().read_unaligned());
+        for (i, to) in to.into_iter().enumerate() {
+            to.cast::<[u32; 4]>().write_unaligned(words.map(|words| words[i]));
+        }
+    }
+}
+
+/// The four lines of a left panel's block, whose steps have `step` bytes a line: codes, correction, rider.
+///
+/// # Safety
+/// Each of `lines` is valid for writing a quarter of the panel's bytes.
+#[inline]
+pub(crate) unsafe fn to_lines(panel: &[u8], step: usize, lines: [*mut u8; PANEL_ROWS]) {
+    let codes = panel.len() - ENDS;
+    let line_codes = codes / PANEL_ROWS;
+    let from = panel.as_ptr();
+    // SAFETY: all of it lies inside the panel and the lines.
+    unsafe {
+        if step == 4 {
+            // Four steps at a time are a transposition of words.
+            let whole = line_codes / 16 * 16;
+            for t in (0..whole).step_by(16) {
+                let steps = [0, 16, 32, 48].map(|at| from.add(PANEL_ROWS * t + at));
+                transpose(steps, lines.map(|line| line.wrapping_add(t)));
+            }
+            for t in (whole..line_codes).step_by(4) {
+                for (lane, line) in lines.iter().enumerate() {
+                    let word = from.add(PANEL_ROWS * t + 4 * lane).cast::<u32>().read_unaligned();
+                    line.add(t).cast::<u32>().write_unaligned(word);
+                }
+            }
+        } else {
+            for t in (0..line_codes).step_by(8) {
+                for (lane, line) in lines.iter().enumerate() {
+                    let word = from.add(PANEL_ROWS * t + 8 * lane).cast::<u64>().read_unaligned();
+                    line.add(t).cast::<u64>().write_unaligned(word);
+                }
+            }
+        }
+        let [corrections, riders] = from.add(codes).cast::<[[u32; PANEL_ROWS]; 2]>().read_unaligned();
+        for (lane, line) in lines.iter().enumerate() {
+            line.add(line_codes).cast::<[u32; 2]>().write_unaligned([corrections[lane], riders[lane]]);
+        }
     }
 }
 
@@ -111,7 +131,8 @@ pub(crate) unsafe fn from_lines(lines: [*const u8; PANEL_ROWS], step: usize, pan
             // Four steps at a time are a transposition of words.
             let whole = line_codes / 16 * 16;
             for t in (0..whole).step_by(16) {
-                transpose(lines.map(|line| line.wrapping_add(t)), to.add(PANEL_ROWS * t));
+                let steps = [0, 16, 32, 48].map(|at| to.add(PANEL_ROWS * t + at));
+                transpose(lines.map(|line| line.wrapping_add(t)), steps);
             }
             for t in (whole..line_codes).step_by(4) {
                 for (lane, line) in lines.iter().enumerate() {
@@ -177,6 +198,15 @@ pub(crate) fn from_compact(kept: &[u8], layout: &PanelLayout, nibbles: bool, pan
             }
         }
     } else if nibbles {
+        // Sums of codes of 4 bits fit half the width.
+        const { assert!(MAX_BLOCK / 2 * 8 < 1 << 15) };
+        let mut halves = [0i16; 2 * PANEL_ROWS];
+        let mut add = |row: &[u8; ROW]| {
+            for (sum, pair) in halves.iter_mut().zip(row.as_chunks::<2>().0) {
+                let pair = i16::from_le_bytes(*pair);
+                *sum += ((pair << 8) >> 8) + (pair >> 8);
+            }
+        };
         for (to, from) in codes.chunks_mut(2 * ROW).zip(kept.as_chunks::<ROW>().0) {
             let (even, odd) = to.split_at_mut(ROW);
             let mut row = from.map(|b| ((b & 15) ^ 8).wrapping_sub(8));
@@ -188,6 +218,7 @@ pub(crate) fn from_compact(kept: &[u8], layout: &PanelLayout, nibbles: bool, pan
                 odd.copy_from_slice(&row);
             }
         }
+        sums = halves.map(i32::from);
     } else {
         for (to, from) in codes.as_chunks_mut::<ROW>().0.iter_mut().zip(kept.as_chunks::<ROW>().0) {
             add(from);

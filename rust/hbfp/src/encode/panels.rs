@@ -463,10 +463,12 @@ impl<'a> Filling<'a> {
                     let block = |at: usize, len: usize| unsafe { panels.bytes.part(to + at, len) };
                     match layout.form {
                         Form::Lines => {
-                            for lane in 0..PANEL_ROWS {
-                                let at = (lane * layout.blocks + b) * (plain / PANEL_ROWS);
-                                forms::to_line(from, lane, layout.step(), block(at, plain / PANEL_ROWS));
-                            }
+                            let line = plain / PANEL_ROWS;
+                            let lines = std::array::from_fn(|lane| {
+                                panels.bytes.pointer(to + (lane * layout.blocks + b) * line, line)
+                            });
+                            // SAFETY: as above, line by line.
+                            unsafe { forms::to_lines(from, layout.step(), lines) };
                         }
                         Form::Compact { .. } | Form::Nibbles if !present => {
                             block(b * layout.block_bytes, layout.block_bytes).fill(0);
@@ -644,12 +646,11 @@ impl StripWriter<'_> {
                 (self.ctx.kernels.stage_strips)(from, x.k_stride, part.n, strips, to, between, amax);
             }
         } else {
-            for (j, row) in scratch.staging.chunks_exact_mut(STRIP).take(part.n).enumerate() {
+            for (j, row) in scratch.staging.as_chunks_mut::<STRIP>().0.iter_mut().take(part.n).enumerate() {
                 // SAFETY: `lines` neighbours inside the view.
                 let from = unsafe { std::slice::from_raw_parts(x.at(part.matrix, part.line, part.k + j), self.lines) };
-                row[..self.lines].copy_from_slice(from);
-                row[self.lines..].fill(0.0);
-                for (amax, x) in amax[0].iter_mut().zip(from) {
+                *row = padded(from);
+                for (amax, x) in amax[0].iter_mut().zip(row) {
                     *amax = (*amax).max((x.to_bits() & 0x7FFF_FFFF) as i32);
                 }
             }
@@ -861,6 +862,21 @@ impl StripWriter<'_> {
             }
         }
     }
+}
+
+/// What lines of a narrow strip have side by side, zeros behind it: eight at a time, for a call would take longer.
+#[inline]
+fn padded(from: &[f32]) -> [f32; STRIP] {
+    let mut row = [0.0; STRIP];
+    let (whole, rest) = from.as_chunks::<8>();
+    let (row_whole, row_rest) = row.split_at_mut(8 * whole.len());
+    for (to, from) in row_whole.as_chunks_mut::<8>().0.iter_mut().zip(whole) {
+        *to = *from;
+    }
+    for (to, from) in row_rest.iter_mut().zip(rest) {
+        *to = *from;
+    }
+    row
 }
 
 /// Whether a strip of f32 is encoded side by side: its lines are neighbours in memory and so are their random bits.

@@ -6,12 +6,17 @@
 #![allow(unsafe_code, reason = "tasks that write disjoint panels, rows and tiles")]
 #![allow(clippy::too_many_arguments, reason = "a product: two operands, their codings, the output")]
 
+mod prepared;
+mod reach;
+
+use self::prepared::{Image, KernelCopy, Plane};
+use self::reach::{Lines, NOWHERE, Reach, Rows};
 use super::cache::Caches;
-use super::tiles::{Kernel, PanelBlocks, Task, Tiles};
+use super::tiles::{Kernel, Left, LeftBlocks, PanelBlocks, Task, Tiles};
 use super::{Coding, Epilogue, ROOM, Workspace, driver, fitting, general, offset, tiles};
-use crate::arch::generic::encode::{ROW_PADDING, STRIP};
-use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
+use crate::arch::generic::encode::STRIP;
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
+use crate::arch::kernels::Kernels;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
 use crate::encode::panels::{
@@ -22,7 +27,6 @@ use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
 use crate::mem::{AlignedBytes, SharedMut};
 use crate::parallel::{DefaultFloatMode, Serial, Stage, for_each_stage, for_each_task};
-use crate::rng::Seed;
 use crate::shape::{FloatLines, FloatTensor, element_count};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -48,56 +52,6 @@ pub struct Convolution {
     pub padding: [usize; 3],
     /// Pixels of X from a tap to the next.
     pub dilation: [usize; 3],
-}
-
-/// Pixels that taps connect: for each pixel of a product's rows and each tap that on the other side, or [`NOWHERE`].
-struct Reach {
-    rows: usize,
-    taps: usize,
-    pixels: Vec<i32>,
-}
-
-/// In place of a pixel that does not exist.
-const NOWHERE: i32 = -1;
-
-impl Reach {
-    /// `source` gives the coordinate on the other side for a dimension, a coordinate and a tap.
-    fn new(
-        rows: [usize; 3],
-        kernel: [usize; 3],
-        target: [usize; 3],
-        source: impl Fn(usize, usize, usize) -> Option<usize>,
-    ) -> Self {
-        let [tables, taps] = [rows, kernel].map(|sizes| sizes.iter().product::<usize>());
-        let table = |d: usize| -> Vec<i32> {
-            let entry = |i: usize| source(d, i / kernel[d], i % kernel[d]).map_or(NOWHERE, |p| p as i32);
-            (0..rows[d] * kernel[d]).map(entry).collect()
-        };
-        let [first, second, third] = [table(0), table(1), table(2)];
-        let [k0, k1, k2] = kernel;
-        let [_, t1, t2] = target.map(|n| n as i32);
-        let mut pixels = Vec::with_capacity(tables * taps);
-        for i in 0..rows[0] {
-            for j in 0..rows[1] {
-                for k in 0..rows[2] {
-                    for a in &first[i * k0..][..k0] {
-                        for b in &second[j * k1..][..k1] {
-                            let base = if a | b < 0 { NOWHERE } else { (a * t1 + b) * t2 };
-                            pixels.extend(
-                                third[k * k2..][..k2].iter().map(|c| if base | c < 0 { NOWHERE } else { base + c }),
-                            );
-                        }
-                    }
-                }
-            }
-        }
-        Self { rows: tables, taps, pixels }
-    }
-
-    /// Sources of the taps of a pixel.
-    fn of(&self, pixel: usize) -> &[i32] {
-        &self.pixels[pixel * self.taps..][..self.taps]
-    }
 }
 
 /// X or dY of a weight gradient.
@@ -380,7 +334,8 @@ impl Convolution {
         let right_lines: Vec<FloatLines<'_>> = (0..self.groups).map(right_lines).collect();
         let right_sources: Vec<Source<'_>> = right_lines.iter().map(|x| Source::Floats(x, right.mode)).collect();
         let right_layout =
-            PanelLayout::new(right_sources[0].shape(), block, ctx.kernels.columns, Side::Right { offset }).in_pieces();
+            PanelLayout::new(right_sources[0].shape(), block, ctx.kernels.columns_for(columns), Side::Right { offset })
+                .in_pieces();
         groups.resize_with(groups.len().max(self.groups), Panels::default);
         let mut jobs = Vec::with_capacity(1 + self.groups);
         let mut rights = Vec::with_capacity(self.groups);
@@ -404,6 +359,7 @@ impl Convolution {
         let pieces = right_layout.matrices;
         let joined = right_layout.joined();
         let al = PanelLayout::new([1, row_pixels, line], block, PANEL_ROWS, left_side);
+        let al = if flatten { al } else { al.in_lines() };
         let out = SharedMut::new(out);
         let max_codes = [left.format.max_code(), right.format.max_code()];
         let kernel_of_tiles = Kernel { tile, from_nibbles: false, max_codes };
@@ -435,32 +391,25 @@ impl Convolution {
             scratch.reserve(block);
             scratch.general.clear();
             scratch.general.resize(2 * panels, false);
+            let mut starts = Vec::new();
             for from in (0..pieces).step_by(plan.pieces) {
                 let slice = from..(from + plan.pieces).min(pieces);
-                let panel_bytes = slice.len() * al.blocks * al.block_bytes;
-                let gathered = match image_panels {
-                    Some(image) => {
-                        let to = scratch.gathered.reserve(panels * panel_bytes);
-                        for i in 0..panels {
-                            let row = task_rows.start + i * PANEL_ROWS;
-                            let height = PANEL_ROWS.min(task_rows.end - row);
-                            // SAFETY: room for `panels` panels.
-                            let to = unsafe {
-                                std::slice::from_raw_parts_mut(to.as_ptr().add(i * panel_bytes), panel_bytes)
-                            };
-                            let any_general = any_general.load(Ordering::Relaxed);
-                            let (panels, bytes, groups) = (image, line_bytes, self.groups);
-                            let lines = Lines { panels, bytes, groups, g, pixels, any_general };
-                            let zeros: &[f32] = &scratch.zeros;
-                            scratch.general[i] = lines.gather(&al, rows, row..row + height, slice.clone(), zeros, to);
-                        }
-                        to.as_ptr().cast_const()
+                match image_panels {
+                    Some(panels) => {
+                        let zeros = scratch.zero_bytes(line_bytes);
+                        let any_general = any_general.load(Ordering::Relaxed);
+                        let lines =
+                            Lines { panels, bytes: line_bytes, groups: self.groups, g, pixels, any_general, zeros };
+                        lines.find(rows, task_rows.clone(), slice.clone(), &mut starts, &mut scratch.general);
                     }
                     None => {
                         self.patches(ctx, x, rows, sample, g, task_rows.clone(), left, &al, scratch);
-                        scratch.patch_panels.bytes.as_ptr()
+                        let first = scratch.patch_panels.bytes.as_ptr();
+                        starts.clear();
+                        starts.extend((0..panels).map(|i| first.wrapping_add(i * al.panel_bytes())));
                     }
-                };
+                }
+                let each = starts.len() / panels;
                 for panel in 0..panels {
                     scratch.general[panels + panel] |= scratch.general[panel];
                 }
@@ -468,8 +417,8 @@ impl Convolution {
                     blocks: slice.len() * al.blocks,
                     rows: 0..panels,
                     columns: j..(j + plan.column_panels).min(joined.panels),
-                    left: |i| PanelBlocks {
-                        bytes: gathered.wrapping_add(i * panel_bytes),
+                    left: |i| LeftBlocks {
+                        rows: Left::Pieces(&starts[i * each..][..each]),
                         general: scratch.general[i],
                     },
                     right: |j| PanelBlocks {
@@ -646,8 +595,9 @@ impl Convolution {
     }
 
     /// dY as the right operand of one group.
-    fn weight_right_layout(&self, columns: usize, format: BlockFormat) -> PanelLayout {
+    fn weight_right_layout(&self, kernels: &Kernels, format: BlockFormat) -> PanelLayout {
         let ([_, lines], pixels) = (self.group_channels(), product_of(self.output));
+        let columns = kernels.columns_for(lines);
         let layout = |shape| {
             let side = Side::Right { offset: offset(format.bits()) };
             PanelLayout::new(shape, format.block_along(self.batch), columns, side)
@@ -680,8 +630,10 @@ impl Convolution {
         match place {
             Place::Input => (self.compact_layout(format), 1),
             Place::Output => {
-                let layout = self.weight_right_layout(ctx.kernels.columns, format);
-                (if format.bits() <= 4 { layout.in_nibbles() } else { layout }, self.groups)
+                let layout = self.weight_right_layout(ctx.kernels, format);
+                // Narrow panels take no more than their nibbles in wide ones, which alone are taken out of nibbles.
+                let nibbles = format.bits() <= 4 && layout.width == ctx.kernels.columns;
+                (if nibbles { layout.in_nibbles() } else { layout }, self.groups)
             }
         }
     }
@@ -834,7 +786,7 @@ impl Convolution {
         let dy_plane = plane(dy, Place::Output, dy_coding, dy_plane);
         let x_plane = plane(x, Place::Input, x_coding, x_plane);
         let right_layout = match dy {
-            Input::Floats(_) => self.weight_right_layout(ctx.kernels.columns, dy_coding.format),
+            Input::Floats(_) => self.weight_right_layout(ctx.kernels, dy_coding.format),
             Input::Kept(_) => self.kept_layout(ctx, Place::Output, dy_coding.format).0,
         };
         let reach = self.reach();
@@ -941,31 +893,27 @@ impl Convolution {
             let panels = task_panels.len();
             let j = column_task * plan.column_panels;
             let any_general = left_general.load(Ordering::Relaxed);
+            // In place of a panel of a pixel that does not exist: correction and rider are zeros, too.
+            let zeros = scratch.zero_bytes(piece_bytes);
             scratch.general.clear();
             scratch.general.resize(2 * panels, false);
+            let mut starts = Vec::with_capacity(panels * plan.pieces);
             for from in (0..out_pixels).step_by(plan.pieces) {
                 let slice = from..(from + plan.pieces).min(out_pixels);
-                let panel_bytes = slice.len() * piece_bytes;
-                let to = scratch.gathered.reserve(panels * panel_bytes);
+                starts.clear();
                 scratch.general[..panels].fill(false);
-                for (piece, o) in slice.clone().enumerate() {
-                    let sources = reach.of(o);
-                    for (i, panel) in task_panels.clone().enumerate() {
-                        let (tap, q) = (panel / quads, panel % quads);
-                        // SAFETY: room for `panels` panels of the slice's pieces.
-                        let to = unsafe { to.as_ptr().add(i * panel_bytes + piece * piece_bytes) };
-                        if sources[tap] != NOWHERE {
-                            let source = self.weight_left_panel(&left_layout, sources[tap] as usize, g, q);
-                            // SAFETY: a panel of the layout, written by the stage before.
-                            unsafe {
-                                scratch.general[i] |= any_general && left.is_general(source);
-                                std::ptr::copy_nonoverlapping(left.bytes.add(source * piece_bytes), to, piece_bytes);
-                            }
-                        } else {
-                            // SAFETY: as above.
-                            unsafe { to.write_bytes(0, piece_bytes) };
+                for (i, panel) in task_panels.clone().enumerate() {
+                    let (tap, q) = (panel / quads, panel % quads);
+                    starts.extend(slice.clone().map(|o| {
+                        let source = reach.of(o)[tap];
+                        if source == NOWHERE {
+                            return zeros;
                         }
-                    }
+                        let source = self.weight_left_panel(&left_layout, source as usize, g, q);
+                        // SAFETY: a panel of the layout, written by the stage before.
+                        scratch.general[i] |= any_general && unsafe { left.is_general(source) };
+                        left.bytes.wrapping_add(source * piece_bytes)
+                    }));
                 }
                 for panel in 0..panels {
                     scratch.general[panels + panel] |= scratch.general[panel];
@@ -974,8 +922,8 @@ impl Convolution {
                     blocks: slice.len() * al.blocks,
                     rows: 0..panels,
                     columns: j..(j + plan.column_panels).min(joined.panels),
-                    left: |i| PanelBlocks {
-                        bytes: to.as_ptr().wrapping_add(i * panel_bytes).cast_const(),
+                    left: |i| LeftBlocks {
+                        rows: Left::Pieces(&starts[i * slice.len()..][..slice.len()]),
                         general: scratch.general[i],
                     },
                     right: |j| PanelBlocks {
@@ -1089,31 +1037,6 @@ enum Taps {
     Backward,
 }
 
-#[derive(Clone, Copy)]
-struct Image {
-    batch: usize,
-    pixels: [usize; 3],
-    channels: usize,
-}
-
-impl Image {
-    fn check_rows(&self) -> Result<()> {
-        let [p0, p1, _] = self.pixels;
-        element_count(&[self.batch, self.channels, p0, p1]).and_then(|rows| check_rows(rows, "image"))
-    }
-}
-
-/// Rows of a product by pixels.
-struct Rows {
-    reach: Reach,
-    /// Pixels of the image.
-    pixels: usize,
-    /// Channels of the image, and columns, of a group.
-    channels: usize,
-    out_channels: usize,
-    columns: usize,
-}
-
 /// Sizes of tasks.
 #[derive(Clone, Copy)]
 struct Plan {
@@ -1147,241 +1070,4 @@ impl Plan {
         let most = most.min(row_panels.div_ceil(each)).max(1);
         Self { row_panels: row_panels.div_ceil(row_panels.div_ceil(most).max(1)).max(1), column_panels, pieces }
     }
-}
-
-/// Encoded lines of an image.
-struct Lines {
-    panels: PanelsRef,
-    /// Bytes of a line.
-    bytes: usize,
-    groups: usize,
-    g: usize,
-    pixels: usize,
-    /// Whether any of them needs the general product.
-    any_general: bool,
-}
-
-impl Lines {
-    /// The panel of up to four rows over some taps. Returns whether one of its blocks needs the general product.
-    fn gather(
-        &self,
-        al: &PanelLayout,
-        rows: &Rows,
-        range: std::ops::Range<usize>,
-        taps: std::ops::Range<usize>,
-        zeros: &[f32],
-        to: &mut [u8],
-    ) -> bool {
-        let row_pixels = rows.reach.rows;
-        let line_block = al.block_bytes / PANEL_ROWS;
-        // A block of zeros has zeros for correction and rider, too.
-        debug_assert!(4 * zeros.len() >= line_block);
-        // SAFETY: as many bytes of +0.0; the block of a line is no longer than that of its floats.
-        let zeros = unsafe { std::slice::from_raw_parts(zeros.as_ptr().cast::<u8>(), line_block) };
-        let mut general = false;
-        let mut to = to.chunks_exact_mut(al.block_bytes);
-        // Rows past the last have no sources.
-        let mut sources: [&[i32]; PANEL_ROWS] = [&[]; PANEL_ROWS];
-        let mut first = [zeros.as_ptr(); PANEL_ROWS];
-        let between = self.groups * self.bytes;
-        for (lane, row) in range.enumerate() {
-            let (sample, pixel) = (row / row_pixels, row % row_pixels);
-            sources[lane] = rows.reach.of(pixel);
-            let line = sample * self.pixels * self.groups + self.g;
-            first[lane] = self.panels.bytes.wrapping_add(line * self.bytes);
-        }
-        for tap in taps {
-            let mut starts = [zeros.as_ptr(); PANEL_ROWS];
-            let mut steps = [0; PANEL_ROWS];
-            for lane in 0..PANEL_ROWS {
-                let Some(&source) = sources[lane].get(tap).filter(|&&source| source != NOWHERE) else { continue };
-                starts[lane] = first[lane].wrapping_add(source as usize * between);
-                steps[lane] = line_block;
-                if self.any_general {
-                    let line = (starts[lane] as usize - self.panels.bytes as usize) / self.bytes;
-                    // SAFETY: a line of the image, whose panel was written by the stage before.
-                    general |= unsafe { self.panels.is_general(line / PANEL_ROWS) };
-                }
-            }
-            for to in to.by_ref().take(al.blocks) {
-                // SAFETY: a block of a line of the image each, or as many zeros.
-                unsafe { forms::from_lines(starts, al.step(), to) };
-                for (start, step) in starts.iter_mut().zip(steps) {
-                    *start = start.wrapping_add(step);
-                }
-            }
-        }
-        general
-    }
-}
-
-/// A kernel in the order [out, taps, in / groups], with random bits in the same order.
-struct KernelCopy<'a> {
-    w: &'a FloatTensor<'a>,
-    seed: Option<Seed>,
-    floats: SharedMut<'a, f32>,
-    bits: SharedMut<'a, u16>,
-}
-
-impl<'a> KernelCopy<'a> {
-    fn new(w: &'a FloatTensor<'a>, coding: Coding, floats: &'a mut AlignedBytes, bits: &'a mut AlignedBytes) -> Self {
-        let count: usize = w.shape().iter().product();
-        let seed = coding.mode.is_stochastic().then_some(coding.mode.seed);
-        let padded = if seed.is_some() { count + ROW_PADDING } else { 0 };
-        // SAFETY: reserved for so many; used by nobody else as long as this lives.
-        let (floats, bits) = unsafe {
-            (
-                SharedMut::from_raw(floats.reserve(4 * count).as_ptr().cast(), count),
-                SharedMut::from_raw(bits.reserve(2 * padded).as_ptr().cast(), padded),
-            )
-        };
-        Self { w, seed, floats, bits }
-    }
-
-    fn floats(&self) -> *const f32 {
-        self.floats.as_ptr()
-    }
-
-    fn bits(&self) -> *const u16 {
-        if self.seed.is_some() { self.bits.as_ptr() } else { std::ptr::null() }
-    }
-
-    fn tasks(&self) -> usize {
-        self.w.shape()[0]
-    }
-
-    /// One output channel.
-    fn fill(&self, out: usize) {
-        let &[_, channels, k0, k1, k2] = self.w.shape() else { unreachable!("checked") };
-        let patch = channels * k0 * k1 * k2;
-        // SAFETY: an output channel belongs to one task.
-        let floats = unsafe { self.floats.part(out * patch, patch) };
-        for c in 0..channels {
-            for tap in 0..k0 * k1 * k2 {
-                let (i, j, k) = (tap / (k1 * k2), tap / k2 % k1, tap % k2);
-                // SAFETY: inside the tensor.
-                floats[tap * channels + c] = unsafe { *self.w.at(&[out, c, i, j, k]) };
-            }
-        }
-        if let Some(seed) = self.seed {
-            // SAFETY: as above.
-            let bits = unsafe { self.bits.part(out * patch, patch) };
-            for c in 0..channels {
-                for tap in 0..k0 * k1 * k2 {
-                    let row = (out * channels + c) * k0 * k1 + tap / k2;
-                    bits[tap * channels + c] = seed.bits(row as u32, tap % k2);
-                }
-            }
-        }
-    }
-}
-
-/// Random bits of an image in the order of its elements, [batch, pixels, channels], where the rows of the tensor they
-/// belong to are (sample, channel, all pixel coordinates but the last).
-struct Plane {
-    image: Image,
-    seed: Option<Seed>,
-    bits: *mut u16,
-}
-// SAFETY: tasks write disjoint parts; reading comes after them.
-unsafe impl Send for Plane {}
-// SAFETY: as above.
-unsafe impl Sync for Plane {}
-
-impl Plane {
-    /// Channels at a time.
-    const CHANNELS: usize = 64;
-
-    fn none() -> Self {
-        let image = Image { batch: 0, pixels: [0; 3], channels: 0 };
-        Self { image, seed: None, bits: std::ptr::null_mut() }
-    }
-
-    /// `wanted`: false for patches, which have bits of their own.
-    fn new(image: Image, coding: Coding, wanted: bool, memory: &mut AlignedBytes) -> Self {
-        let seed = (wanted && coding.mode.is_stochastic()).then_some(coding.mode.seed);
-        let count = image.batch * product_of(image.pixels) * image.channels + ROW_PADDING;
-        let bits = if seed.is_some() { memory.reserve(2 * count).as_ptr().cast() } else { std::ptr::null_mut() };
-        Self { image, seed, bits }
-    }
-
-    fn bits(&self) -> *const u16 {
-        self.bits
-    }
-
-    fn tasks(&self) -> usize {
-        let [p0, p1, _] = self.image.pixels;
-        if self.seed.is_some() { self.image.batch * p0 * p1 } else { 0 }
-    }
-
-    /// One row of pixels of one sample.
-    fn fill(&self, ctx: &Context<'_>, task: usize, scratch: &mut Scratch) {
-        let Image { pixels: [p0, p1, width], channels, .. } = self.image;
-        let Some(seed) = self.seed else { return };
-        let (sample, line) = (task / (p0 * p1), task % (p0 * p1));
-        let groups = width.div_ceil(8);
-        let len = 8 * Self::CHANNELS * groups + RANDOM_PADDING;
-        scratch.random.resize(scratch.random.len().max(len), 0);
-        for first in (0..channels).step_by(Self::CHANNELS) {
-            let count = Self::CHANNELS.min(channels - first);
-            let row = (sample * channels + first) * p0 * p1 + line;
-            let counters = Counters { row: row as u32, row_step: (p0 * p1) as u32, rows: count, group: 0, groups };
-            // SAFETY: room for the rectangle and its padding.
-            unsafe { (ctx.kernels.fill_random)(seed, counters, scratch.random.as_mut_ptr()) };
-            let bits = &scratch.random[..8 * groups * count];
-            let line_at = (sample * p0 * p1 + line) * width;
-            for group in 0..groups {
-                let pixels = 8 * group..width.min(8 * group + 8);
-                for c in (0..count).step_by(8) {
-                    let rows: [[u16; 8]; 8] = std::array::from_fn(|i| {
-                        let from = 8 * ((c + i).min(count - 1) * groups + group);
-                        bits[from..from + 8].try_into().expect("eight")
-                    });
-                    let turned = transpose(rows);
-                    let channels_here = 8.min(count - c);
-                    for (pixel, row) in pixels.clone().zip(&turned) {
-                        let at = (line_at + pixel) * channels + first + c;
-                        // SAFETY: elements of one row of pixels, which belongs to one task.
-                        unsafe { std::ptr::copy_nonoverlapping(row.as_ptr(), self.bits.add(at), channels_here) };
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Element j of row i to element i of row j.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn transpose(rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
-    use std::arch::x86_64::*;
-    // SAFETY: SSE2 is part of the architecture; arrays of eight u16 are as large as a register.
-    unsafe {
-        let [a, b, c, d, e, f, g, h] = rows.map(|row| std::mem::transmute::<[u16; 8], __m128i>(row));
-        let (ab0, ab1) = (_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b));
-        let (cd0, cd1) = (_mm_unpacklo_epi16(c, d), _mm_unpackhi_epi16(c, d));
-        let (ef0, ef1) = (_mm_unpacklo_epi16(e, f), _mm_unpackhi_epi16(e, f));
-        let (gh0, gh1) = (_mm_unpacklo_epi16(g, h), _mm_unpackhi_epi16(g, h));
-        let (ad0, ad1) = (_mm_unpacklo_epi32(ab0, cd0), _mm_unpackhi_epi32(ab0, cd0));
-        let (ad2, ad3) = (_mm_unpacklo_epi32(ab1, cd1), _mm_unpackhi_epi32(ab1, cd1));
-        let (eh0, eh1) = (_mm_unpacklo_epi32(ef0, gh0), _mm_unpackhi_epi32(ef0, gh0));
-        let (eh2, eh3) = (_mm_unpacklo_epi32(ef1, gh1), _mm_unpackhi_epi32(ef1, gh1));
-        let turned = [
-            _mm_unpacklo_epi64(ad0, eh0),
-            _mm_unpackhi_epi64(ad0, eh0),
-            _mm_unpacklo_epi64(ad1, eh1),
-            _mm_unpackhi_epi64(ad1, eh1),
-            _mm_unpacklo_epi64(ad2, eh2),
-            _mm_unpackhi_epi64(ad2, eh2),
-            _mm_unpacklo_epi64(ad3, eh3),
-            _mm_unpackhi_epi64(ad3, eh3),
-        ];
-        turned.map(|row| std::mem::transmute::<__m128i, [u16; 8]>(row))
-    }
-}
-
-/// Element j of row i to element i of row j.
-#[cfg(not(target_arch = "x86_64"))]
-fn transpose(rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
-    std::array::from_fn(|j| std::array::from_fn(|i| rows[i][j]))
 }

@@ -8,7 +8,7 @@
 
 use super::Epilogue;
 use super::cache::Caches;
-use super::tiles::{Kernel, PanelBlocks, Place, Task, Tiles, UNIT_PANELS};
+use super::tiles::{Kernel, Left, LeftBlocks, PanelBlocks, Place, Task, Tiles, UNIT_PANELS};
 use crate::arch::generic::matrix_unit;
 use crate::arch::generic::product::{PANEL_ROWS, RIDER, b_block_bytes};
 use crate::encode::Context;
@@ -159,7 +159,10 @@ pub(super) fn multiply(
                 blocks: blocks.len(),
                 rows: rows.clone(),
                 columns: columns.clone(),
-                left: |i| blocks_of(a, &al, al.panel(matrix, i)),
+                left: |i| {
+                    let PanelBlocks { bytes, general } = blocks_of(a, &al, al.panel(matrix, i));
+                    LeftBlocks { rows: Left::Panel(bytes), general }
+                },
                 right: |j| blocks_of(b, &bl, bl.panel(if bl.shared { 0 } else { matrix }, j)),
                 place: |i, j, general| Place {
                     at: (matrix * m + i * PANEL_ROWS) * n + j * bl.width,

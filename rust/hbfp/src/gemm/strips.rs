@@ -4,8 +4,8 @@
 
 use super::cache::Caches;
 use super::{fitting, general, offset};
-use crate::arch::generic::product::{Correction, PANEL_ROWS, Tile};
-use crate::arch::kernels::{Kernels, TileFn};
+use crate::arch::generic::product::{Correction, Operands, PANEL_ROWS, Tile};
+use crate::arch::kernels::{Kernels, TileFn, TileShape};
 use crate::encode::blocks::Scratch;
 use crate::encode::panels::{Filling, Job, PanelLayout, Panels, Side, Source};
 use crate::encode::{Context, RoundingMode};
@@ -135,7 +135,8 @@ impl Pair {
         let steps = block.div_ceil(4);
         let tile = fitting(kernels.tiles, block, left, right);
         let correction = tile.map_or(Correction::Total, |tile| tile.correction);
-        Ok(Self { kernels, codings, block, correction, run: tile.map(|tile| (tile.for_block)(steps, PANEL_ROWS)) })
+        let shape = TileShape { steps, rows: PANEL_ROWS, lines: false, narrow: false };
+        Ok(Self { kernels, codings, block, correction, run: tile.map(|tile| (tile.of_shape)(shape)) })
     }
 
     /// Bound of |Σ q_a q_w| over `k` elements, from the largest codes.
@@ -196,7 +197,9 @@ impl Pair {
             let general = general_a | general_b;
             match self.run.filter(|_| !general) {
                 // SAFETY: the panels have these layouts; four rows of a panel's columns lie inside `c`.
-                Some(run) => unsafe { run(blocks, al.steps, a_bytes, b_bytes, tile) },
+                Some(run) => unsafe {
+                    run(Operands { pieces: 1, a: &raw const a_bytes, blocks, steps: al.steps, b: b_bytes }, tile);
+                },
                 // SAFETY: the same.
                 None => unsafe { general_tile(&al, &bl, a_bytes, b_bytes, blocks, tile) },
             }

@@ -3,12 +3,12 @@
 
 use super::cache::Caches;
 use super::{Epilogue, general};
-use crate::arch::generic::product::{PANEL_ROWS, Tile, b_block_bytes};
+use crate::arch::generic::product::{Operands, PANEL_ROWS, Tile, b_block_bytes};
 use crate::arch::generic::{aligned, matrix_unit};
-use crate::arch::kernels::{MatrixUnitKernels, TileFn, TileKernel};
-use crate::encode::Context;
+use crate::arch::kernels::{MatrixUnitKernels, TileFn, TileKernel, TileShape, UnitTileFn};
 use crate::encode::blocks::TileBuffers;
 use crate::encode::panels::{Form, PanelLayout};
+use crate::encode::{Context, forms};
 use crate::mem::{AlignedBytes, SharedMut};
 use std::ops::Range;
 
@@ -41,10 +41,35 @@ impl<const N: usize> Default for Buffer<N> {
 type PanelTile = Buffer<{ PANEL_ROWS * MAX_COLUMNS }>;
 type UnitTile = Buffer<{ matrix_unit::SIDE * matrix_unit::SIDE }>;
 
-/// Some blocks of a panel.
+/// Some blocks of a B panel.
 #[derive(Clone, Copy)]
 pub(super) struct PanelBlocks {
     pub(super) bytes: *const u8,
+    pub(super) general: bool,
+}
+
+/// Where some blocks of four rows of A lie.
+#[derive(Clone, Copy)]
+pub(super) enum Left<'a> {
+    /// In a panel.
+    Panel(*const u8),
+    /// Piece by piece of the reduction: in a panel each, or in four lines where the layout is one of lines.
+    Pieces(&'a [*const u8]),
+}
+
+impl Left<'_> {
+    fn starts(&self) -> &[*const u8] {
+        match self {
+            Self::Panel(start) => std::slice::from_ref(start),
+            Self::Pieces(starts) => starts,
+        }
+    }
+}
+
+/// Some blocks of four rows of A.
+#[derive(Clone, Copy)]
+pub(super) struct LeftBlocks<'a> {
+    pub(super) rows: Left<'a>,
     pub(super) general: bool,
 }
 
@@ -76,6 +101,8 @@ pub(super) struct Tiles<'a> {
     epilogue: Epilogue<'a>,
     /// For tiles of one to four rows.
     run: Option<[TileFn; PANEL_ROWS]>,
+    /// The fewest rows that these write.
+    fewest_rows: usize,
     from_nibbles: bool,
     /// For tiles of 32 × 32.
     unit: Option<Unit>,
@@ -90,7 +117,7 @@ pub(super) struct Tiles<'a> {
 struct Unit {
     kernels: &'static MatrixUnitKernels,
     /// Block by block; none: the unit does not pay for such short ones.
-    run: Option<TileFn>,
+    run: Option<UnitTileFn>,
     /// Largest codes, and how far they can be shifted.
     max_codes: [i32; 2],
     room: [i32; 2],
@@ -114,7 +141,12 @@ impl<'a> Tiles<'a> {
         out: SharedMut<'a, f32>,
         epilogue: Epilogue<'a>,
     ) -> Self {
-        let run = kernel.tile.map(|tile| [1, 2, 3, 4].map(|rows| (tile.for_block)(al.steps, rows)));
+        let lines = al.form == Form::Lines;
+        let narrow = bl.width < ctx.kernels.columns;
+        debug_assert!(!(narrow && bl.form == Form::Nibbles), "nibbles are unpacked two registers at a time");
+        let fewest_rows = if lines || narrow { PANEL_ROWS } else { 1 };
+        let shape = |rows: usize| TileShape { steps: al.steps, rows: rows.max(fewest_rows), lines, narrow };
+        let run = kernel.tile.map(|tile| [1, 2, 3, 4].map(|rows| (tile.of_shape)(shape(rows))));
         let large = size_of::<f32>() * out.len() >= 2 * Caches::get().l2;
         let plain_bias = !epilogue.bias.is_some_and(|bias| bias.iter().any(|x| x.is_nan()));
         let fits = run.is_some() && bl.width == matrix_unit::SIDE;
@@ -125,7 +157,8 @@ impl<'a> Tiles<'a> {
             max_codes: kernel.max_codes,
             room: kernel.max_codes.map(aligned::room),
         });
-        Self { ctx, al, bl, out, epilogue, run, from_nibbles: kernel.from_nibbles, unit, large, plain_bias }
+        let from_nibbles = kernel.from_nibbles;
+        Self { ctx, al, bl, out, epilogue, run, fewest_rows, from_nibbles, unit, large, plain_bias }
     }
 
     /// Whether a matrix unit takes what tiles of 32 × 32 a task has.
@@ -158,21 +191,22 @@ impl<'a> Tiles<'a> {
     /// # Safety
     /// The panels hold `blocks` blocks of the layouts; the tile belongs to one task.
     #[inline]
-    unsafe fn tile(&self, a: PanelBlocks, b: PanelBlocks, blocks: usize, place: Place, buffer: &mut PanelTile) {
-        let Self { al, bl, .. } = self;
+    unsafe fn tile(&self, a: LeftBlocks<'_>, b: PanelBlocks, blocks: usize, place: Place, buffer: &mut PanelTile) {
+        let columns = self.bl.width;
         let Place { at, stride, height, width, column, first, finish, .. } = place;
-        let columns = bl.width;
         let c = self.out.pointer(at, (height - 1) * stride + width);
         // SAFETY: a tile belongs to one task, and each of its rows is taken once at a time.
         let row = |r: usize| unsafe { self.out.part(at + r * stride, width) };
         let fresh = first && !self.epilogue.accumulate;
         let general = a.general | b.general;
         let run = self.run.filter(|_| !general && blocks > 0).map(|run| run[height - 1]);
+        let of = self.operands(&a.rows, b.bytes, blocks);
         // Every second access to a row off its register's alignment would touch two cache lines, block after block.
-        let in_place = width == columns && (c as usize | (4 * stride)).is_multiple_of(32);
+        let aligned = (c as usize | (4 * stride)).is_multiple_of(32);
+        let in_place = width == columns && height >= self.fewest_rows && aligned;
         if let (Some(run), true) = (run, in_place) {
             // SAFETY: the caller's word; the kernel writes as many rows as there are.
-            unsafe { run(blocks, al.steps, a.bytes, b.bytes, Tile { c, stride, fresh, around: false }) };
+            unsafe { run(of, Tile { c, stride, fresh, around: false }) };
         } else {
             let buffer = &mut buffer.0[..PANEL_ROWS * columns];
             for (r, to) in buffer.chunks_exact_mut(columns).take(height).enumerate() {
@@ -181,8 +215,8 @@ impl<'a> Tiles<'a> {
             let tile = Tile { c: buffer.as_mut_ptr(), stride: columns, fresh: false, around: false };
             match run {
                 // SAFETY: as above; the buffer has 4 rows.
-                Some(run) => unsafe { run(blocks, al.steps, a.bytes, b.bytes, tile) },
-                None => self.general_tile(a.bytes, b.bytes, blocks, buffer),
+                Some(run) => unsafe { run(of, tile) },
+                None => self.general_tile(&a.rows, b.bytes, blocks, buffer),
             }
             for (r, from) in buffer.chunks_exact(columns).take(height).enumerate() {
                 row(r).copy_from_slice(&from[..width]);
@@ -192,6 +226,17 @@ impl<'a> Tiles<'a> {
             let rows = (0..height).map(row);
             self.finish(rows, column);
         }
+    }
+
+    /// Pointers of a piece of A.
+    fn pointers(&self) -> usize {
+        if self.al.form == Form::Lines { PANEL_ROWS } else { 1 }
+    }
+
+    fn operands(&self, rows: &Left<'_>, b: *const u8, blocks: usize) -> Operands {
+        let starts = rows.starts();
+        let pieces = starts.len() / self.pointers();
+        Operands { pieces, a: starts.as_ptr(), blocks: blocks / pieces.max(1), steps: self.al.steps, b }
     }
 
     /// The last steps of rows of a tile that begins at this column.
@@ -207,21 +252,32 @@ impl<'a> Tiles<'a> {
     }
 
     #[cold]
-    fn general_tile(&self, a: *const u8, b: *const u8, blocks: usize, tile: &mut [f32]) {
+    fn general_tile(&self, rows: &Left<'_>, b: *const u8, blocks: usize, tile: &mut [f32]) {
         if blocks == 0 {
             return;
         }
         let mut buffer = AlignedBytes::default();
         let b = if self.from_nibbles { self.unpack(b, blocks, &mut buffer) } else { b };
         let b_block = b_block_bytes(self.bl.steps, self.bl.width);
-        // SAFETY: the panels were laid out with these layouts.
-        let (a, b) = unsafe {
-            (
-                std::slice::from_raw_parts(a, blocks * self.al.block_bytes),
-                std::slice::from_raw_parts(b, blocks * b_block),
-            )
-        };
-        general::tile(&self.al, &self.bl, a, b, tile);
+        let (block_bytes, starts) = (self.al.block_bytes, rows.starts());
+        let each = blocks * self.pointers() / starts.len();
+        let mut a = vec![0; blocks * block_bytes];
+        for (piece, to) in starts.chunks_exact(self.pointers()).zip(a.chunks_exact_mut(each * block_bytes)) {
+            for (block, to) in to.chunks_exact_mut(block_bytes).enumerate() {
+                // SAFETY: the rows hold as many blocks of the layout.
+                unsafe {
+                    if let Ok(lines) = <[_; PANEL_ROWS]>::try_from(piece) {
+                        let lines = lines.map(|line: *const u8| line.add(block * block_bytes / PANEL_ROWS));
+                        forms::from_lines(lines, self.al.step(), to);
+                    } else {
+                        to.copy_from_slice(std::slice::from_raw_parts(piece[0].add(block * block_bytes), block_bytes));
+                    }
+                }
+            }
+        }
+        // SAFETY: the panel was laid out with this layout.
+        let b = unsafe { std::slice::from_raw_parts(b, blocks * b_block) };
+        general::tile(&self.al, &self.bl, &a, b, tile);
     }
 }
 
@@ -230,7 +286,7 @@ pub(super) struct Task<L, R, P> {
     pub(super) blocks: usize,
     pub(super) rows: Range<usize>,
     pub(super) columns: Range<usize>,
-    /// A panel of A.
+    /// Four rows of A.
     pub(super) left: L,
     /// A panel of B, as it is stored.
     pub(super) right: R,
@@ -238,7 +294,12 @@ pub(super) struct Task<L, R, P> {
     pub(super) place: P,
 }
 
-impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usize, bool) -> Place> Task<L, R, P> {
+impl<'a, L, R, P> Task<L, R, P>
+where
+    L: Fn(usize) -> LeftBlocks<'a>,
+    R: Fn(usize) -> PanelBlocks,
+    P: Fn(usize, usize, bool) -> Place,
+{
     /// C of the task.
     ///
     /// # Safety
@@ -284,6 +345,43 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
         self.rows.clone().step_by(matrix_unit::PANELS).filter_map(group).collect()
     }
 
+    /// The panels from `first` on as a matrix unit reads them block by block, piece by piece.
+    ///
+    /// # Safety
+    /// As for [`Task::run`]; `to` is valid for writing the blocks of 32 lines.
+    unsafe fn lay_out_left(&self, unit: Unit, tiles: &Tiles<'_>, first: usize, to: *mut u8) {
+        let rows: [Left<'_>; matrix_unit::PANELS] = std::array::from_fn(|i| (self.left)(first + i).rows);
+        let Operands { pieces, blocks, steps, .. } = tiles.operands(&rows[0], std::ptr::null(), self.blocks);
+        for piece in 0..pieces {
+            // SAFETY: the caller's word.
+            unsafe {
+                let to = to.add(piece * blocks * matrix_unit::block_bytes(steps));
+                if tiles.al.form == Form::Lines {
+                    let lines =
+                        std::array::from_fn(|i| rows[i / PANEL_ROWS].starts()[piece * PANEL_ROWS + i % PANEL_ROWS]);
+                    (unit.kernels.lay_out_lines)(blocks, steps, &lines, to);
+                } else {
+                    let panels = std::array::from_fn(|i| rows[i].starts()[piece]);
+                    (unit.kernels.lay_out_left)(blocks, steps, &panels, to);
+                }
+            }
+        }
+    }
+
+    /// A group aligned, if it can be: the largest sum of a line's codes.
+    ///
+    /// # Safety
+    /// As for [`Task::run`]; `to` is valid for writing 32 aligned lines.
+    unsafe fn align_left(&self, unit: Unit, tiles: &Tiles<'_>, panels: &Range<usize>, to: *mut u8) -> Option<u32> {
+        let rows: [Left<'_>; matrix_unit::PANELS] =
+            std::array::from_fn(|i| (self.left)((panels.start + i).min(panels.end - 1)).rows);
+        let starts: [&[*const u8]; matrix_unit::PANELS] = std::array::from_fn(|i| rows[i].starts());
+        let of = tiles.operands(&rows[0], std::ptr::null(), self.blocks);
+        let lay_out = unit.kernels.aligned.lay_out_left[usize::from(tiles.al.form == Form::Lines)];
+        // SAFETY: the caller's word.
+        unsafe { lay_out(of.pieces, of.blocks, of.steps, unit.room[0], &starts[..panels.len()], to) }
+    }
+
     /// [`Task::run`] where a matrix unit takes the groups' tiles.
     ///
     /// # Safety
@@ -298,12 +396,8 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
         if aligned::fits(steps) && first && !epilogue.accumulate {
             let to = buffers.aligned_left.reserve(groups.len() * line_bytes).as_ptr();
             for (g, group) in groups.iter_mut().enumerate() {
-                let mut panels = [std::ptr::null(); matrix_unit::PANELS];
-                let panels = &mut panels[..group.panels.len()];
-                panels.iter_mut().zip(group.panels.clone()).for_each(|(panel, i)| *panel = (self.left)(i).bytes);
                 // SAFETY: the caller's word; the buffer has room for the groups.
-                group.sum =
-                    unsafe { (kernels.lay_out_left)(blocks, steps, unit.room[0], panels, to.add(g * line_bytes)) };
+                group.sum = unsafe { self.align_left(unit, tiles, &group.panels, to.add(g * line_bytes)) };
             }
         }
         let group_bytes = blocks * matrix_unit::block_bytes(steps);
@@ -359,8 +453,7 @@ impl<L: Fn(usize) -> PanelBlocks, R: Fn(usize) -> PanelBlocks, P: Fn(usize, usiz
                     unsafe {
                         let left = left.add(g * group_bytes);
                         if !group_laid_out {
-                            let panels = std::array::from_fn(|i| (self.left)(start + i).bytes);
-                            (unit.kernels.lay_out_left)(blocks, steps, &panels, left);
+                            self.lay_out_left(unit, tiles, start, left);
                             groups[g].laid_out = Some(true);
                         }
                         if !laid_out {

@@ -17,7 +17,7 @@
 
 use super::matrix_unit::{HALF, MatrixUnit, PANELS, PIECE, SIDE};
 use super::product::{
-    PANEL_ROWS, RIDER, Tile, a_block_bytes, b_block_bytes, columns, nibble_block_bytes, nibble_riders, nibbles,
+    Left, PANEL_ROWS, RIDER, Tile, b_block_bytes, columns, nibble_block_bytes, nibble_riders, nibbles,
 };
 use crate::arch::simd::Simd;
 use std::mem::MaybeUninit;
@@ -121,99 +121,147 @@ pub(crate) fn room(max_code: i32) -> i32 {
     (i32::from(i8::MAX) / max_code).ilog2() as i32
 }
 
-/// Exponents of the lines of a left panel; line r in lane r of every chunk.
+/// Four steps of four rows: chunk t, word r of step t and row r.
 ///
 /// # Safety
-/// `panel` is valid for reading `blocks` blocks of `steps` steps.
+/// As for [`lay_out_left`].
 #[inline(always)]
-unsafe fn left_exponents<S: Simd>(s: S, blocks: usize, steps: usize, panel: *const u8) -> Exponents<S::V> {
+unsafe fn left_steps<S: MatrixUnit, L: Left>(s: S, block: L, t: usize) -> S::V {
+    // SAFETY: the caller's word.
+    unsafe {
+        if L::POINTERS == 1 {
+            s.load(block.at(0, 4 * t, 4).cast())
+        } else {
+            s.steps_of_lines([0, 1, 2, 3].map(|row| block.at(row, 4 * t, 4 * GROUP)))
+        }
+    }
+}
+
+/// Exponents of four rows in every chunk.
+///
+/// # Safety
+/// As for [`lay_out_left`].
+#[inline(always)]
+unsafe fn left_riders<S: Simd, L: Left>(s: S, block: L, steps: usize) -> S::V {
+    // SAFETY: the caller's word.
+    unsafe {
+        let riders = [0, 1, 2, 3].map(|row| block.at(row, 4 * (steps + 1), 4).cast::<i32>());
+        if L::POINTERS == 1 {
+            s.load_chunk(riders[0])
+        } else {
+            s.load_chunk(riders.map(|rider| rider.read_unaligned()).as_ptr())
+        }
+    }
+}
+
+/// Exponents of four rows in every chunk, of all their blocks.
+///
+/// # Safety
+/// As for [`lay_out_left`].
+#[inline(always)]
+unsafe fn left_exponents<S: MatrixUnit, L: Left>(
+    s: S,
+    pieces: usize,
+    blocks: usize,
+    steps: usize,
+    starts: &[*const u8],
+) -> Exponents<S::V> {
     let mut all = Exponents::none(s);
-    for block in 0..blocks {
-        // SAFETY: inside the panel.
-        unsafe {
-            let from = panel.add(block * a_block_bytes(steps, false));
-            let e = s.load_chunk(from.add(4 * PANEL_ROWS * (steps + 1)).cast());
-            let mut some = not_zero(s, e);
-            // Blocks of zeros have exponent 0, but not they alone.
-            if s.any_negative(s.xor(some, s.splat(-1))) {
-                let mut codes = s.splat(0);
-                for t in (0..steps).step_by(GROUP) {
-                    codes = s.or(codes, s.load(from.add(4 * PANEL_ROWS * t).cast()));
+    for piece in 0..pieces {
+        // SAFETY: the caller's word.
+        let mut block = unsafe { L::new(starts.as_ptr().add(piece * L::POINTERS)) };
+        for _ in 0..blocks {
+            // SAFETY: the caller's word.
+            unsafe {
+                let e = left_riders(s, block, steps);
+                let mut some = not_zero(s, e);
+                // Blocks of zeros have exponent 0, but not they alone.
+                if s.any_negative(s.xor(some, s.splat(-1))) {
+                    let mut codes = s.splat(0);
+                    for t in (0..steps).step_by(GROUP) {
+                        codes = s.or(codes, left_steps(s, block, t));
+                    }
+                    some = not_zero(s, s.sum_chunks(not_zero(s, codes)));
                 }
-                some = not_zero(s, s.sum_chunks(not_zero(s, codes)));
+                all.take(s, e, some);
             }
-            all.take(s, e, some);
+            block = block.advance(4 * steps + 8);
         }
     }
     all
 }
 
-/// Lays out up to eight left panels. The largest sum of a line's shifted codes, each taken positive; None: the exponents
-/// of a line lie more than `room` places apart, and nothing was laid out.
+/// Lays out up to 32 rows, given by where each four of them lie piece by piece of the reduction, `blocks` blocks each. The
+/// largest sum of a row's shifted codes, each taken positive; None: the exponents of a row lie more than `room` places
+/// apart, and nothing was laid out.
 ///
 /// # Safety
-/// `panels` are valid for reading `blocks` blocks of `steps` steps, which [`fits`], of a panel with 8-bit codes, `out` for
-/// writing [`line_bytes`].
+/// Each of `rows` holds the pointers of `pieces` pieces, which are valid for reading so many blocks of `steps` steps, which
+/// [`fits`], with 8-bit codes; `out` is valid for writing [`line_bytes`].
 #[inline(always)]
-pub(crate) unsafe fn lay_out_left<S: MatrixUnit>(
+pub(crate) unsafe fn lay_out_left<S: MatrixUnit, L: Left>(
     s: S,
+    pieces: usize,
     blocks: usize,
     steps: usize,
     room: i32,
-    panels: &[*const u8],
+    rows: &[&[*const u8]],
     out: *mut u8,
 ) -> Option<u32> {
     const { assert!(S::LANES == 4 * GROUP) };
-    let pieces = pieces(blocks, steps);
     let mut least = [s.splat(0); PANELS];
-    // SAFETY: the caller's word; all offsets are inside the panels and the lines.
+    let mut largest = s.splat(0);
+    // SAFETY: the caller's word; all offsets are inside the blocks and the lines.
     unsafe {
-        for (least, &panel) in least.iter_mut().zip(panels) {
-            let mut exponents = left_exponents(s, blocks, steps, panel);
+        for (least, starts) in least.iter_mut().zip(rows) {
+            let mut exponents = left_exponents::<S, L>(s, pieces, blocks, steps, starts);
             if exponents.finish(s) > room {
                 return None;
             }
             *least = exponents.least;
         }
-        let ends = out.add(PIECE_BYTES * pieces);
-        let mut largest = s.splat(0);
-        for (p, &least) in least.iter().enumerate() {
+        let ends = out.add(PIECE_BYTES * self::pieces(pieces * blocks, steps));
+        for ((p, starts), least) in rows.iter().enumerate().zip(least) {
             s.store_chunk(ends.add(4 * PANEL_ROWS * p), least);
-            let Some(&panel) = panels.get(p) else {
-                for piece in 0..pieces {
-                    let to = out.add(PIECE_BYTES * piece + 4 * PIECE * PANEL_ROWS * p);
-                    (0..PANEL_ROWS).for_each(|row| s.store(to.add(4 * PIECE * row).cast(), s.splat(0)));
-                }
-                continue;
-            };
+            let to = out.add(4 * PIECE * PANEL_ROWS * p);
             let mut sums = s.splat(0);
-            let (mut block, mut t) = (0, steps);
-            let mut from = panel;
-            let mut shift = Shift { places: s.splat(0), keep: s.splat(0) };
+            let mut words = [s.splat(0); GROUP];
+            let mut at = 0;
             for piece in 0..pieces {
-                let mut words = [s.splat(0); GROUP];
-                for word in &mut words {
-                    if t == steps {
-                        if block == blocks {
-                            break;
+                let mut block = L::new(starts.as_ptr().add(piece * L::POINTERS));
+                for _ in 0..blocks {
+                    let shift = Shift::new(s, left_riders(s, block, steps), least);
+                    for t in (0..steps).step_by(GROUP) {
+                        let word = shift.apply(s, left_steps(s, block, t));
+                        sums = s.dot4(sums, s.abs_i8(word), s.splat(0x0101_0101));
+                        words[at % PIECE / GROUP] = word;
+                        at += GROUP;
+                        if at.is_multiple_of(PIECE) {
+                            store_piece(s, words, to.add(PIECE_BYTES * (at / PIECE - 1)));
                         }
-                        from = panel.add(block * a_block_bytes(steps, false));
-                        let e = s.load_chunk(from.add(4 * PANEL_ROWS * (steps + 1)).cast());
-                        shift = Shift::new(s, e, least);
-                        (block, t) = (block + 1, 0);
                     }
-                    *word = shift.apply(s, s.load(from.add(4 * PANEL_ROWS * t).cast()));
-                    sums = s.dot4(sums, s.abs_i8(*word), s.splat(0x0101_0101));
-                    t += GROUP;
+                    block = block.advance(4 * steps + 8);
                 }
-                let to = out.add(PIECE_BYTES * piece + 4 * PIECE * PANEL_ROWS * p);
-                for (row, words) in s.transpose_words(words).into_iter().enumerate() {
-                    s.store(to.add(4 * PIECE * row).cast(), words);
-                }
+            }
+            if !at.is_multiple_of(PIECE) {
+                words[at % PIECE / GROUP..].fill(s.splat(0));
+                store_piece(s, words, to.add(PIECE_BYTES * (at / PIECE)));
             }
             largest = s.max_i32(largest, s.sum_chunks(sums));
         }
-        Some(s.reduce_max_i32(largest) as u32)
+    }
+    Some(s.reduce_max_i32(largest) as u32)
+}
+
+/// A piece of four rows.
+///
+/// # Safety
+/// `to` is valid for writing four registers.
+#[inline(always)]
+unsafe fn store_piece<S: Simd>(s: S, words: [S::V; GROUP], to: *mut u8) {
+    for (row, words) in s.transpose_words(words).into_iter().enumerate() {
+        // SAFETY: the caller's word.
+        unsafe { s.store(to.add(4 * PIECE * row).cast(), words) };
     }
 }
 
@@ -344,8 +392,8 @@ pub(crate) unsafe fn tile<S: MatrixUnit>(s: S, pieces: usize, a: *const u8, b: *
         s.store_sums::<1>(sums.add(HALF * HALF));
         s.store_sums::<2>(sums.add(2 * HALF * HALF));
         s.store_sums::<3>(sums.add(3 * HALF * HALF));
-        let (ea, eb) = (a.add(PIECE_BYTES * pieces).cast::<i32>(), columns(s, b.add(PIECE_BYTES * pieces)));
-        let bias = columns(s, bias.as_ptr().cast());
+        let (ea, eb) = (a.add(PIECE_BYTES * pieces).cast::<i32>(), columns::<S, 2>(s, b.add(PIECE_BYTES * pieces)));
+        let bias = columns::<S, 2>(s, bias.as_ptr().cast());
         for row in 0..SIDE {
             let from = sums.add(2 * HALF * HALF * (row / HALF) + HALF * (row % HALF));
             let ea = s.splat(ea.add(row).read_unaligned());

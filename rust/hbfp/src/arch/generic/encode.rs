@@ -311,6 +311,8 @@ unsafe fn rows_of_side<S: Simd, const R: u8, const SIDE: u8>(
             rows::<S, R, SIDE, true, 4>(s, x, n, random, coding, place)
         } else if whole && n.is_multiple_of(2 * S::LANES) {
             rows::<S, R, SIDE, true, 2>(s, x, n, random, coding, place)
+        } else if whole && n.is_multiple_of(S::LANES) {
+            rows::<S, R, SIDE, true, 1>(s, x, n, random, coding, place)
         } else {
             rows::<S, R, SIDE, false, 4>(s, x, n, random, coding, place)
         }
@@ -373,7 +375,8 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REG
         let mut step = 0;
         while step < place.steps {
             let i = 4 * step;
-            let mut lines = [s.splat(0); 4];
+            // The first register of each line, and the lines.
+            let (mut firsts, mut lines) = ([s.splat(0); 4], [s.splat(0); 4]);
             for l in 0..4 {
                 let mut q = [s.splat(0); 4];
                 for (j, q) in q.iter_mut().enumerate().take(REGISTERS) {
@@ -385,9 +388,19 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REG
                         *q = round::<S, R>(s, s.mul_f32(v, inverse[l]), r);
                     }
                 }
-                lines[l] = s.max_i8(s.min_i8(s.pack_words(q), limit), minus);
+                if REGISTERS == 1 {
+                    firsts[l] = q[0];
+                } else {
+                    lines[l] = s.max_i8(s.min_i8(s.pack_words(q), limit), minus);
+                }
             }
-            let mut words = s.transpose_words(lines);
+            let mut words = if REGISTERS == 1 {
+                // Four registers, each a line: their words come together as they are packed.
+                let words = s.max_i8(s.min_i8(s.pack_words(firsts), limit), minus);
+                [words, s.splat(0), s.splat(0), s.splat(0)]
+            } else {
+                s.transpose_words(lines)
+            };
             if let Some(keep) = keep {
                 for word in &mut words {
                     *word = s.and(*word, keep);

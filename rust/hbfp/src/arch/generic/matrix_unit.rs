@@ -66,6 +66,8 @@ pub(crate) trait MatrixUnit: Simd {
     unsafe fn multiply<const SUMS: usize, const LEFT: usize, const RIGHT: usize>(self);
     /// A register to a cache line, around the caches; for other threads after [`MatrixUnit::restore`].
     unsafe fn store_around(self, p: *mut i32, v: Self::V);
+    /// Word t of line r, of 16 bytes of four lines, as word r of chunk t.
+    unsafe fn steps_of_lines(self, lines: [*const u8; PANEL_ROWS]) -> Self::V;
     /// Four rows from 16 steps of a panel, or 8.
     unsafe fn panel_rows<const STEPS: usize>(self, panel: *const u8, to: *mut u8);
 }
@@ -117,6 +119,43 @@ pub(crate) unsafe fn lay_out_left<S: MatrixUnit>(
     }
 }
 
+/// Lays out 32 lines that lie anywhere: of each block codes, correction, rider.
+///
+/// # Safety
+/// `lines` are valid for reading `blocks` blocks of `steps` steps of a line with 8-bit codes, `out` for writing as many
+/// blocks of 32 lines.
+#[inline(always)]
+pub(crate) unsafe fn lay_out_lines<S: MatrixUnit>(
+    s: S,
+    blocks: usize,
+    steps: usize,
+    lines: &[*const u8; SIDE],
+    out: *mut u8,
+) {
+    const { assert!(S::LANES == PIECE) };
+    let piece = piece_steps(steps);
+    let line_block = a_block_bytes(steps, false) / PANEL_ROWS;
+    for block in 0..blocks {
+        for (i, line) in lines.iter().enumerate() {
+            // SAFETY: all offsets are inside the blocks that the caller vouches for.
+            unsafe {
+                let from = line.add(block * line_block);
+                let out = out.add(block * block_bytes(steps));
+                for first in (0..steps).step_by(piece) {
+                    let (from, to) = (from.add(4 * first), out.add(4 * (SIDE * first + piece * i)));
+                    if piece == PIECE {
+                        s.store(to.cast(), s.load(from.cast()));
+                    } else {
+                        to.cast::<[u8; 2 * PIECE]>().write_unaligned(from.cast::<[u8; 2 * PIECE]>().read_unaligned());
+                    }
+                }
+                let rider = from.add(4 * (steps + 1)).cast::<i32>().read_unaligned();
+                out.add(4 * (SIDE * steps + i)).cast::<i32>().write_unaligned(rider);
+            }
+        }
+    }
+}
+
 /// Lays out a right panel of codes raised by `offset`, bytes or nibbles.
 ///
 /// # Safety
@@ -142,7 +181,7 @@ pub(crate) unsafe fn lay_out_right<S: MatrixUnit, const NIBBLES: bool>(
             let from = panel.add(block * bytes);
             let out = out.add(block * block_bytes(steps));
             for t in 0..steps {
-                let [x, y] = if NIBBLES {
+                let [x, y]: [S::V; 2] = if NIBBLES {
                     nibbles(s, columns(s, from.add(4 * SIDE * (t / 2))))[t % 2]
                 } else {
                     columns(s, from.add(4 * SIDE * t))
@@ -151,7 +190,7 @@ pub(crate) unsafe fn lay_out_right<S: MatrixUnit, const NIBBLES: bool>(
                 s.store(to.cast(), s.xor(s.add(x, raise), sign));
                 s.store(to.add(2 * SIDE).cast(), s.xor(s.add(y, raise), sign));
             }
-            let [x, y] = if NIBBLES {
+            let [x, y]: [S::V; 2] = if NIBBLES {
                 nibble_riders(s, from.add(4 * SIDE * steps.div_ceil(2)))
             } else {
                 columns(s, from.add(4 * SIDE * steps))

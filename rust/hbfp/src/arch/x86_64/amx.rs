@@ -142,6 +142,16 @@ impl MatrixUnit for Avx512Vnni {
         unsafe { _mm512_stream_si512(p.cast(), v) }
     }
     #[inline(always)]
+    unsafe fn steps_of_lines(self, [a, b, c, d]: [*const u8; 4]) -> __m512i {
+        // SAFETY: see above.
+        unsafe {
+            let [a, b, c, d] = [a, b, c, d].map(|line| _mm_loadu_si128(line.cast()));
+            let (ab, cd) = (_mm256_set_m128i(b, a), _mm256_set_m128i(d, c));
+            let rows = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(ab), cd);
+            _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rows)
+        }
+    }
+    #[inline(always)]
     unsafe fn panel_rows<const STEPS: usize>(self, panel: *const u8, to: *mut u8) {
         // SAFETY: see above.
         unsafe {

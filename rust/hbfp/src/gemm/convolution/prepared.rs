@@ -1,0 +1,211 @@
+//! What a convolution prepares before it encodes: the kernel in the order of its products, and random bits in the order of
+//! an image's elements.
+#![allow(unsafe_code, reason = "tasks that write disjoint parts of a buffer")]
+
+use super::{check_rows, product_of};
+use crate::arch::generic::encode::ROW_PADDING;
+use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
+use crate::encode::Context;
+use crate::encode::blocks::Scratch;
+use crate::error::Result;
+use crate::gemm::Coding;
+use crate::mem::{AlignedBytes, SharedMut};
+use crate::rng::Seed;
+use crate::shape::{FloatTensor, element_count};
+
+#[derive(Clone, Copy)]
+pub(super) struct Image {
+    pub(super) batch: usize,
+    pub(super) pixels: [usize; 3],
+    pub(super) channels: usize,
+}
+
+impl Image {
+    pub(super) fn check_rows(&self) -> Result<()> {
+        let [p0, p1, _] = self.pixels;
+        element_count(&[self.batch, self.channels, p0, p1]).and_then(|rows| check_rows(rows, "image"))
+    }
+}
+
+/// A kernel in the order [out, taps, in / groups], with random bits in the same order.
+pub(super) struct KernelCopy<'a> {
+    w: &'a FloatTensor<'a>,
+    seed: Option<Seed>,
+    floats: SharedMut<'a, f32>,
+    bits: SharedMut<'a, u16>,
+}
+
+impl<'a> KernelCopy<'a> {
+    pub(super) fn new(
+        w: &'a FloatTensor<'a>,
+        coding: Coding,
+        floats: &'a mut AlignedBytes,
+        bits: &'a mut AlignedBytes,
+    ) -> Self {
+        let count: usize = w.shape().iter().product();
+        let seed = coding.mode.is_stochastic().then_some(coding.mode.seed);
+        let padded = if seed.is_some() { count + ROW_PADDING } else { 0 };
+        // SAFETY: reserved for so many; used by nobody else as long as this lives.
+        let (floats, bits) = unsafe {
+            (
+                SharedMut::from_raw(floats.reserve(4 * count).as_ptr().cast(), count),
+                SharedMut::from_raw(bits.reserve(2 * padded).as_ptr().cast(), padded),
+            )
+        };
+        Self { w, seed, floats, bits }
+    }
+
+    pub(super) fn floats(&self) -> *const f32 {
+        self.floats.as_ptr()
+    }
+
+    pub(super) fn bits(&self) -> *const u16 {
+        if self.seed.is_some() { self.bits.as_ptr() } else { std::ptr::null() }
+    }
+
+    pub(super) fn tasks(&self) -> usize {
+        self.w.shape()[0]
+    }
+
+    /// One output channel.
+    pub(super) fn fill(&self, out: usize) {
+        let &[_, channels, k0, k1, k2] = self.w.shape() else { unreachable!("checked") };
+        let patch = channels * k0 * k1 * k2;
+        // SAFETY: an output channel belongs to one task.
+        let floats = unsafe { self.floats.part(out * patch, patch) };
+        for c in 0..channels {
+            for tap in 0..k0 * k1 * k2 {
+                let (i, j, k) = (tap / (k1 * k2), tap / k2 % k1, tap % k2);
+                // SAFETY: inside the tensor.
+                floats[tap * channels + c] = unsafe { *self.w.at(&[out, c, i, j, k]) };
+            }
+        }
+        if let Some(seed) = self.seed {
+            // SAFETY: as above.
+            let bits = unsafe { self.bits.part(out * patch, patch) };
+            for c in 0..channels {
+                for tap in 0..k0 * k1 * k2 {
+                    let row = (out * channels + c) * k0 * k1 + tap / k2;
+                    bits[tap * channels + c] = seed.bits(row as u32, tap % k2);
+                }
+            }
+        }
+    }
+}
+
+/// Random bits of an image in the order of its elements, [batch, pixels, channels], where the rows of the tensor they
+/// belong to are (sample, channel, all pixel coordinates but the last).
+pub(super) struct Plane {
+    image: Image,
+    seed: Option<Seed>,
+    bits: *mut u16,
+}
+// SAFETY: tasks write disjoint parts; reading comes after them.
+unsafe impl Send for Plane {}
+// SAFETY: as above.
+unsafe impl Sync for Plane {}
+
+impl Plane {
+    /// Channels at a time.
+    const CHANNELS: usize = 64;
+
+    pub(super) fn none() -> Self {
+        let image = Image { batch: 0, pixels: [0; 3], channels: 0 };
+        Self { image, seed: None, bits: std::ptr::null_mut() }
+    }
+
+    /// `wanted`: false for patches, which have bits of their own.
+    pub(super) fn new(image: Image, coding: Coding, wanted: bool, memory: &mut AlignedBytes) -> Self {
+        let seed = (wanted && coding.mode.is_stochastic()).then_some(coding.mode.seed);
+        let count = image.batch * product_of(image.pixels) * image.channels + ROW_PADDING;
+        let bits = if seed.is_some() { memory.reserve(2 * count).as_ptr().cast() } else { std::ptr::null_mut() };
+        Self { image, seed, bits }
+    }
+
+    pub(super) fn bits(&self) -> *const u16 {
+        self.bits
+    }
+
+    pub(super) fn tasks(&self) -> usize {
+        let [p0, p1, _] = self.image.pixels;
+        if self.seed.is_some() { self.image.batch * p0 * p1 } else { 0 }
+    }
+
+    /// One row of pixels of one sample.
+    pub(super) fn fill(&self, ctx: &Context<'_>, task: usize, scratch: &mut Scratch) {
+        let Image { pixels: [p0, p1, width], channels, .. } = self.image;
+        let Some(seed) = self.seed else { return };
+        let (sample, line) = (task / (p0 * p1), task % (p0 * p1));
+        let groups = width.div_ceil(8);
+        let len = 8 * Self::CHANNELS * groups + RANDOM_PADDING;
+        scratch.random.resize(scratch.random.len().max(len), 0);
+        for first in (0..channels).step_by(Self::CHANNELS) {
+            let count = Self::CHANNELS.min(channels - first);
+            let row = (sample * channels + first) * p0 * p1 + line;
+            let counters = Counters { row: row as u32, row_step: (p0 * p1) as u32, rows: count, group: 0, groups };
+            // SAFETY: room for the rectangle and its padding.
+            unsafe { (ctx.kernels.fill_random)(seed, counters, scratch.random.as_mut_ptr()) };
+            let bits = &scratch.random[..8 * groups * count];
+            let line_at = (sample * p0 * p1 + line) * width;
+            for group in 0..groups {
+                let pixels = 8 * group..width.min(8 * group + 8);
+                for c in (0..count).step_by(8) {
+                    let rows: [[u16; 8]; 8] = std::array::from_fn(|i| {
+                        let from = 8 * ((c + i).min(count - 1) * groups + group);
+                        bits[from..from + 8].try_into().expect("eight")
+                    });
+                    let turned = transpose(rows);
+                    let channels_here = 8.min(count - c);
+                    for (pixel, row) in pixels.clone().zip(&turned) {
+                        let at = (line_at + pixel) * channels + first + c;
+                        // SAFETY: elements of one row of pixels, which belongs to one task.
+                        unsafe {
+                            let to = self.bits.add(at);
+                            if channels_here == 8 {
+                                to.cast::<[u16; 8]>().write_unaligned(*row);
+                            } else {
+                                std::ptr::copy_nonoverlapping(row.as_ptr(), to, channels_here);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Element j of row i to element i of row j.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn transpose(rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
+    use std::arch::x86_64::*;
+    // SAFETY: SSE2 is part of the architecture; arrays of eight u16 are as large as a register.
+    unsafe {
+        let [a, b, c, d, e, f, g, h] = rows.map(|row| std::mem::transmute::<[u16; 8], __m128i>(row));
+        let (ab0, ab1) = (_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b));
+        let (cd0, cd1) = (_mm_unpacklo_epi16(c, d), _mm_unpackhi_epi16(c, d));
+        let (ef0, ef1) = (_mm_unpacklo_epi16(e, f), _mm_unpackhi_epi16(e, f));
+        let (gh0, gh1) = (_mm_unpacklo_epi16(g, h), _mm_unpackhi_epi16(g, h));
+        let (ad0, ad1) = (_mm_unpacklo_epi32(ab0, cd0), _mm_unpackhi_epi32(ab0, cd0));
+        let (ad2, ad3) = (_mm_unpacklo_epi32(ab1, cd1), _mm_unpackhi_epi32(ab1, cd1));
+        let (eh0, eh1) = (_mm_unpacklo_epi32(ef0, gh0), _mm_unpackhi_epi32(ef0, gh0));
+        let (eh2, eh3) = (_mm_unpacklo_epi32(ef1, gh1), _mm_unpackhi_epi32(ef1, gh1));
+        let turned = [
+            _mm_unpacklo_epi64(ad0, eh0),
+            _mm_unpackhi_epi64(ad0, eh0),
+            _mm_unpacklo_epi64(ad1, eh1),
+            _mm_unpackhi_epi64(ad1, eh1),
+            _mm_unpacklo_epi64(ad2, eh2),
+            _mm_unpackhi_epi64(ad2, eh2),
+            _mm_unpacklo_epi64(ad3, eh3),
+            _mm_unpackhi_epi64(ad3, eh3),
+        ];
+        turned.map(|row| std::mem::transmute::<__m128i, [u16; 8]>(row))
+    }
+}
+
+/// Element j of row i to element i of row j.
+#[cfg(not(target_arch = "x86_64"))]
+fn transpose(rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
+    std::array::from_fn(|j| std::array::from_fn(|i| rows[i][j]))
+}
