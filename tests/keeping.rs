@@ -234,7 +234,7 @@ fn planes_are_kept_as_the_floats_that_they_came_from() {
     // Hunted: words that change their line or block where a register is moved at once: blocks that divide one, fill it
     // or outgrow it, last ones that are short, lines that fill panels or don't, blocks of zeros and of rare exponents.
     let mut rng = TestRng(66);
-    for number in 0..300 {
+    for number in 0..150 {
         let block = pick(&mut rng, &[4, 8, 16, 20, 24, 32, 48, 64, 64, 96, 128, 320]);
         let lines = pick(&mut rng, &[1, 15, 16, 31, 32, 33, 64, 70, 100]);
         let k = block * rng.below(9) + rng.below(2 * block) + 1;

@@ -59,7 +59,7 @@ pub(crate) fn ordinary_blocks(
     left.resize(blocks, true);
     let nibbles = match (bits, layout.form) {
         (4, Form::Nibbles) => true,
-        (8, Form::Bytes) if matches!(layout.side, Side::Right { .. }) => false,
+        (8, Form::Bytes) if layout.side == (Side::Right { offset: 128 }) => false,
         _ => return,
     };
     let (bytes, per_strip) = (packed_bytes(block, bits), STRIP / width);
