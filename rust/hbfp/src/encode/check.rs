@@ -155,9 +155,9 @@ mod tests {
     fn says_what_unpacking_says() {
         let shapes = [BlockShape::Line(5), BlockShape::Line(8), BlockShape::Tile(3), BlockShape::Tensor];
         for bits in 2..=16u8 {
-            for shape in shapes {
+            for (shape, axis) in shapes.into_iter().flat_map(|shape| [(shape, 0), (shape, 1)]) {
                 let format = BlockFormat::new(bits, shape).unwrap();
-                let layout = PlaneLayout::new(format, &[3, 13], 1).unwrap();
+                let layout = PlaneLayout::new(format, &[3, 13], axis).unwrap();
                 let [mut exponents, mut mantissas] =
                     [layout.exponents(), layout.mantissas()].map(|[rows, bytes]| vec![0u8; rows * bytes]);
                 for byte in 0..mantissas.len() {
@@ -165,9 +165,17 @@ mod tests {
                         for c in [0, 255] {
                             mantissas[byte] = value;
                             exponents.fill(c);
-                            let expected = Codes::from_planes(&layout, &exponents, &mantissas, false).map(drop);
+                            let what = format!("{format:?}, byte {byte} = {value:#x}, c = {c}");
+                            let codes = Codes::from_planes(&layout, &exponents, &mantissas, false);
                             let found = check(&Context::serial(), &layout, &exponents, &mantissas);
-                            assert_eq!(found, expected, "{format:?}, byte {byte} = {value:#x}, c = {c}");
+                            assert_eq!(found.as_ref().err(), codes.as_ref().err(), "{what}");
+                            let expected = codes.map(|codes| {
+                                let mut out = vec![0; 39];
+                                codes.decode(|line, j, x| out[logical_index(&layout, line, j)] = x.to_bits());
+                                out
+                            });
+                            let found = decode(&Context::serial(), &layout, &exponents, &mantissas);
+                            assert_eq!(found.map(|x| x.into_iter().map(f32::to_bits).collect()), expected, "{what}");
                         }
                     }
                     mantissas[byte] = 0;
@@ -187,8 +195,13 @@ mod tests {
         let pool = crate::parallel::Pool::new();
         let ctx = Context { team: &pool, threads: 4, ..Context::serial() };
         for _ in 0..20 {
-            let error = check(&ctx, &layout, &vec![0; 3000 * 10], &mantissas).unwrap_err();
-            assert!(error.to_string().contains("element 17 in block 1 of row 70"), "{error}");
+            for result in [
+                check(&ctx, &layout, &vec![0; 3000 * 10], &mantissas),
+                decode(&ctx, &layout, &vec![0; 3000 * 10], &mantissas).map(drop),
+            ] {
+                let error = result.unwrap_err();
+                assert!(error.to_string().contains("element 17 in block 1 of row 70"), "{error}");
+            }
         }
     }
 
