@@ -84,7 +84,9 @@ fn encoders_in(storages: &[Storage]) {
                     assert_eq!(planes.exponents, expected.exponents, "{name}: {format} {placement:?}");
                     // Every byte of the planes takes part in this: valgrind looks at what comparisons depend on.
                     let layout = hbfp::shape::PlaneLayout::new(format, x.tensor.shape(), x.axis()).unwrap();
-                    let decoded = hbfp::encode::decode(&layout, &planes.exponents, &planes.mantissas).unwrap();
+                    let decoded =
+                        hbfp::encode::decode(&Context::serial(), &layout, &planes.exponents, &planes.mantissas)
+                            .unwrap();
                     let mut out = vec![f32::NAN; lines * k];
                     quantize_to(ctx, &x, &mut out);
                     assert_same_bits(&out, &decoded, x.tensor.shape()[1], &|| {

@@ -57,7 +57,7 @@ fn check(
         let (planes, decoded) = first.get_or_insert_with(|| {
             let unpacked = unpack_codes(&layout, &found.exponents, &found.mantissas).unwrap();
             assert_eq!(unpacked, codes, "{name}: codes of {}", what());
-            (found.clone(), decode(&layout, &found.exponents, &found.mantissas).unwrap())
+            (found.clone(), decode(&Context::serial(), &layout, &found.exponents, &found.mantissas).unwrap())
         });
         assert_eq!(&found, planes, "{name}: {}", what());
         let mut out = Guarded::new(decoded.len() + 3, 7.0);
@@ -196,7 +196,7 @@ fn quantising_in_place() {
                 let (x, mode) = (FloatTensor::new(&values, &shape).unwrap(), mode(Rounding::Stochastic, 9));
                 let planes = encode(&ctx, &x, format, axis, mode).unwrap();
                 let layout = PlaneLayout::new(format, &shape, axis).unwrap();
-                let expected = decode(&layout, &planes.exponents, &planes.mantissas).unwrap();
+                let expected = decode(&Context::serial(), &layout, &planes.exponents, &planes.mantissas).unwrap();
                 let mut out = Guarded::new(values.len(), 0.0);
                 out.elements().copy_from_slice(&values);
                 let start = out.elements().as_mut_ptr();

@@ -1,10 +1,10 @@
 //! The committed vectors, made by the exact-arithmetic Python oracle, against the core: packing and the generator here,
 //! encodings, products and training steps in `tests/python/test_vectors.py`, which reaches the same core.
 
-use hbfp::BlockFormat;
 use hbfp::encode::{decode, pack_codes, unpack_codes};
 use hbfp::rng::philox4x32;
 use hbfp::shape::PlaneLayout;
+use hbfp::{BlockFormat, Context};
 use serde_json::Value;
 
 fn cases(file: &str) -> Vec<Value> {
@@ -55,6 +55,6 @@ fn packing() {
         let planes = pack_codes(&layout, &codes, &exponents).unwrap();
         assert_eq!((planes.exponents, planes.mantissas), (exponents.clone(), mantissas.clone()), "{}", case["name"]);
         assert_eq!(unpack_codes(&layout, &exponents, &mantissas).unwrap(), codes, "{}", case["name"]);
-        assert_eq!(decode(&layout, &exponents, &mantissas).unwrap().len(), codes.len());
+        assert_eq!(decode(&Context::serial(), &layout, &exponents, &mantissas).unwrap().len(), codes.len());
     }
 }

@@ -204,8 +204,8 @@ impl TestOperand {
 /// An operand in planes.
 #[derive(Debug)]
 pub struct EncodedOperand {
-    layout: PlaneLayout,
-    planes: Planes,
+    pub layout: PlaneLayout,
+    pub planes: Planes,
     axis: usize,
 }
 

@@ -153,3 +153,22 @@ def test_a_folder_that_may_not_be_written():
     finally:
         folder.chmod(0o755)
         shutil.rmtree(folder)
+
+
+def test_a_read_only_disk(tmp_path):
+    """Not even a draft that was never made can be deleted there; the error is still that of the write."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    path = disk / "model.safetensors"
+    if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(disk)], capture_output=True).returncode != 0:
+        pytest.skip("mounting a file system needs the right to")
+    try:
+        hbfp.save(path, OLD)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for limit in (None, 100):
+            with pytest.raises(OSError, match="Read-only file system") as found:
+                hbfp.save(path, OLD, max_shard_size=limit)
+            assert not Path(found.value.filename).name.startswith("."), "the name of a draft"
+        assert is_old(path)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

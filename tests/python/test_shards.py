@@ -119,7 +119,7 @@ def test_an_old_index_removes_nothing_but_shards(path, index):
 def test_a_failed_save_leaves_the_old_model(path, index, monkeypatch, fails_at):
     """At each of the shards and at the index."""
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
-    replace, calls = hbfp.files.writing.os.replace, []
+    replace, calls = hbfp.files.replacing.os.replace, []
 
     def fail(source: Any, target: Any) -> None:
         calls.append(target)
@@ -135,7 +135,7 @@ def test_a_failed_save_leaves_the_old_model(path, index, monkeypatch, fails_at):
 
 def test_a_failure_after_the_index_keeps_its_shards(path, index, monkeypatch):
     """The index has been renamed and leads to the new shards: tidying them up would leave nothing at all."""
-    flush, calls = hbfp.files.writing._flush_folder, []
+    flush, calls = hbfp.files.replacing._flush_folder, []
 
     def fail(folder: Path) -> None:
         calls.append(folder)
@@ -143,7 +143,7 @@ def test_a_failure_after_the_index_keeps_its_shards(path, index, monkeypatch):
             raise OSError(5, "Input/output error")
         flush(folder)
 
-    monkeypatch.setattr("hbfp.files.writing._flush_folder", fail)
+    monkeypatch.setattr("hbfp.files.replacing._flush_folder", fail)
     with pytest.raises(OSError, match="Input/output"):
         hbfp.save(path, model(1), max_shard_size=540)
     assert same(hbfp.load(index, verify=True), model(1))

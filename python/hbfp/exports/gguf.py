@@ -17,7 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hbfp.array import BlockArray
 from hbfp.errors import FileError
-from hbfp.exports.lossless import Groups, array_of, groups_of, place, refuse, required, whole_file
+from hbfp.exports.lossless import Groups, array_of, groups_of, place, refuse, required
+from hbfp.files.replacing import replaced
 from hbfp.format import HBFP
 
 __all__ = ["ARCHITECTURE", "Blocks", "load", "pack", "save", "unpack"]
@@ -120,7 +121,7 @@ def save(
     """
     gguf = required("gguf")
     packed = {name: _packed(value, name) for name, value in tensors.items()}
-    with whole_file(path) as draft:
+    with replaced(path) as draft:
         writer = gguf.GGUFWriter(draft, architecture)
         if describe is not None:
             describe(writer)

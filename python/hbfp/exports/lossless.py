@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
@@ -27,7 +23,6 @@ __all__ = [
     "refuse",
     "required",
     "scaled",
-    "whole_file",
 ]
 
 Index: TypeAlias = tuple[int, ...]
@@ -211,17 +206,3 @@ def required(package: str) -> Any:
             raise
         message = f"{package} is not installed; get it with: pip install 'hbfp[export]'"
         raise ModuleNotFoundError(message, name=package) from None
-
-
-@contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name beside `path` to write under; what is written there takes the place of `path` at the end, or vanishes."""
-    target = Path(path).resolve()
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        yield draft
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hbfp.array import BlockArray
 from hbfp.errors import FileError
-from hbfp.exports.lossless import check, exponent_bytes, place, refuse, required, scaled, whole_file
+from hbfp.exports.lossless import check, exponent_bytes, place, refuse, required, scaled
+from hbfp.files.replacing import replaced
 from hbfp.format import HBFP
 
 __all__ = ["Graph", "Quantized", "load", "pack", "save", "unpack"]
@@ -285,5 +286,5 @@ class Graph:
             opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
             functions=list(self._functions.values()),
         )
-        with whole_file(path) as draft:
+        with replaced(path) as draft:
             draft.write_bytes(model.SerializeToString())

@@ -5,7 +5,7 @@ Two byte planes stand for each encoded array (docs/spec.md section 7): `<name>.h
 file; this one believes nothing that it says before it has checked it.
 
 From the inside out: `strict` reads JSON, `container` the file, `description` what it says of encoded arrays, `index`
-that of a model in shards; `reading` and `writing` are what users call.
+that of a model in shards, `replacing` puts whole files in their places; `reading` and `writing` are what users call.
 """
 
 from hbfp.files.container import Entry

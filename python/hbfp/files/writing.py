@@ -1,13 +1,12 @@
-"""Writing: one tensor at a time, under another name, renamed when all of it is on the disk."""
+"""Writing: one tensor at a time, to a file that appears when all of it is on the disk."""
 
 from __future__ import annotations
 
 import math
 import os
 import secrets
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -21,6 +20,7 @@ from hbfp.files import description
 from hbfp.files.container import BITS, METADATA, NUMPY, header_of
 from hbfp.files.description import METADATA_KEY, SUFFIXES, Description
 from hbfp.files.index import index_of, index_text, own_shards, read_index, shard_name
+from hbfp.files.replacing import replacing
 from hbfp.files.strict import is_text, shown
 from hbfp.format import HBFP, Rounding
 
@@ -146,7 +146,7 @@ def _plain(path: str, name: str, value: ArrayLike) -> NDArray[Any]:
 
 
 def _write(target: Path, parts: Mapping[str, _Part], strings: Mapping[str, str]) -> None:
-    with _draft(target) as file:
+    with replacing(target) as file:
         _write_content(file, parts, strings)
 
 
@@ -187,37 +187,6 @@ def _header(
     return header_of(entries, {**strings, METADATA_KEY: description.written(described)})
 
 
-@contextmanager
-def _draft(target: Path) -> Iterator[IO[bytes]]:
-    """A new file that takes the name `target` when the block ends, and vanishes when it fails."""
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        # Created here for the permissions that any new file gets; replacing a file keeps its own.
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
-        with open(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            if target.exists():
-                os.chmod(draft, stat.S_IMODE(target.stat().st_mode))
-            os.fsync(file.fileno())
-        os.replace(draft, target)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = os.fspath(target)  # a full disk is told without a name
-        draft.unlink(missing_ok=True)
-        raise
-    _flush_folder(target.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Have the operating system put the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 # --- several files ---------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +221,7 @@ def _write_shards(target: Path, shards: list[dict[str, _Part]], strings: Mapping
             for part in parts.values()
             for stored in part.stored
         }
-        with _draft(index) as file:
+        with replacing(index) as file:
             file.write(index_text(weight_map, sum(part.nbytes for parts in shards for part in parts.values())))
     except BaseException:
         for name in {*names} - {*_shards_of(target, index)}:  # unless the index has its name already

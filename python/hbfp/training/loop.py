@@ -6,7 +6,6 @@ So a checkpoint needs no generator's state, and a run cut anywhere and resumed e
 
 import contextlib
 import math
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hbfp.errors import FileError, HBFPError
+from hbfp.files import replacing as whole
 from hbfp.nn.conversion import convert_
 from hbfp.optim import wide_weights
 from hbfp.policy import layer_states
@@ -298,14 +298,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes `path`'s place, at once, when all is written; on an error `path` stays as it was."""
+    """`hbfp.files.replacing.replacing` in a folder that need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole.replacing(path) as file:
+        yield file

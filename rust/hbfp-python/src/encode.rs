@@ -123,7 +123,7 @@ pub(crate) fn decode<'py>(
     let layout = layout(format, &shape, axis)?;
     let exponents = contiguous(&exponents, Some(layout.exponents()), "exponents")?;
     let mantissas = contiguous(&mantissas, Some(layout.mantissas()), "mantissas")?;
-    let values = run(py, threads, |_| hbfp::encode::decode(&layout, exponents, mantissas))?;
+    let values = run(py, threads, |ctx| hbfp::encode::decode(ctx, &layout, exponents, mantissas))?;
     values.into_pyarray(py).reshape(shape)
 }
 

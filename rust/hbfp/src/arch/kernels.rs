@@ -56,6 +56,9 @@ pub(crate) struct MatrixUnitKernels {
     pub(crate) aligned: AlignedKernels,
     pub(crate) peak: unsafe fn(rounds: usize),
 }
+/// Conditions as for [`super::generic::relayout::panel_of_lines`].
+pub(crate) type PanelOfLines =
+    unsafe fn(lines: *const u8, row: usize, words: usize, out: *mut u8, block_bytes: usize, special: &mut [bool]);
 type LayOutRight = unsafe fn(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8);
 
 /// Kernels for lines brought to one exponent; conditions as for the functions of the same names in
@@ -92,6 +95,8 @@ pub struct Kernels {
     /// For tiles of 32 × 32, where the level has a matrix unit.
     pub(crate) matrix_unit: Option<MatrixUnitKernels>,
     pub(crate) unpack_nibbles: unsafe fn(blocks: usize, steps: usize, b: *const u8, out: *mut u8),
+    /// Of lines of 4-bit codes, of bytes.
+    pub(crate) panel_of_lines: [PanelOfLines; 2],
     pub(crate) amax_row: unsafe fn(*const f32, usize) -> u32,
     /// Indexed by rounding.
     pub(crate) round_row_i16: [RoundRow; 4],
@@ -198,7 +203,7 @@ macro_rules! kernels {
             #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
             use super::*;
             use crate::arch::generic::product::{Left, PANEL_ROWS};
-            use crate::arch::generic::{encode, philox, product, softmax};
+            use crate::arch::generic::{encode, philox, product, relayout, softmax};
             use crate::arch::simd::Simd;
             use crate::ceilings;
 
@@ -212,6 +217,7 @@ macro_rules! kernels {
                 ],
                 matrix_unit: None,
                 unpack_nibbles,
+                panel_of_lines: [panel_of_lines::<true>, panel_of_lines::<false>],
                 amax_row,
                 round_row_i16: [round_row_i16::<NEAREST_EVEN>, round_row_i16::<NEAREST_AWAY>, round_row_i16::<TOWARD_ZERO>, round_row_i16::<STOCHASTIC>],
                 quantize_row: [quantize_row::<NEAREST_EVEN>, quantize_row::<NEAREST_AWAY>, quantize_row::<TOWARD_ZERO>, quantize_row::<STOCHASTIC>],
@@ -231,6 +237,12 @@ macro_rules! kernels {
             #$attribute
             unsafe fn unpack_nibbles(blocks: usize, steps: usize, b: *const u8, out: *mut u8) {
                 unsafe { product::unpack_nibbles($make, blocks, steps, b, out) }
+            }
+            #$attribute
+            unsafe fn panel_of_lines<const NIBBLES: bool>(
+                lines: *const u8, row: usize, words: usize, out: *mut u8, block_bytes: usize, special: &mut [bool],
+            ) {
+                unsafe { relayout::panel_of_lines::<_, NIBBLES>($make, lines, row, words, out, block_bytes, special) }
             }
             #$attribute
             unsafe fn amax_row(x: *const f32, n: usize) -> u32 {

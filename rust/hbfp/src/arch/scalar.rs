@@ -265,6 +265,15 @@ impl<const N: usize> Simd for Scalar<N> {
         from_fn(|j| from_fn(|lane| v[lane % 4][lane / 4 * 4 + j]))
     }
     #[inline(always)]
+    fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2] {
+        from_fn(|odd| {
+            from_fn(|lane| {
+                let (chunk, from) = (lane / 4 % (N / 8), if lane < N / 2 { &a } else { &b });
+                from[4 * (2 * chunk + odd) + lane % 4]
+            })
+        })
+    }
+    #[inline(always)]
     fn interleave_bytes(self, v: [Self::V; 4]) -> Self::V {
         from_fn(|lane| word(from_fn(|j| v[j][lane])))
     }

@@ -119,6 +119,8 @@ pub(crate) trait Simd: Copy {
     fn pack_words(self, v: [Self::V; 4]) -> Self::V;
     /// Per chunk: word j of register i becomes word i of register j.
     fn transpose_words(self, v: [Self::V; 4]) -> [Self::V; 4];
+    /// The chunks of even number of a, then of b; those of odd number of a, then of b.
+    fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2];
     /// Per lane: the same lane of four registers, i16 saturated to bytes.
     fn interleave_bytes(self, v: [Self::V; 4]) -> Self::V;
     /// Signed bytes widened to 16 bits: per lane its bytes 0 and 2 in one lane, 1 and 3 in the next; the first two lanes

@@ -84,6 +84,8 @@ pub(crate) struct Scratch {
     /// Patches of an image, and their panels.
     pub(crate) patches: Vec<f32>,
     pub(crate) patch_panels: Panels,
+    /// Which blocks of a strip of planes are laid out code by code.
+    pub(crate) left: Vec<bool>,
     /// At least as many zeros as a block has elements.
     pub(crate) zeros: Vec<f32>,
 }

@@ -10,7 +10,7 @@ pub(crate) mod panels;
 pub(crate) mod relayout;
 
 pub use blocks::RoundingMode;
-pub use check::check;
+pub use check::{check, decode};
 pub use measure::{Measured, measure};
 
 use crate::arch::generic::encode::{STRIP, Scaling};
@@ -156,22 +156,10 @@ pub unsafe fn quantize(
     Ok(())
 }
 
-/// Row-major f32 values of planes.
-///
-/// # Errors
-/// [`Error::Code`] for planes that no encoder writes, [`Error::Shape`] for planes of another size.
-pub fn decode(layout: &PlaneLayout, exponents: &[u8], mantissas: &[u8]) -> Result<Vec<f32>> {
-    let codes = checked_codes(layout, exponents, mantissas)?;
-    let mut out = vec![0.0; codes.codes.len()];
-    let _mode = DefaultFloatMode::enter();
-    codes.decode(|line, j, value| out[logical_index(layout, line, j)] = value);
-    Ok(out)
-}
-
 /// Row-major codes of planes.
 ///
 /// # Errors
-/// As [`decode`].
+/// [`Error::Code`] for planes that no encoder writes, [`Error::Shape`] for planes of another size.
 pub fn unpack_codes(layout: &PlaneLayout, exponents: &[u8], mantissas: &[u8]) -> Result<Vec<i16>> {
     let codes = checked_codes(layout, exponents, mantissas)?;
     let mut out = vec![0; codes.codes.len()];

@@ -4,13 +4,13 @@
 
 use super::blocks::{Part, RUN, RoundingMode, Scratch, load_lines, plane_strip, random_rows, random_strip};
 use super::codes::{Codes, unpack_block};
-use super::relayout::strip_of_planes;
+use super::relayout::{ordinary_blocks, strip_of_planes};
 use super::{Context, forms, per_worker};
 use crate::arch::generic::encode::{BlockPlace, FAST_SCALES, PanelCoding, ROW_PADDING, STRIP, STRIPS_STAGED};
 use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER, a_block_bytes, b_block_bytes, nibble_block_bytes};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT};
-use crate::mem::{AlignedBytes, SharedMut};
+use crate::mem::{AlignedBytes, SharedMut, ask_for};
 use crate::pack::packed_bytes;
 use crate::parallel::for_each_task;
 use crate::shape::FloatLines;
@@ -267,7 +267,7 @@ impl Panels {
         // SAFETY: reserved just now; `self` stays borrowed as long as this lives.
         let bytes = unsafe { SharedMut::from_raw(bytes.as_ptr(), len) };
         *self.any_general.get_mut() = false;
-        PanelsMut { bytes, general: &self.general, any_general: Some(&self.any_general) }
+        PanelsMut { bytes, general: &self.general, any_general: Some(&self.any_general), fresh: false }
     }
 }
 
@@ -279,6 +279,8 @@ pub(crate) struct PanelsMut<'a> {
     pub(crate) general: &'a [AtomicU8],
     /// Whether any flag is set; None in memory of the caller's.
     pub(crate) any_general: Option<&'a AtomicBool>,
+    /// Whether the memory may never have been written to before.
+    pub(crate) fresh: bool,
 }
 
 impl<'a> PanelsMut<'a> {
@@ -287,7 +289,7 @@ impl<'a> PanelsMut<'a> {
         general.fill(0);
         // SAFETY: an atomic byte is laid out as a byte, and nobody else uses these as long as they are borrowed.
         let general = unsafe { std::slice::from_raw_parts(general.as_mut_ptr().cast::<AtomicU8>(), general.len()) };
-        Self { bytes: SharedMut::new(bytes), general, any_general: None }
+        Self { bytes: SharedMut::new(bytes), general, any_general: None, fresh: false }
     }
     /// The panels, to be read once they are written.
     pub(crate) fn as_ref(&self) -> PanelsRef {
@@ -384,13 +386,18 @@ impl<'a> Filling<'a> {
         let strips = from..(from + self.strips_together).min(layout.strips());
         let b = rest / groups * self.blocks_together;
         let blocks = b..(b + self.blocks_together).min(layout.blocks);
+        let per_strip = STRIP / layout.width;
+        if panels.fresh && blocks.len() == layout.blocks {
+            let len = strips.len() * per_strip * layout.panel_bytes();
+            ask_for(panels.bytes.pointer(layout.panel_at(matrix, strips.start * per_strip), len), len);
+        }
         if let (Source::Planes(planes), Form::Nibbles, 4) = (source, layout.form, format.bits()) {
-            return strips
-                .into_iter()
-                .try_for_each(|strip| strip_of_planes(planes, layout, panels, matrix, strip, blocks.clone()));
+            return strips.into_iter().try_for_each(|strip| {
+                ordinary_blocks(ctx.kernels, planes, 4, layout, panels, [matrix, strip], &mut scratch.left);
+                set_runs(&scratch.left).try_for_each(|run| strip_of_planes(planes, layout, panels, matrix, strip, run))
+            });
         }
         scratch.reserve(layout.block);
-        let per_strip = STRIP / layout.width;
         // Other forms are made of the kernels' own, which goes to scratch.
         let plain = layout.plain_block_bytes();
         let (own, stride) = match layout.form {
@@ -437,9 +444,17 @@ impl<'a> Filling<'a> {
             Source::Floats(x, mode) => strips.clone().for_each(|strip| writer(strip).rows_of_floats(x, *mode, scratch)),
             Source::Planes(p) => {
                 for strip in strips.clone() {
-                    writer(strip).rows_of_codes(scratch, |part, b, stride, scratch, ends| {
-                        rows_of_planes(p, format, part, b, layout, stride, scratch, ends)
-                    })?;
+                    let mut left = std::mem::take(&mut scratch.left);
+                    ordinary_blocks(ctx.kernels, p, format.bits(), layout, panels, [matrix, strip], &mut left);
+                    for blocks in set_runs(&left) {
+                        StripWriter { blocks, ..writer(strip) }.rows_of_codes(
+                            scratch,
+                            |part, b, stride, scratch, ends| {
+                                rows_of_planes(p, format, part, b, layout, stride, scratch, ends)
+                            },
+                        )?;
+                    }
+                    scratch.left = left;
                 }
             }
             Source::Codes(c) => {
@@ -488,6 +503,15 @@ impl<'a> Filling<'a> {
         }
         Ok(())
     }
+}
+
+/// Where consecutive flags are set.
+fn set_runs(flags: &[bool]) -> impl Iterator<Item = Range<usize>> {
+    let mut end = 0;
+    flags.chunk_by(|a, b| a == b).filter_map(move |run| {
+        end += run.len();
+        run[0].then_some(end - run.len()..end)
+    })
 }
 
 /// Jobs cut into tasks.

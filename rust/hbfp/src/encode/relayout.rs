@@ -1,14 +1,16 @@
-//! 4-bit planes as panels of nibbles and back. Both hold eight codes in 32 bits, in different orders, so nothing is
-//! unpacked on the way: loading a packed model moves words.
-#![allow(unsafe_code, reason = "tasks that write disjoint panels")]
+//! Planes of 4 and 8 bits as panels, and 4-bit ones back. Both hold eight or four codes in 32 bits, in different orders, so
+//! nothing is unpacked on the way: loading a packed model moves words.
+#![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint panels")]
 
 use super::codes::unpack_block;
-use super::panels::{PanelLayout, PanelsMut, PlaneLines};
+use super::panels::{Form, PanelLayout, PanelsMut, PlaneLines, Side};
 use crate::arch::generic::encode::{FAST_SCALES, STRIP};
+use crate::arch::generic::product::RIDER;
+use crate::arch::kernels::Kernels;
 use crate::error::{Error, Result};
 use crate::format::{EXPONENT_OFFSET, NAN_EXPONENT};
 use crate::pack::packed_bytes;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 const BITS: u8 = 4;
 /// Eight codes of 0 in a panel, where codes are raised by 8.
@@ -40,7 +42,73 @@ fn in_order(x: u32) -> u32 {
     gather(x & 0x0F0F_0F0F) | gather(x >> 4 & 0x0F0F_0F0F) << 16
 }
 
-/// Fills `blocks` of the panels of a strip.
+/// Fills the ordinary blocks of the panels of a strip, if that can be done in words, and says which ones it left: `left` has
+/// one flag a block. Ordinary blocks are whole, hold a code that is not 0 and none that is forbidden, under an exponent of
+/// the fast range, in each line of the panel.
+pub(crate) fn ordinary_blocks(
+    kernels: &Kernels,
+    planes: &PlaneLines<'_>,
+    bits: u8,
+    layout: &PanelLayout,
+    panels: &PanelsMut<'_>,
+    [matrix, strip]: [usize; 2],
+    left: &mut Vec<bool>,
+) {
+    let PanelLayout { lines, block, blocks, width, .. } = *layout;
+    left.clear();
+    left.resize(blocks, true);
+    let nibbles = match (bits, layout.form) {
+        (4, Form::Nibbles) => true,
+        (8, Form::Bytes) if layout.side == (Side::Right { offset: 128 }) => false,
+        _ => return,
+    };
+    let (bytes, per_strip) = (packed_bytes(block, bits), STRIP / width);
+    // Whole blocks of words that fill registers.
+    let words = bytes / 4;
+    let lanes = kernels.columns / 2;
+    let whole = (0..lanes).map(|x| layout.k / block - x.min(layout.k / block)).find(|n| n * words % lanes == 0);
+    let whole = whole.unwrap_or(0);
+    let last = (strip + 1) * STRIP;
+    if bytes % 4 != 0 || whole == 0 || last > lines || width != kernels.columns {
+        return;
+    }
+    left[..whole].fill(false);
+    for panel in strip * per_strip..(strip + 1) * per_strip {
+        let first = matrix * planes.lines + panel * width;
+        let from = &planes.mantissas[first * planes.row..(first + width) * planes.row];
+        let exponents = &planes.exponents[first * blocks..(first + width) * blocks];
+        let at = layout.panel_at(matrix, panel);
+        assert!(whole * bytes <= planes.row && 4 * words * width < layout.block_bytes);
+        // SAFETY: blocks of a panel of this strip, which belongs to one task.
+        let out = unsafe { panels.bytes.part(at, whole * layout.block_bytes) };
+        let turn = kernels.panel_of_lines[usize::from(!nibbles)];
+        // SAFETY: `width` lines of `planes.row` bytes; the blocks of `out` end with the exponents; whole blocks fill registers.
+        unsafe { turn(from.as_ptr(), planes.row, words, out.as_mut_ptr(), layout.block_bytes, &mut left[..whole]) };
+        for ((b, left), out) in left[..whole].iter_mut().enumerate().zip(out.chunks_exact_mut(layout.block_bytes)) {
+            let mut c = [0; STRIP];
+            for (c, line) in c.iter_mut().zip(exponents.chunks_exact(blocks)) {
+                *c = line[b];
+            }
+            let c = &c[..width];
+            *left |= c.iter().fold(false, |slow, &c| slow | !FAST_BYTES.contains(&c));
+            let ends = &mut out[4 * words * width..];
+            if nibbles {
+                ends.copy_from_slice(c);
+            } else {
+                for (end, &c) in ends.as_chunks_mut::<4>().0.iter_mut().zip(c) {
+                    let scale = i32::from(c) - EXPONENT_OFFSET;
+                    *end = RIDER.wrapping_add(scale << 23).to_le_bytes();
+                }
+            }
+        }
+    }
+}
+
+/// Exponent bytes of the fast range.
+const FAST_BYTES: RangeInclusive<u8> =
+    (*FAST_SCALES.start() + EXPONENT_OFFSET) as u8..=(*FAST_SCALES.end() + EXPONENT_OFFSET) as u8;
+
+/// Fills `blocks` of the panels of nibbles of a strip.
 ///
 /// # Errors
 /// [`Error::Code`] for blocks that no encoder writes.

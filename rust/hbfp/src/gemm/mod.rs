@@ -246,7 +246,7 @@ pub fn keep(ctx: &Context<'_>, operand: &Operand<'_>, bytes: &mut [u8]) -> Resul
     check_size("bytes to keep the operand in", bytes.len(), len)?;
     let layout = kept_layout(format, source.shape(), ctx.kernels.columns);
     let (bytes, general) = bytes.split_at_mut(layout.bytes());
-    let panels = PanelsMut::new(bytes, general);
+    let panels = PanelsMut { fresh: true, ..PanelsMut::new(bytes, general) };
     fill(ctx, Job { source: &source, format, layout, panels }, &mut Vec::new())
 }
 

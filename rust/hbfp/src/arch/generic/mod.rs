@@ -5,4 +5,5 @@ pub(crate) mod encode;
 pub(crate) mod matrix_unit;
 pub(crate) mod philox;
 pub(crate) mod product;
+pub(crate) mod relayout;
 pub(crate) mod softmax;

@@ -279,6 +279,10 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2] {
+        level!([_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b)])
+    }
+    #[inline(always)]
     fn interleave_bytes(self, v: [Self::V; 4]) -> Self::V {
         level!({
             let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);

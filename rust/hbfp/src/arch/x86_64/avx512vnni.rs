@@ -272,6 +272,10 @@ impl Simd for Avx512Vnni {
         })
     }
     #[inline(always)]
+    fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2] {
+        level!([_mm512_shuffle_i32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b)])
+    }
+    #[inline(always)]
     fn interleave_bytes(self, v: [Self::V; 4]) -> Self::V {
         level!({
             let order = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
