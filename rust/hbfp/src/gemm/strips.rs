@@ -1,13 +1,15 @@
 //! Products on the calling thread, strip by strip, for matrices that are never held whole: operands in panels whose
-//! memory serves the next strip again, C in rows padded to whole panels, so that every tile is written in place.
+//! memory serves the next strip again, C in rows padded to whole panels, so that every tile is written in place. Right
+//! operands may also grow, line by line or block by block, and are then kept as tightly as codes can be.
 #![allow(unsafe_code, reason = "calls of kernels on padded buffers")]
 
 use super::cache::Caches;
 use super::{fitting, general, offset};
 use crate::arch::generic::product::{Correction, PANEL_ROWS, Tile};
-use crate::arch::kernels::{Kernels, TileFn};
+use crate::arch::kernels::{Kernels, TileKernel};
 use crate::encode::blocks::Scratch;
-use crate::encode::panels::{Filling, Job, PanelLayout, Panels, Side, Source};
+use crate::encode::forms::to_nibbles;
+use crate::encode::panels::{Filling, Form, Job, PanelLayout, Panels, Side, Source};
 use crate::encode::{Context, RoundingMode};
 use crate::error::{Error, Result};
 use crate::format::BlockFormat;
@@ -32,6 +34,82 @@ impl StripOperand {
     }
     pub(crate) fn bytes(&self) -> usize {
         self.panels.bytes.capacity() + self.panels.general.capacity()
+    }
+}
+
+/// A right operand to which lines or blocks are added: blocks of panels one after the other, in the order that its owner
+/// numbers them by, two codes a byte where they have 4 bits or fewer.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct GrownOperand {
+    bytes: Vec<u8>,
+    /// Whether a block is a NaN block, or has an exponent outside the fast range; or was, before it was forgotten.
+    general: bool,
+}
+
+impl GrownOperand {
+    /// Layout of what is kept of an operand that was laid out.
+    fn layout(new: &StripOperand, format: BlockFormat) -> (PanelLayout, PanelLayout) {
+        let plain = new.layout.expect("laid out");
+        (plain, if format.bits() <= 4 { plain.in_nibbles() } else { plain })
+    }
+
+    /// A block of a panel of `new`, as it is kept.
+    fn block(new: &StripOperand, (plain, kept): (&PanelLayout, &PanelLayout), panel: usize, b: usize, out: &mut [u8]) {
+        let at = plain.panel(0, panel) * plain.panel_bytes() + b * plain.block_bytes;
+        // SAFETY: a block of a panel that was laid out.
+        let from = unsafe { std::slice::from_raw_parts(new.panels.bytes.as_ptr().add(at), plain.block_bytes) };
+        match kept.form {
+            Form::Nibbles => to_nibbles(from, plain, out),
+            _ => out.copy_from_slice(from),
+        }
+    }
+
+    /// Adds the blocks of all panels of `new`, whose lines are those of this operand: first those of its first block.
+    pub(crate) fn add_blocks(&mut self, new: &StripOperand, format: BlockFormat) {
+        let (plain, kept) = Self::layout(new, format);
+        self.general |= new.is_general();
+        for (b, panel) in (0..plain.blocks).flat_map(|b| (0..plain.panels).map(move |panel| (b, panel))) {
+            let at = self.bytes.len();
+            self.bytes.resize(at + kept.block_bytes, 0);
+            Self::block(new, (&plain, &kept), panel, b, &mut self.bytes[at..]);
+        }
+    }
+
+    /// Puts the lines of `new` in as lines `line` and following, in panels of this operand's own: first all blocks of
+    /// its first panel.
+    pub(crate) fn put_lines(&mut self, new: &StripOperand, format: BlockFormat, line: usize) {
+        let (plain, kept) = Self::layout(new, format);
+        let PanelLayout { width, blocks, block_bytes, .. } = kept;
+        let (rows, end) = match kept.form {
+            Form::Nibbles => (plain.steps.div_ceil(2), 1),
+            _ => (plain.steps, 4),
+        };
+        self.general |= new.is_general();
+        self.bytes.resize((line + plain.lines).div_ceil(width) * blocks * block_bytes, 0);
+        let mut from = vec![0; block_bytes];
+        for (panel, b) in (0..plain.panels).flat_map(|panel| (0..blocks).map(move |b| (panel, b))) {
+            Self::block(new, (&plain, &kept), panel, b, &mut from);
+            for lane in 0..width.min(plain.lines - panel * width) {
+                let to = line + panel * width + lane;
+                let (into, at) =
+                    (&mut self.bytes[(to / width * blocks + b) * block_bytes..][..block_bytes], to % width);
+                for row in 0..rows {
+                    let row = 4 * row * width;
+                    into[row + 4 * at..][..4].copy_from_slice(&from[row + 4 * lane..][..4]);
+                }
+                let ends = 4 * rows * width;
+                into[ends + end * at..][..end].copy_from_slice(&from[ends + end * lane..][..end]);
+            }
+        }
+    }
+
+    /// Keeps the first `parts` of `of` equal parts.
+    pub(crate) fn truncate(&mut self, parts: usize, of: usize) {
+        self.bytes.truncate(self.bytes.len() / of.max(1) * parts);
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.len()
     }
 }
 
@@ -110,7 +188,7 @@ pub(crate) struct Pair {
     /// Elements of a block.
     pub(crate) block: usize,
     correction: Correction,
-    run: Option<TileFn>,
+    tile: Option<&'static TileKernel>,
 }
 
 impl Pair {
@@ -132,10 +210,14 @@ impl Pair {
             let expected = format!("equal block boundaries along the reduction of {k}: {left} has blocks of {block}");
             return Err(Error::shape(expected, format!("{right} with blocks of {}", right.block_along(k))));
         }
-        let steps = block.div_ceil(4);
         let tile = fitting(kernels.tiles, block, left, right);
         let correction = tile.map_or(Correction::Total, |tile| tile.correction);
-        Ok(Self { kernels, codings, block, correction, run: tile.map(|tile| (tile.for_block)(steps, PANEL_ROWS)) })
+        Ok(Self { kernels, codings, block, correction, tile })
+    }
+
+    /// Format of the right operand.
+    pub(crate) fn right(&self) -> BlockFormat {
+        self.codings[1].format
     }
 
     /// Bound of |Σ q_a q_w| over `k` elements, from the largest codes.
@@ -172,42 +254,112 @@ impl Pair {
     /// `c` [lines of `a`, `columns`] ← `start` + `a` · `b`ᵀ over all blocks of `a`, of which `b` has as many or more;
     /// `start` is +0.0 (`fresh`) or what `c` holds. NaNs need not be canonical.
     pub(crate) fn multiply(&self, a: &StripOperand, b: &StripOperand, columns: usize, c: &mut PaddedRows, fresh: bool) {
+        self.multiply_from(0, a, b, columns, c, fresh);
+    }
+
+    /// The same over the blocks of `a` from block `first` on: to them belong those of `b` from its first on.
+    pub(crate) fn multiply_from(
+        &self,
+        first: usize,
+        a: &StripOperand,
+        b: &StripOperand,
+        columns: usize,
+        c: &mut PaddedRows,
+        fresh: bool,
+    ) {
         let (al, bl) = (a.layout.expect("laid out"), b.layout.expect("laid out"));
-        let panels = columns.div_ceil(bl.width);
-        assert!(al.block == bl.block && al.blocks <= bl.blocks && panels <= bl.panels);
+        let (panels, all) = (columns.div_ceil(bl.width), al.blocks - first);
+        assert!(al.block == bl.block && all <= bl.blocks && panels <= bl.panels);
         assert!(al.panels * PANEL_ROWS <= c.rows && panels * bl.width <= c.stride);
         let (base, stride) = (c.pointer(), c.stride);
         let l1 = Caches::get().l1 / 2;
-        let depth = (l1 / bl.block_bytes).clamp(1, al.blocks);
+        let depth = (l1 / bl.block_bytes).clamp(1, all.max(1));
         let tile = |i: usize, j: usize, from: usize| {
-            let blocks = depth.min(al.blocks - from);
-            let (ap, bp) = (al.panel(0, i), bl.panel(0, j));
+            let blocks = depth.min(all - from);
+            let right = bl.panel(0, j);
             // SAFETY: block `from` of a panel that was laid out.
-            let (a_bytes, b_bytes) = unsafe {
-                (
-                    a.panels.bytes.as_ptr().add(ap * al.panel_bytes() + from * al.block_bytes),
-                    b.panels.bytes.as_ptr().add(bp * bl.panel_bytes() + from * bl.block_bytes),
-                )
-            };
+            let b_bytes = unsafe { b.panels.bytes.as_ptr().add(right * bl.panel_bytes() + from * bl.block_bytes) };
             let at = base.wrapping_add(i * PANEL_ROWS * stride + j * bl.width);
             let tile = Tile { c: at, stride, fresh: fresh && from == 0, around: false };
-            let [general_a, general_b] =
-                [(a, ap), (b, bp)].map(|(operand, panel)| operand.panels.general[panel].load(Ordering::Relaxed) != 0);
-            let general = general_a | general_b;
-            match self.run.filter(|_| !general) {
-                // SAFETY: the panels have these layouts; four rows of a panel's columns lie inside `c`.
-                Some(run) => unsafe { run(blocks, al.steps, a_bytes, b_bytes, tile) },
-                // SAFETY: the same.
-                None => unsafe { general_tile(&al, &bl, a_bytes, b_bytes, blocks, tile) },
-            }
+            let general = b.panels.general[right].load(Ordering::Relaxed) != 0;
+            // SAFETY: the panels have these layouts; four rows of a panel's columns lie inside `c`.
+            unsafe { self.tile(a, (i, first + from), (&bl, b_bytes), blocks, general, tile) };
         };
-        for from in (0..al.blocks).step_by(depth) {
+        for from in (0..all).step_by(depth) {
             // The smaller operand stays in the first-level cache.
             if panels * depth * bl.block_bytes <= l1 {
                 (0..al.panels).for_each(|i| (0..panels).for_each(|j| tile(i, j, from)));
             } else {
                 (0..panels).for_each(|j| (0..al.panels).for_each(|i| tile(i, j, from)));
             }
+        }
+    }
+
+    /// The same over `blocks` blocks of `a` from block `from` on, and as many of `b`: block i of panel j is number
+    /// `number(j, i)` there. `unpacked` is memory to work in.
+    pub(crate) fn multiply_grown(
+        &self,
+        (a, from, blocks): (&StripOperand, usize, usize),
+        (b, number): (&GrownOperand, impl Fn(usize, usize) -> usize),
+        columns: usize,
+        (c, fresh): (&mut PaddedRows, bool),
+        unpacked: &mut AlignedBytes,
+    ) {
+        let al = a.layout.expect("laid out");
+        let (format, width) = (self.codings[1].format, self.kernels.columns);
+        let shape = [1, columns, blocks * self.block];
+        let plain = PanelLayout::new(shape, self.block, width, Side::Right { offset: offset(format.bits()) });
+        let kept = if format.bits() <= 4 { plain.in_nibbles() } else { plain };
+        assert!(al.block == self.block && from + blocks <= al.blocks);
+        assert!(al.panels * PANEL_ROWS <= c.rows && plain.panels * width <= c.stride);
+        let (base, stride) = (c.pointer(), c.stride);
+        let unpacked = unpacked.reserve(plain.block_bytes).as_ptr();
+        for (j, i) in (0..plain.panels).flat_map(|j| (0..blocks).map(move |i| (j, i))) {
+            let mut block = b.bytes[number(j, i) * kept.block_bytes..][..kept.block_bytes].as_ptr();
+            if kept.form == Form::Nibbles {
+                // SAFETY: a block of nibbles, and room for one of bytes.
+                unsafe { (self.kernels.unpack_nibbles)(1, plain.steps, block, unpacked) };
+                block = unpacked;
+            }
+            for row in 0..al.panels {
+                let at = base.wrapping_add(row * PANEL_ROWS * stride + j * width);
+                let tile = Tile { c: at, stride, fresh: fresh && i == 0, around: false };
+                // SAFETY: the panels have these layouts; four rows of a panel's columns lie inside `c`.
+                unsafe { self.tile(a, (row, from + i), (&plain, block), 1, b.general, tile) };
+            }
+        }
+    }
+
+    /// C tile ← what it starts from + `blocks` blocks of panel `panel` of `a` from block `from` on, times as many of `b`.
+    ///
+    /// # Safety
+    /// `b` is valid for reading `blocks` blocks of its layout, in bytes, which is general only if `general`; the tile for
+    /// reading and writing four rows.
+    #[inline]
+    unsafe fn tile(
+        &self,
+        a: &StripOperand,
+        (panel, from): (usize, usize),
+        (bl, b): (&PanelLayout, *const u8),
+        blocks: usize,
+        general: bool,
+        tile: Tile,
+    ) {
+        let al = a.layout.as_ref().expect("laid out");
+        let left = al.panel(0, panel);
+        let at = left * al.panel_bytes() + from * al.block_bytes;
+        assert!(from + blocks <= al.blocks);
+        // SAFETY: block `from` of a panel that was laid out.
+        let a_bytes = unsafe { a.panels.bytes.as_ptr().add(at) };
+        let general = general || a.panels.general[left].load(Ordering::Relaxed) != 0;
+        match self.tile.filter(|_| !general) {
+            Some(kernel) => {
+                let run = (kernel.for_block)(al.steps, PANEL_ROWS.min(al.lines - panel * PANEL_ROWS));
+                // SAFETY: the caller's word.
+                unsafe { run(blocks, al.steps, a_bytes, b, tile) };
+            }
+            // SAFETY: the same.
+            None => unsafe { general_tile(al, bl, a_bytes, b, blocks, tile) },
         }
     }
 }
