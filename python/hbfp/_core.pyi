@@ -245,10 +245,11 @@ def kept_linear(
     kept: Any,
     kept_format: Format,
     lines: int,
+    k: int,
     bias: Any | None,
     threads: int,
 ) -> Any | None:
-    """x [.., K] times what `keep` gave for [lines, K], plus bias, in one call that allocates: [.., lines]. None for all
+    """x [.., k] times what `keep` gave for [lines, k], plus bias, in one call that allocates: [.., lines]. None for all
     that is not as usual, errors included."""
 
 def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: int, bias: Any | None = None) -> None:

@@ -77,6 +77,7 @@ class _Frozen:
     """The floats, where somebody else still has them."""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def freeze_(
     model: nn.Module, format: HBFP | str | Recipe | None = None, *, activations: str | None = None

@@ -39,6 +39,7 @@ from hbfp.ops.entrance import (
     wanted,
 )
 from hbfp.ops.packed import (
+    KeptPanels,
     bytes_in,
     bytes_of,
     decode,
@@ -75,6 +76,7 @@ from hbfp.ops.softmax_attention import (
 
 __all__ = [
     "Geometry",
+    "KeptPanels",
     "Measured",
     "Operand",
     "Product",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from math import prod
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -80,19 +80,25 @@ def planes_of_panels(panels: Tensor, format: HBFP, lines: int, k: int) -> tuple[
     return torch.from_numpy(exponents), torch.from_numpy(mantissas)
 
 
+class KeptPanels(NamedTuple):
+    """Panels of a matrix [lines, k], and what they are."""
+
+    codes: Tensor
+    format: _core.Format
+    lines: int
+    k: int
+
+
 def quick_packed_product(
-    x: Tensor, format: HBFP, rounding: int, seed: int, stream: int, panels: Tensor, panels_format: HBFP, lines: int,
-    bias: Tensor | None,
-) -> Tensor | None:  # fmt: skip
+    x: Tensor, format: HBFP, rounding: int, seed: int, stream: int, panels: KeptPanels, bias: Tensor | None
+) -> Tensor | None:
     """`packed_product` of panels in one call of the core; None where anything is not as usual, errors included.
 
     Not for code that torch.compile traces.
     """
     if dispatch_modes():
         return None
-    out: Tensor | None = _core.kept_linear(
-        x, format.core, rounding, seed, stream, panels, panels_format.core, lines, bias, threads()
-    )
+    out: Tensor | None = _core.kept_linear(x, format.core, rounding, seed, stream, *panels, bias, threads())
     return out
 
 
@@ -150,6 +156,12 @@ def _packed_product_kernel(
     streams: list[Tensor] | None = None,
 ) -> Tensor:
     (stream,) = crossed((x_stream,), streams)
+    if exponents is None:
+        core = format_of(format).core, lines, x.shape[-1]
+        left = format_of(x_format).core, x_rounding, seed & WORD, stream
+        quick: Tensor | None = _core.kept_linear(x, *left, codes, *core, bias, threads())
+        if quick is not None:
+            return quick
     rows = float32(x).reshape(prod(x.shape[:-1]), x.shape[-1])
     out = torch.empty(*x.shape[:-1], lines, dtype=torch.float32, device="cpu")
     target = out.view(rows.shape[0], lines)

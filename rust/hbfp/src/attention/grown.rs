@@ -181,16 +181,20 @@ impl Step {
     /// Keys and values of the new tokens join those of a matrix. `v` has its lines along the tokens.
     fn take(&self, matrix: &mut Matrix, k: FloatLines<'_>, v: &FloatLines<'_>, width: usize, buffers: &mut Buffers) {
         let Buffers { scratch, keys, values, .. } = buffers;
-        self.scores.lay_out_right(k, keys, scratch);
-        matrix.keys.put_lines(keys, self.scores.right(), self.begin);
-        for (token, column) in (0..v.k).flat_map(|token| (0..width).map(move |column| (token, column))) {
-            // SAFETY: inside the view.
-            matrix.open.push(unsafe { *v.at(0, column, token) });
+        self.scores.grow_lines(k, &mut matrix.keys, self.begin, keys, scratch);
+        for token in 0..v.k {
+            if v.line_stride == 1 {
+                // SAFETY: as many elements side by side, inside the view.
+                matrix.open.extend_from_slice(unsafe { std::slice::from_raw_parts(v.at(0, 0, token), width) });
+            } else {
+                // SAFETY: inside the view.
+                matrix.open.extend((0..width).map(|column| unsafe { *v.at(0, column, token) }));
+            }
         }
         let closing = matrix.open.len() / width / self.block * self.block;
         if closing > 0 {
-            self.context.lay_out_right(rows_of(&matrix.open, closing, width), values, scratch);
-            matrix.values.add_blocks(values, self.context.right());
+            let x = rows_of(&matrix.open, closing, width);
+            self.context.grow_blocks(x, &mut matrix.values, values, scratch);
             matrix.open.drain(..closing * width);
         }
     }

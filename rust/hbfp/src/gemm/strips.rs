@@ -5,14 +5,14 @@
 
 use super::cache::Caches;
 use super::{fitting, general, offset};
-use crate::arch::generic::product::{Correction, PANEL_ROWS, Tile};
+use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER, Tile};
 use crate::arch::kernels::{Kernels, TileKernel};
 use crate::encode::blocks::Scratch;
 use crate::encode::forms::to_nibbles;
 use crate::encode::panels::{Filling, Form, Job, PanelLayout, Panels, Side, Source};
 use crate::encode::{Context, RoundingMode};
 use crate::error::{Error, Result};
-use crate::format::BlockFormat;
+use crate::format::{BlockFormat, EXPONENT_OFFSET};
 use crate::mem::AlignedBytes;
 use crate::shape::FloatLines;
 use std::sync::atomic::Ordering;
@@ -47,62 +47,6 @@ pub(crate) struct GrownOperand {
 }
 
 impl GrownOperand {
-    /// Layout of what is kept of an operand that was laid out.
-    fn layout(new: &StripOperand, format: BlockFormat) -> (PanelLayout, PanelLayout) {
-        let plain = new.layout.expect("laid out");
-        (plain, if format.bits() <= 4 { plain.in_nibbles() } else { plain })
-    }
-
-    /// A block of a panel of `new`, as it is kept.
-    fn block(new: &StripOperand, (plain, kept): (&PanelLayout, &PanelLayout), panel: usize, b: usize, out: &mut [u8]) {
-        let at = plain.panel(0, panel) * plain.panel_bytes() + b * plain.block_bytes;
-        // SAFETY: a block of a panel that was laid out.
-        let from = unsafe { std::slice::from_raw_parts(new.panels.bytes.as_ptr().add(at), plain.block_bytes) };
-        match kept.form {
-            Form::Nibbles => to_nibbles(from, plain, out),
-            _ => out.copy_from_slice(from),
-        }
-    }
-
-    /// Adds the blocks of all panels of `new`, whose lines are those of this operand: first those of its first block.
-    pub(crate) fn add_blocks(&mut self, new: &StripOperand, format: BlockFormat) {
-        let (plain, kept) = Self::layout(new, format);
-        self.general |= new.is_general();
-        for (b, panel) in (0..plain.blocks).flat_map(|b| (0..plain.panels).map(move |panel| (b, panel))) {
-            let at = self.bytes.len();
-            self.bytes.resize(at + kept.block_bytes, 0);
-            Self::block(new, (&plain, &kept), panel, b, &mut self.bytes[at..]);
-        }
-    }
-
-    /// Puts the lines of `new` in as lines `line` and following, in panels of this operand's own: first all blocks of
-    /// its first panel.
-    pub(crate) fn put_lines(&mut self, new: &StripOperand, format: BlockFormat, line: usize) {
-        let (plain, kept) = Self::layout(new, format);
-        let PanelLayout { width, blocks, block_bytes, .. } = kept;
-        let (rows, end) = match kept.form {
-            Form::Nibbles => (plain.steps.div_ceil(2), 1),
-            _ => (plain.steps, 4),
-        };
-        self.general |= new.is_general();
-        self.bytes.resize((line + plain.lines).div_ceil(width) * blocks * block_bytes, 0);
-        let mut from = vec![0; block_bytes];
-        for (panel, b) in (0..plain.panels).flat_map(|panel| (0..blocks).map(move |b| (panel, b))) {
-            Self::block(new, (&plain, &kept), panel, b, &mut from);
-            for lane in 0..width.min(plain.lines - panel * width) {
-                let to = line + panel * width + lane;
-                let (into, at) =
-                    (&mut self.bytes[(to / width * blocks + b) * block_bytes..][..block_bytes], to % width);
-                for row in 0..rows {
-                    let row = 4 * row * width;
-                    into[row + 4 * at..][..4].copy_from_slice(&from[row + 4 * lane..][..4]);
-                }
-                let ends = 4 * rows * width;
-                into[ends + end * at..][..end].copy_from_slice(&from[ends + end * lane..][..end]);
-            }
-        }
-    }
-
     /// Keeps the first `parts` of `of` equal parts.
     pub(crate) fn truncate(&mut self, parts: usize, of: usize) {
         self.bytes.truncate(self.bytes.len() / of.max(1) * parts);
@@ -215,11 +159,6 @@ impl Pair {
         Ok(Self { kernels, codings, block, correction, tile })
     }
 
-    /// Format of the right operand.
-    pub(crate) fn right(&self) -> BlockFormat {
-        self.codings[1].format
-    }
-
     /// Bound of |Σ q_a q_w| over `k` elements, from the largest codes.
     pub(crate) fn largest_sum(&self, k: usize) -> usize {
         self.codings.iter().fold(k, |product, coding| product.saturating_mul(coding.format.max_code() as usize))
@@ -237,11 +176,94 @@ impl Pair {
         self.lay_out(x, 1, Side::Right { offset }, to, scratch);
     }
 
+    /// Layout of a block of a grown operand's panels, in bytes and as it is kept.
+    fn grown_layouts(&self, lines: usize, k: usize) -> [PanelLayout; 2] {
+        let (format, width) = (self.codings[1].format, self.kernels.columns);
+        let plain = PanelLayout::new([1, lines, k], self.block, width, Side::Right { offset: offset(format.bits()) });
+        [plain, if format.bits() <= 4 { plain.in_nibbles() } else { plain }]
+    }
+
+    /// Adds blocks to all lines of a grown operand: first all panels of their first block.
+    pub(crate) fn grow_blocks(
+        &self,
+        x: FloatLines<'_>,
+        to: &mut GrownOperand,
+        new: &mut StripOperand,
+        scratch: &mut Scratch,
+    ) {
+        self.lay_out_right(x, new, scratch);
+        let layout = new.layout.expect("laid out");
+        let [plain, kept] = self.grown_layouts(layout.lines, layout.k);
+        to.general |= new.is_general();
+        for (b, panel) in (0..plain.blocks).flat_map(|b| (0..plain.panels).map(move |panel| (b, panel))) {
+            let at = plain.panel(0, panel) * plain.panel_bytes() + b * plain.block_bytes;
+            // SAFETY: a block of a panel that was laid out.
+            let from = unsafe { std::slice::from_raw_parts(new.panels.bytes.as_ptr().add(at), plain.block_bytes) };
+            if kept.form == Form::Nibbles {
+                let at = to.bytes.len();
+                to.bytes.resize(at + kept.block_bytes, 0);
+                to_nibbles(from, &plain, &mut to.bytes[at..]);
+            } else {
+                to.bytes.extend_from_slice(from);
+            }
+        }
+    }
+
+    /// Adds lines to a grown operand that has `line` of them: first all blocks of its first panel.
+    pub(crate) fn grow_lines(
+        &self,
+        x: FloatLines<'_>,
+        to: &mut GrownOperand,
+        line: usize,
+        new: &mut StripOperand,
+        scratch: &mut Scratch,
+    ) {
+        // As a left operand, whose panels are narrow: mostly there is but one line.
+        let offset = offset(self.codings[1].format.bits());
+        self.lay_out(x, 1, Side::Left { correction: Correction::Total, offset }, new, scratch);
+        let from = new.layout.expect("laid out");
+        let [_, kept] = self.grown_layouts(from.lines, from.k);
+        let PanelLayout { width, steps, blocks, block_bytes, .. } = kept;
+        to.general |= new.is_general();
+        to.bytes.resize((line + from.lines).div_ceil(width) * blocks * block_bytes, 0);
+        for (lane, b) in (0..from.lines).flat_map(|lane| (0..blocks).map(move |b| (lane, b))) {
+            let at = from.panel(0, lane / PANEL_ROWS) * from.panel_bytes() + b * from.block_bytes;
+            // SAFETY: a block of a panel that was laid out.
+            let block = unsafe { std::slice::from_raw_parts(new.panels.bytes.as_ptr().add(at), from.block_bytes) };
+            let (words, _) = block.as_chunks::<4>();
+            let word = |at: usize| u32::from_le_bytes(words[PANEL_ROWS * at + lane % PANEL_ROWS]);
+            // Four codes raised by the offset, none of which carries into the next.
+            let raised = |step: usize| {
+                let codes = word(step);
+                ((codes & 0x7F7F_7F7F) + 0x0101_0101 * offset as u32) ^ (codes & 0x8080_8080)
+            };
+            let rider = word(steps + 1);
+            let to_line = line + lane;
+            let into = &mut to.bytes[(to_line / width * blocks + b) * block_bytes..][..block_bytes];
+            let at = to_line % width;
+            if kept.form == Form::Nibbles {
+                let rows = steps.div_ceil(2);
+                for row in 0..rows {
+                    let odd = if 2 * row + 1 < steps { raised(2 * row + 1) } else { 0 };
+                    let both = raised(2 * row) | odd << 4;
+                    into[4 * (row * width + at)..][..4].copy_from_slice(&both.to_le_bytes());
+                }
+                into[4 * rows * width + at] = ((rider.cast_signed() >> 23) + EXPONENT_OFFSET) as u8;
+            } else {
+                for step in 0..steps {
+                    into[4 * (step * width + at)..][..4].copy_from_slice(&raised(step).to_le_bytes());
+                }
+                let rider = RIDER.wrapping_add(rider.cast_signed());
+                into[4 * (steps * width + at)..][..4].copy_from_slice(&rider.to_le_bytes());
+            }
+        }
+    }
+
     fn lay_out(&self, x: FloatLines<'_>, i: usize, side: Side, to: &mut StripOperand, scratch: &mut Scratch) {
         debug_assert_eq!(x.matrices(), 1);
         let Coding { format, mode } = self.codings[i];
         let source = Source::Floats(&x, mode);
-        let width = if i == 0 { PANEL_ROWS } else { self.kernels.columns };
+        let width = if matches!(side, Side::Left { .. }) { PANEL_ROWS } else { self.kernels.columns };
         let layout = PanelLayout::new(source.shape(), self.block, width, side);
         let ctx = Context { kernels: self.kernels, team: &crate::parallel::Serial, threads: 1 };
         let panels = to.panels.reserve(&layout);
@@ -306,10 +328,8 @@ impl Pair {
         unpacked: &mut AlignedBytes,
     ) {
         let al = a.layout.expect("laid out");
-        let (format, width) = (self.codings[1].format, self.kernels.columns);
-        let shape = [1, columns, blocks * self.block];
-        let plain = PanelLayout::new(shape, self.block, width, Side::Right { offset: offset(format.bits()) });
-        let kept = if format.bits() <= 4 { plain.in_nibbles() } else { plain };
+        let [plain, kept] = self.grown_layouts(columns, blocks * self.block);
+        let width = plain.width;
         assert!(al.block == self.block && from + blocks <= al.blocks);
         assert!(al.panels * PANEL_ROWS <= c.rows && plain.panels * width <= c.stride);
         let (base, stride) = (c.pointer(), c.stride);
