@@ -40,7 +40,7 @@ class GPTShape:
 
 
 class Norm(nn.LayerNorm):
-    """`torch.nn.LayerNorm` without the detours of its forward, which cost a new token as much as the sums themselves."""
+    """`torch.nn.LayerNorm` without the detours of its forward, which cost a token as much as the sums themselves."""
 
     def forward(self, input: Tensor) -> Tensor:
         parameters = self._parameters
