@@ -218,6 +218,7 @@ def _pack(model: nn.Module, plans: list[_Plan]) -> tuple[FreezeRow, ...]:
     return tuple(rows[number] for number in range(len(plans)))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def unfreeze_(model: nn.Module) -> None:
     """Takes back `freeze_`: packed weights are float parameters again, with the values of their codes.
