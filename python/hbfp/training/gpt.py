@@ -2,7 +2,7 @@
 
 Every product with a weight is an `nn.Linear` and both products of attention sit in `hbfp.nn.DotProductAttention`, so
 `hbfp.convert_` turns all of them into integer products; looking up an embedding is not a product. The output layer has
-weights of its own: a tied one would put one parameter under two formats.
+weights of its own: a tied one would put one parameter under two formats. It has no bias, as theirs has none.
 """
 
 from collections.abc import Sequence
@@ -82,7 +82,7 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(shape.context, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = Norm(shape.width)
-        self.head = nn.Linear(shape.width, shape.vocabulary)
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
