@@ -157,9 +157,10 @@ def _packed_product_kernel(
 ) -> Tensor:
     (stream,) = crossed((x_stream,), streams)
     if exponents is None:
-        core = format_of(format).core, lines, x.shape[-1]
-        left = format_of(x_format).core, x_rounding, seed & WORD, stream
-        quick: Tensor | None = _core.kept_linear(x, *left, codes, *core, bias, threads())
+        panels = KeptPanels(codes, format_of(format).core, lines, x.shape[-1])
+        quick: Tensor | None = _core.kept_linear(
+            x, format_of(x_format).core, x_rounding, seed & WORD, stream, *panels, bias, threads()
+        )
         if quick is not None:
             return quick
     rows = float32(x).reshape(prod(x.shape[:-1]), x.shape[-1])
