@@ -18,6 +18,7 @@ __all__ = [
     "Floats",
     "Format",
     "FormatError",
+    "GrownAttention",
     "HBFPError",
     "LevelError",
     "NonFiniteError",
@@ -244,10 +245,11 @@ def kept_linear(
     kept: Any,
     kept_format: Format,
     lines: int,
+    k: int,
     bias: Any | None,
     threads: int,
 ) -> Any | None:
-    """x [.., K] times what `keep` gave for [lines, K], plus bias, in one call that allocates: [.., lines]. None for all
+    """x [.., k] times what `keep` gave for [lines, k], plus bias, in one call that allocates: [.., lines]. None for all
     that is not as usual, errors included."""
 
 def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: int, bias: Any | None = None) -> None:
@@ -274,6 +276,31 @@ def attention(
 
     q [.., L, E], k [.., S, E], v [.., S, Ev], mask [.., L, S] with equal batch dimensions and any strides; formats are
     lines of at most 8 bits, `scores` those of q and k, `context` those of the softmax and v."""
+
+@final
+class GrownAttention:
+    """Causal attention over a text that grows; keys and values of the tokens so far are kept as codes."""
+
+    def __init__(
+        self,
+        scores: list[tuple[Format, int, int]],
+        context: list[tuple[Format, int, int]],
+    ) -> None:
+        """Format, rounding and stream of the operands of both products, the left one first."""
+    def attend(self, q: Any, k: Any, v: Any, scale: float, threads: int) -> Any | None:
+        """A new torch tensor [.., tokens, Ev]: attention of the next tokens to all so far.
+
+        None, and nothing done, unless all are float32 torch tensors on the CPU, which may have any strides.
+        """
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+    @property
+    def nbytes(self) -> int: ...
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from number `length` on."""
+    def __copy__(self) -> GrownAttention: ...
+    def __deepcopy__(self, memo: Any) -> GrownAttention: ...
 
 def attention_backward(
     output: Any,

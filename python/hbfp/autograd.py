@@ -503,12 +503,12 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, seed: int, stream: int, source: object = None
 ) -> Tensor:
     """x [..., in] times weightᵀ [out, in], plus bias [out]; see `hbfp.nn.functional.linear`."""
-    usual = weight.dim() == 2 and x.dim() > 1 and recipe.backends.forward is _INTEGER and not ops.recorders
-    if usual and _unseen(x, weight, bias):
+    if recipe.backends.forward is _INTEGER and not ops.recorders and _unseen(x, weight, bias):
         policy = recipe.forward
+        quick = None
         if type(weight) is PackedWeight:
             quick = weight.quick_product(x, policy.formats, policy.roundings[0], seed, stream | _X, bias)
-        else:
+        elif weight.dim() == 2 and x.dim() > 1:
             quick = ops.quick_product(
                 x, -1, weight, -1, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), bias
             )

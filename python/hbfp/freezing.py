@@ -77,6 +77,7 @@ class _Frozen:
     """The floats, where somebody else still has them."""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def freeze_(
     model: nn.Module, format: HBFP | str | Recipe | None = None, *, activations: str | None = None
@@ -217,6 +218,7 @@ def _pack(model: nn.Module, plans: list[_Plan]) -> tuple[FreezeRow, ...]:
     return tuple(rows[number] for number in range(len(plans)))
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def unfreeze_(model: nn.Module) -> None:
     """Takes back `freeze_`: packed weights are float parameters again, with the values of their codes.

@@ -44,6 +44,8 @@ class PackedWeight(Tensor):
     format: HBFP
     axis: int
     _held: tuple[Tensor, Tensor | None]
+    _panels: ops.KeptPanels | None = None
+    """What a product reads, once there was one; None: not asked for since `_held` changed."""
     _lent: tuple[NDArray[np.uint8], ...] = ()
     """Whose memory the planes share, until they are laid out."""
 
@@ -156,7 +158,7 @@ class PackedWeight(Tensor):
             return
         panels = ops.panels_of_planes(exponents, codes, self.format, *self._matrix)
         if panels is not None:
-            self._held = panels, None
+            self._held, self._panels = (panels, None), None
             lent, self._lent = self._lent, ()
             for plane in lent:
                 forget(plane)
@@ -167,7 +169,7 @@ class PackedWeight(Tensor):
 
     def adopt(self, other: PackedWeight) -> None:
         """Holds what `other` holds, which has the same format, axis and shape, without copying it."""
-        self._held, self._lent = other._held, other._lent
+        self._held, self._lent, self._panels = other._held, other._lent, None
 
     # --- products --------------------------------------------------------------------------------------------------
 
@@ -178,12 +180,17 @@ class PackedWeight(Tensor):
 
         Not for code that torch.compile traces.
         """
-        if self._held[1] is not None:
-            self.lay_out()
-        codes, exponents = self._held
-        if exponents is not None or formats[1] != self.format or self.axis != 1 or x.shape[-1] != self.shape[1]:
+        panels = self._panels or self._laid_out()
+        if panels is None or (formats[1] is not self.format and formats[1] != self.format):
             return None
-        return ops.quick_packed_product(x, formats[0], rounding, seed, stream, codes, self.format, self.shape[0], bias)
+        return ops.quick_packed_product(x, formats[0], rounding, seed, stream, panels, bias)
+
+    def _laid_out(self) -> ops.KeptPanels | None:
+        self.lay_out()
+        codes, exponents = self._held
+        if exponents is None and self.axis == 1:
+            self._panels = ops.KeptPanels(codes, self.format.core, self.shape[0], self.shape[1])
+        return self._panels
 
     # --- what torch asks of a subclass -----------------------------------------------------------------------------
 
@@ -365,11 +372,11 @@ def _copy(func: Any, x: Tensor, source: Tensor, non_blocking: bool = False) -> A
         return x
     if isinstance(source, PackedWeight) and (source.format, source.axis) == (x.format, x.axis):
         codes, exponents = source._held
-        x._held = codes.clone(), None if exponents is None else exponents.clone()
+        x._held, x._panels = (codes.clone(), None if exponents is None else exponents.clone()), None
         x.lay_out()
     else:
         values = source.decode() if isinstance(source, PackedWeight) else source
-        x._held = PackedWeight.of(values, x.format, x.axis)._held
+        x._held, x._panels = PackedWeight.of(values, x.format, x.axis)._held, None
     return x
 
 

@@ -194,6 +194,56 @@ def test_floats_load_into_frozen_models_and_are_encoded():
     assert alike(other, inputs(0), expected)
 
 
+def test_a_product_reads_the_weights_that_were_loaded_last(tmp_path):
+    """A product remembers where panels lie: not those of weights that are gone."""
+    model, x, first = frozen_mlp()
+    other, _ = converted(*MODELS["mlp"][:1], MODELS["mlp"][1](0))
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(-1.5)
+    expected = run(other, x)
+    assert not any(map(same, first, expected))
+    hbfp.freeze_(other)
+    hbfp.save_model(tmp_path / "other.safetensors", other)
+    for load in (
+        lambda: model.load_state_dict(other.state_dict()),
+        lambda: _copied(other, model),
+        lambda: hbfp.load_model(tmp_path / "other.safetensors", model),
+    ):
+        restored = copy.deepcopy(model)
+        assert alike(model, x, first)
+        load()
+        assert alike(model, x, expected)
+        _copied(restored, model)
+
+
+def _copied(source, target):
+    with torch.no_grad():
+        for to, x in zip(target.parameters(), source.parameters(), strict=True):
+            to.copy_(x)
+
+
+def test_an_input_of_another_width_is_named_by_a_layer_that_has_multiplied():
+    layer = hbfp.nn.Linear(60, 8).eval()
+    hbfp.freeze_(layer)
+    with torch.no_grad():
+        layer(torch.ones(2, 60))
+        for columns in (64, 59, 1):  # 64: as many blocks, and so as many bytes
+            with pytest.raises(hbfp.ShapeError, match="in"):
+                layer(torch.ones(2, columns))
+
+
+def test_models_are_frozen_in_inference_mode_too():
+    model, x, expected = frozen_mlp()
+    hbfp.unfreeze_(model)
+    with torch.inference_mode():
+        hbfp.freeze_(model)
+        hbfp.unfreeze_(model)
+        hbfp.freeze_(model)
+    assert packed(model)
+    assert alike(model, x, expected)
+
+
 def test_state_dicts_that_do_not_fit_are_refused_by_name():
     model, _, _ = frozen_mlp()
     state = model.state_dict()

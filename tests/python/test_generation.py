@@ -4,6 +4,7 @@ The bugs these hunt: an open block of values encoded too early, or once too ofte
 that outlives its context; text that waits in a buffer; a description that fits no weights.
 """
 
+import copy
 import itertools
 import json
 import math
@@ -83,6 +84,35 @@ def test_reading_the_open_block_anew_has_the_bits_of_the_whole_pass_at_any_depth
             for cache in caches:
                 cache.truncate(closed)
             assert same(model.extend(codes[:, closed:end], caches)[:, -1], model(codes[:, :end])[:, -1].contiguous())
+
+
+@pytest.mark.parametrize("recipe", ["hbfp12b16", "hbfp4b16"])
+def test_a_copy_goes_on_by_itself(recipe):
+    """Formats that no kernel holds, too, whose keys and values stay floats."""
+    attention = DotProductAttention(recipe=recipe).eval()
+    q, k, v = (torch.randn(2, 3, 50, 40, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    cache = KeyValueCache(attention)
+    cache(*(x[:, :, :30] for x in (q, k, v)))
+    copied = copy.deepcopy(cache)
+    copied(*(3 * x[:, :, 30:] for x in (q, k, v)))
+    for begin, end in ((30, 31), (31, 50)):
+        found = cache(*(x[:, :, begin:end] for x in (q, k, v)))
+        expected = attention(*(x[:, :, :end] for x in (q, k, v)), is_causal=True)
+        assert same(found.contiguous(), expected[:, :, begin:].contiguous())
+    assert (cache.length, copied.length) == (50, 50)
+
+
+def test_inputs_of_other_kinds_are_cast_as_a_layer_casts_them():
+    attention = DotProductAttention(recipe="hbfp4b16").eval()
+    q, k, v = (torch.randn(2, 20, 24, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = KeyValueCache(attention)(*(x.bfloat16().float() for x in (q, k, v)))
+    assert same(KeyValueCache(attention)(*(x.bfloat16() for x in (q, k, v))), expected)
+    with pytest.raises(hbfp.DTypeError):
+        KeyValueCache(attention)(q.int(), k.int(), v.int())
+    cache = KeyValueCache(attention)
+    cache(q, k, v)
+    with pytest.raises(hbfp.ShapeError, match="as before"):
+        cache(q[:1], k[:1], v[:1])
 
 
 def test_floats_are_cached_as_floats():
@@ -166,6 +196,18 @@ def test_generating_leaves_the_model_in_its_mode():
     next(stream)
     stream.close()
     assert model.training
+
+
+def test_a_model_that_is_trained_in_between_writes_on_in_evaluation_mode(monkeypatch):
+    """Whoever takes the codes may train meanwhile."""
+    model = gpt(None)
+    expected = list(generate(model, [1], 5, temperature=0))
+    modes = []
+    extend = GPT.extend
+    monkeypatch.setattr(GPT, "extend", lambda self, *x: (modes.append(self.training), extend(self, *x))[1])
+    stream = generate(model, [1], 5, temperature=0)
+    assert [(model.train(), code)[1] for code in stream] == expected
+    assert modes == [False] * 5
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """The GPT of `hbfp train` as a GGUF file: llama.cpp's architecture gpt2, whose blocks are the same.
 
-Weights are exact. Two things are not gpt2's. Our output layer has a bias: it is written as `output.bias`, so that
-nothing is lost, and llama.cpp refuses the file for a tensor that it doesn't know; where the bias is all zero it is left
-out and the file is a regular one. And our GELU is the exact one, llama.cpp's the tanh approximation, so that outputs
-would differ (llama.cpp's products are no fixed-point ones either).
+Weights are exact. One thing is not gpt2's: our GELU is the exact one, llama.cpp's the tanh approximation, so that
+outputs differ (llama.cpp's products are no fixed-point ones either).
 
 The vocabulary is a tokenizer of the kind "t5" (SentencePiece's unigram model) whose pieces are single characters, so
 that text is cut into characters; a space is written "▁" there. Characters that are not in it become U+FFFD, as in
@@ -41,7 +39,6 @@ _OUTSIDE = {
     "norm.weight": "output_norm.weight",
     "norm.bias": "output_norm.bias",
     "head.weight": "output.weight",
-    "head.bias": "output.bias",
 }
 _IN_A_BLOCK = {
     f"{ours}.{kind}": f"{theirs}.{kind}"
@@ -57,8 +54,8 @@ _IN_A_BLOCK = {
 }
 
 
-def _all_names(tensors: Mapping[str, object]) -> dict[str, str]:
-    """Our names of a GPT with the blocks that `tensors` has, and gpt2's."""
+def names(tensors: Mapping[str, object]) -> dict[str, str]:
+    """Names of a GPT with the blocks that `tensors` has, and those that gpt2 gives its tensors."""
     numbers = [int(found[1]) for name in tensors if (found := re.match(r"blocks\.(\d{1,6})\.", name))]
     blocks = {
         f"blocks.{number}.{ours}": f"blk.{number}.{theirs}"
@@ -70,15 +67,7 @@ def _all_names(tensors: Mapping[str, object]) -> dict[str, str]:
 
 def is_gpt(tensors: Mapping[str, object]) -> bool:
     """Whether these are the tensors of a GPT of `hbfp train`, by their names."""
-    return "blocks.0.qkv.weight" in tensors and _all_names(tensors).keys() == tensors.keys()
-
-
-def names(tensors: Mapping[str, BlockArray | ArrayLike]) -> dict[str, str]:
-    """The names of a GPT's tensors and those that gpt2 gives them, without an output bias that is all zero."""
-    result = _all_names(tensors)
-    if not np.any(np.asarray(tensors["head.bias"])):
-        del result["head.bias"]
-    return result
+    return "blocks.0.qkv.weight" in tensors and names(tensors).keys() == tensors.keys()
 
 
 def save(
@@ -107,10 +96,7 @@ def save(
         _check_vocabulary(vocabulary, characters)
 
     def describe(writer: Any) -> None:
-        writer.add_description(
-            "Character-level GPT. Its GELU is the exact one, and output.bias, where there is one, is added to the "
-            "scores; gpt2 has neither."
-        )
+        writer.add_description("Character-level GPT. Its GELU is the exact one, which gpt2's is not.")
         writer.add_quantization_version(2)
         writer.add_context_length(context)
         writer.add_embedding_length(width)

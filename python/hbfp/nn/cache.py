@@ -8,8 +8,7 @@ from which every step encodes the open block anew. So a step gives the bits of a
 
 from __future__ import annotations
 
-from math import prod, sqrt
-from typing import cast
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from hbfp.policy import Backend, MatmulPolicy
 __all__ = ["KeyValueCache"]
 
 _GROWTH = 64
-"""Tokens that the planes of keys grow by."""
+"""Tokens that floats grow by, at least."""
 
 
 class KeyValueCache:
@@ -49,7 +48,8 @@ class KeyValueCache:
         policy = None if state is None else state.recipe.forward
         if state is not None:
             _check(state.recipe.forward, state.recipe.backends.forward)
-        self._held: _Floats | _Codes = _Floats() if policy is None else _Codes(policy)
+        wide = policy is not None and not all(x.format.core.encodes_to_panels for x in (policy.left, policy.right))
+        self._held: _Floats | _Codes = _Floats(policy) if policy is None or wide else _Codes(policy)
 
     @property
     def length(self) -> int:
@@ -77,7 +77,6 @@ class KeyValueCache:
             )
         self._held.truncate(length)
 
-    @torch.no_grad()
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of the next tokens to all so far, themselves included: [..., tokens, Ev], float32.
 
@@ -86,14 +85,7 @@ class KeyValueCache:
         Raises:
             ShapeError: the shapes do not fit each other.
         """
-        batch = query.shape[:-2]
-        if query.shape != key.shape or value.shape[:-1] != key.shape[:-1] or query.dim() < 2:
-            raise ShapeError(
-                "expected query and key [..., tokens, E] and value [..., tokens, Ev]; found "
-                f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-            )
-        q, k, v = (x.reshape(prod(batch), *x.shape[-2:]) for x in (query, key, value))
-        return self._held.attend(q, k, v).view(*batch, *value.shape[-2:])
+        return self._held.attend(query, key, value)
 
 
 def _check(policy: MatmulPolicy, backend: Backend) -> None:
@@ -114,117 +106,73 @@ def _hides(rows: int, columns: int) -> Tensor:
 
 
 class _Floats:
-    block = 1
+    """Of an attention in FP32; and of one whose formats no kernel holds, which are encoded anew at each call."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: MatmulPolicy | None) -> None:
+        self.policy = policy
+        self.block = 1
         self.length = 0
-        self.keys = self.values = torch.empty(0, 0, 0)
+        self.keys = self.values = torch.empty(0)
+        """[..., room, E] and [..., room, Ev]."""
 
     @property
     def nbytes(self) -> int:
-        return 4 * (self.keys[:, : self.length].numel() + self.values[:, : self.length].numel())
+        return sum(4 * x[..., : self.length, :].numel() for x in (self.keys, self.values) if x.dim() > 1)
 
     def truncate(self, length: int) -> None:
         self.length = length
 
+    @torch.no_grad()
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        begin, end = self.length, self.length + k.shape[1]
-        if end > self.keys.shape[1]:
+        if q.shape != k.shape or v.shape[:-1] != k.shape[:-1] or q.dim() < 2:
+            raise ShapeError(
+                "expected query and key [..., tokens, E] and value [..., tokens, Ev]; found "
+                f"{tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+            )
+        tokens = k.shape[-2]
+        begin, end = self.length, self.length + tokens
+        if begin == 0 or end > self.keys.shape[-2]:
             room = max(_GROWTH, 2 * end)
-            self.keys = _grown(self.keys, (k.shape[0], room, k.shape[2]), begin, k)
-            self.values = _grown(self.values, (v.shape[0], room, v.shape[2]), begin, v)
-        self.keys[:, begin:end], self.values[:, begin:end] = k, v
+            self.keys, self.values = _grown(self.keys, k, begin, room), _grown(self.values, v, begin, room)
+        self.keys.narrow(-2, begin, tokens).copy_(k)
+        self.values.narrow(-2, begin, tokens).copy_(v)
         self.length = end
-        keys, values = self.keys[:, :end], self.values[:, :end]
-        mask = None if q.shape[1] in (1, end) else _hides(q.shape[1], end)
-        return torch_attention(q, keys, values, mask, is_causal=mask is None and q.shape[1] > 1)
+        keys, values = self.keys.narrow(-2, 0, end), self.values.narrow(-2, 0, end)
+        mask = None if tokens in (1, end) else _hides(tokens, end)
+        causal = mask is None and tokens > 1
+        if self.policy is None:
+            return torch_attention(q, keys, values, mask, is_causal=causal)
+        formats, roundings = self.policy.formats, self.policy.roundings
+        scores = ops.product(q, -1, keys, -1, formats, roundings, 0, (0, 0), None)
+        mask = None if mask is None else mask.expand(scores.shape)
+        p = ops.softmax(scores, 1 / sqrt(q.shape[-1]), causal, mask, reuse=True)
+        return ops.product(p, -1, values, -2, formats, roundings, 0, (0, 0), None)
 
 
-def _grown(old: Tensor, shape: tuple[int, int, int], kept: int, like: Tensor) -> Tensor:
-    new = like.new_zeros(shape)
+def _grown(old: Tensor, like: Tensor, kept: int, room: int) -> Tensor:
+    new = like.new_zeros((*like.shape[:-2], room, like.shape[-1]))
     if kept:
-        new[:, :kept] = old[:, :kept]
+        new[..., :kept, :] = old[..., :kept, :]
     return new
 
 
 class _Codes:
-    """Planes as docs/spec.md has them, but for rows of keys that no token has filled yet."""
+    """Of an attention whose formats the kernels hold: all of it is one call of the core."""
 
     def __init__(self, policy: MatmulPolicy) -> None:
-        self.policy = policy
-        self.block = cast(int, policy.right.format.block)
-        self.length = 0
-        empty = torch.empty(0, 0, 0, dtype=torch.uint8)
-        self.key_exponents = self.key_mantissas = empty
-        """[G, room, …]: one row of planes for each token."""
-        self.value_exponents = self.value_mantissas = empty
-        """[G, Ev, …]: one row for each column of the values, along the closed blocks."""
-        self.open = torch.empty(0, 0, 0)
-        """[G, tokens of the open block, Ev]."""
+        self.block = policy.right.format.block or 1
+        self._grown = ops.grown_attention(policy.formats, policy.roundings)
+
+    @property
+    def length(self) -> int:
+        return self._grown.length
 
     @property
     def nbytes(self) -> int:
-        keys = self.key_exponents[:, : self.length].numel() + self.key_mantissas[:, : self.length].numel()
-        return keys + self.value_exponents.numel() + self.value_mantissas.numel() + 4 * self.open.numel()
+        return self._grown.nbytes
 
     def truncate(self, length: int) -> None:
-        closed = self.length // self.block
-        if length // self.block < closed:
-            kept = length // self.block
-            each = self.value_mantissas.shape[2] // closed
-            self.value_exponents = self.value_exponents[:, :, :kept].contiguous()
-            self.value_mantissas = self.value_mantissas[:, :, : kept * each].contiguous()
-            self.open = self.open[:, :0]
-        else:
-            self.open = self.open[:, : length - closed * self.block]
-        self.length = length
+        self._grown.truncate(length)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        begin, end = self.length, self.length + k.shape[1]
-        self._take_keys(k, begin, end)
-        self._take_values(v)
-        self.length = end
-        rows, closed = q.shape[1], end // self.block * self.block
-        left, right = self.policy.left, self.policy.right
-        scores = ops.coded_product(
-            q, left.format, left.rounding.code, self.key_exponents, self.key_mantissas, right.format,
-            (k.shape[0], self.key_exponents.shape[1], k.shape[2]), -1,
-        )  # fmt: skip
-        mask = None if rows in (1, end) else _hides(rows, end).expand(q.shape[0], rows, end)
-        p = ops.softmax(
-            scores[:, :, :end].contiguous(), 1 / sqrt(q.shape[2]), mask is None and rows > 1, mask, reuse=True
-        )
-        out: Tensor | None = None
-        if closed:
-            out = ops.coded_product(
-                p[:, :, :closed], left.format, left.rounding.code, self.value_exponents, self.value_mantissas,
-                right.format, (v.shape[0], closed, v.shape[2]), -2,
-            )  # fmt: skip
-        if end == closed:
-            return cast(Tensor, out)
-        return ops.sum_of_products(p[:, :, closed:], self.open, self.policy.formats, self.policy.roundings, out)
-
-    def _take_keys(self, k: Tensor, begin: int, end: int) -> None:
-        right = self.policy.right
-        exponents, mantissas = ops.encode(k, right.format, -1, right.rounding.code)
-        if end > self.key_exponents.shape[1]:
-            room = -(-end // _GROWTH) * _GROWTH
-            self.key_exponents = _grown(self.key_exponents, (k.shape[0], room, exponents.shape[1]), begin, exponents)
-            self.key_mantissas = _grown(self.key_mantissas, (k.shape[0], room, mantissas.shape[1]), begin, mantissas)
-        self.key_exponents[:, begin:end] = exponents.view(*k.shape[:2], -1)
-        self.key_mantissas[:, begin:end] = mantissas.view(*k.shape[:2], -1)
-
-    def _take_values(self, v: Tensor) -> None:
-        right = self.policy.right
-        tokens = v if not self.open.shape[1:2].numel() else torch.cat([self.open, v], 1)
-        if (closing := tokens.shape[1] // self.block * self.block) == 0:
-            self.open = tokens
-            return
-        exponents, mantissas = (
-            plane.view(v.shape[0], v.shape[2], -1)
-            for plane in ops.encode(tokens[:, :closing], right.format, 1, right.rounding.code)
-        )
-        first = self.value_exponents.numel() == 0
-        self.value_exponents = exponents if first else torch.cat([self.value_exponents, exponents], 2)
-        self.value_mantissas = mantissas if first else torch.cat([self.value_mantissas, mantissas], 2)
-        self.open = tokens[:, closing:].clone()
+        return ops.attend(self._grown, q, k, v)

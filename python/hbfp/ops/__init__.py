@@ -39,18 +39,16 @@ from hbfp.ops.entrance import (
     wanted,
 )
 from hbfp.ops.packed import (
+    KeptPanels,
     bytes_in,
     bytes_of,
-    coded_product,
     decode,
-    encode,
     packed_product,
     panel_sizes,
     panels_of_floats,
     panels_of_planes,
     planes_of_panels,
     quick_packed_product,
-    sum_of_products,
 )
 from hbfp.ops.products import (
     Measured,
@@ -68,24 +66,27 @@ from hbfp.ops.products import (
     reference_product,
 )
 from hbfp.ops.softmax_attention import (
+    attend,
     attention,
     attention_backward,
+    grown_attention,
     softmax,
     softmax_backward,
 )
 
 __all__ = [
     "Geometry",
+    "KeptPanels",
     "Measured",
     "Operand",
     "Product",
     "Recorder",
+    "attend",
     "attention",
     "attention_backward",
     "bytes_in",
     "bytes_of",
     "channels_together",
-    "coded_product",
     "column_sums",
     "convolution",
     "convolution_input_gradient",
@@ -93,8 +94,8 @@ __all__ = [
     "convolution_keeping",
     "convolution_weight_gradient",
     "decode",
-    "encode",
     "forward_operands",
+    "grown_attention",
     "input_gradient_operands",
     "keep",
     "kept_convolution_weight_gradient",
@@ -123,7 +124,6 @@ __all__ = [
     "require_real",
     "softmax",
     "softmax_backward",
-    "sum_of_products",
     "tell",
     "wanted",
     "weight_gradient_operands",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from math import prod
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -80,19 +80,25 @@ def planes_of_panels(panels: Tensor, format: HBFP, lines: int, k: int) -> tuple[
     return torch.from_numpy(exponents), torch.from_numpy(mantissas)
 
 
+class KeptPanels(NamedTuple):
+    """Panels of a matrix [lines, k], and what they are."""
+
+    codes: Tensor
+    format: _core.Format
+    lines: int
+    k: int
+
+
 def quick_packed_product(
-    x: Tensor, format: HBFP, rounding: int, seed: int, stream: int, panels: Tensor, panels_format: HBFP, lines: int,
-    bias: Tensor | None,
-) -> Tensor | None:  # fmt: skip
+    x: Tensor, format: HBFP, rounding: int, seed: int, stream: int, panels: KeptPanels, bias: Tensor | None
+) -> Tensor | None:
     """`packed_product` of panels in one call of the core; None where anything is not as usual, errors included.
 
     Not for code that torch.compile traces.
     """
     if dispatch_modes():
         return None
-    out: Tensor | None = _core.kept_linear(
-        x, format.core, rounding, seed, stream, panels, panels_format.core, lines, bias, threads()
-    )
+    out: Tensor | None = _core.kept_linear(x, format.core, rounding, seed, stream, *panels, bias, threads())
     return out
 
 
@@ -129,49 +135,6 @@ def decode(codes: Tensor, exponents: Tensor | None, format: HBFP, shape: Sequenc
     return cast(Tensor, _decode_kernel(codes, exponents, str(format), shape, axis))
 
 
-def encode(x: Tensor, format: HBFP, axis: int, rounding: int) -> tuple[Tensor, Tensor]:
-    """Exponent and mantissa plane (docs/spec.md, section 7), uint8; rounding as the core numbers it, not stochastic."""
-    exponents, mantissas = _core.encode(float32(x), format.core, axis, rounding, 0, 0, False, threads())
-    return torch.from_numpy(exponents), torch.from_numpy(mantissas)
-
-
-def coded_product(
-    a: Tensor, format: HBFP, rounding: int, exponents: Tensor, mantissas: Tensor, coded: HBFP, shape: tuple[int, ...],
-    axis: int,
-) -> Tensor:  # fmt: skip
-    """`product` with a right operand of `shape` that is held as planes, blocked along `axis`, over which it is reduced.
-
-    Args:
-        a: [..., M, K], encoded in `format`; rounding as the core numbers it, not stochastic.
-        exponents, mantissas: contiguous, whatever their shape; of the format `coded`.
-    """
-    planes = coded.plane_shapes(shape, axis)
-    right = _core.Planes(
-        bytes_in(exponents).reshape(planes[0]), bytes_in(mantissas).reshape(planes[1]), coded.core, shape, axis
-    )
-    out = torch.empty(*a.shape[:-1], shape[-2] if axis == -1 else shape[-1], dtype=torch.float32, device="cpu")
-    _core.product(_core.Floats(float32(a), -1, format.core, rounding), right, out, None, False, threads())
-    return out
-
-
-def sum_of_products(
-    a: Tensor, b: Tensor, formats: tuple[HBFP, HBFP], roundings: tuple[int, int], out: Tensor | None
-) -> Tensor:
-    """`product` of a [..., M, K] and b [..., K, N], added to `out` block by block, as if its terms came first.
-
-    Args:
-        out: float32 [..., M, N], written to; None: a new one.
-    """
-    accumulate = out is not None
-    if out is None:
-        out = torch.empty(*a.shape[:-1], b.shape[-1], dtype=torch.float32, device="cpu")
-    left, right = (
-        _core.Floats(float32(x), axis, formats[i].core, roundings[i]) for i, (x, axis) in enumerate(((a, -1), (b, -2)))
-    )
-    _core.product(left, right, out, None, accumulate, threads())
-    return out
-
-
 # --- behind torch's dispatcher ---------------------------------------------------------------------------------------
 
 
@@ -193,6 +156,13 @@ def _packed_product_kernel(
     streams: list[Tensor] | None = None,
 ) -> Tensor:
     (stream,) = crossed((x_stream,), streams)
+    if exponents is None:
+        panels = KeptPanels(codes, format_of(format).core, lines, x.shape[-1])
+        quick: Tensor | None = _core.kept_linear(
+            x, format_of(x_format).core, x_rounding, seed & WORD, stream, *panels, bias, threads()
+        )
+        if quick is not None:
+            return quick
     rows = float32(x).reshape(prod(x.shape[:-1]), x.shape[-1])
     out = torch.empty(*x.shape[:-1], lines, dtype=torch.float32, device="cpu")
     target = out.view(rows.shape[0], lines)

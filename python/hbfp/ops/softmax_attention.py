@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import prod, sqrt
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from hbfp import _core
+from hbfp.errors import DTypeError
 from hbfp.ops.entrance import (
     LIBRARY,
     WORD,
@@ -76,6 +77,35 @@ def _run_softmax_backward(p: Tensor, dp: Tensor, scale: float, reuse: bool) -> T
     p, dp = float32(p).contiguous(), float32(dp).contiguous()
     out = dp if reuse else torch.empty(dp.shape, dtype=torch.float32, device="cpu")
     _core.softmax_backward(p, dp, out, scale, threads())
+    return out
+
+
+def grown_attention(formats: Formats, roundings: Roundings) -> _core.GrownAttention:
+    """Attention over a text that grows, for `attend`: no tokens yet.
+
+    Args:
+        formats, roundings: of Q and K, and of P and V; lines of at most 8 bits, rounded deterministically.
+    """
+    coding = codings(formats, roundings, (0, 0))
+    return _core.GrownAttention(coding, coding)
+
+
+def attend(grown: _core.GrownAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of the next tokens to all so far, whose keys and values are kept as codes; told to no recorder.
+
+    Shapes:
+        q, k: [..., tokens, E]; v: [..., tokens, Ev], with the same batch dimensions at each call; [..., tokens, Ev].
+
+    Raises:
+        ShapeError: the shapes do not fit.
+    """
+    scale = 1 / sqrt(max(q.shape[-1], 1))
+    out: Tensor | None = grown.attend(q, k, v, scale, threads())
+    if out is None:
+        queries, keys, values = (float32(x.detach()).contiguous() for x in (q, k, v))
+        out = grown.attend(queries, keys, values, scale, threads())
+    if out is None:
+        raise DTypeError(f"expected dense tensors on the CPU; found {type(q).__name__} on {q.device}")
     return out
 
 

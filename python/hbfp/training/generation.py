@@ -84,9 +84,11 @@ def _generate(
     begin = 0 if len(codes) <= context else len(codes) - half
     caches = model.caches()
     block = math.lcm(*(cache.block for cache in caches)) if exact else 1
+    model.eval()
     try:
         for _ in range(count):
-            model.eval()
+            if model.training:  # set by who took the last code
+                model.eval()
             if len(codes) - begin > context:
                 begin = len(codes) - half
                 caches = model.caches()

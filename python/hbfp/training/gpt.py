@@ -2,13 +2,14 @@
 
 Every product with a weight is an `nn.Linear` and both products of attention sit in `hbfp.nn.DotProductAttention`, so
 `hbfp.convert_` turns all of them into integer products; looking up an embedding is not a product. The output layer has
-weights of its own: a tied one would put one parameter under two formats.
+weights of its own: a tied one would put one parameter under two formats. It has no bias, as theirs has none.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from hbfp.errors import HBFPError
@@ -38,17 +39,25 @@ class GPTShape:
         return self.width // HEAD_WIDTH
 
 
+class Norm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` without the detours of its forward, which cost a token as much as the sums themselves."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        parameters = self._parameters
+        return torch.layer_norm(input, self.normalized_shape, parameters["weight"], parameters["bias"], self.eps)
+
+
 class Block(nn.Module):
     """Attention and a four times wider perceptron, each normed before and added after: [batch, time, width] to same."""
 
     def __init__(self, shape: GPTShape) -> None:
         super().__init__()
         self.heads = shape.heads
-        self.attention_norm = nn.LayerNorm(shape.width)
+        self.attention_norm = Norm(shape.width)
         self.qkv = nn.Linear(shape.width, 3 * shape.width)
         self.attention = DotProductAttention()
         self.proj = nn.Linear(shape.width, shape.width)
-        self.mlp_norm = nn.LayerNorm(shape.width)
+        self.mlp_norm = Norm(shape.width)
         self.up = nn.Linear(shape.width, 4 * shape.width)
         self.gelu = nn.GELU()
         self.down = nn.Linear(4 * shape.width, shape.width)
@@ -56,7 +65,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         batch, time, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, time, 3, self.heads, HEAD_WIDTH)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         mixed = self.attention(query, key, value, is_causal=True) if cache is None else cache(query, key, value)
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, time, width))
         mlp: Tensor = self.down(self.gelu(self.up(self.mlp_norm(x))))
@@ -72,8 +81,8 @@ class GPT(nn.Module):
         self.characters = nn.Embedding(shape.vocabulary, shape.width)
         self.positions = nn.Embedding(shape.context, shape.width)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.width)
-        self.head = nn.Linear(shape.width, shape.vocabulary)
+        self.norm = Norm(shape.width)
+        self.head = nn.Linear(shape.width, shape.vocabulary, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:

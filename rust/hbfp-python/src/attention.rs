@@ -2,12 +2,17 @@
 #![allow(clippy::too_many_arguments, reason = "Python signatures")]
 
 use crate::encode::mode;
+use crate::error::to_python;
 use crate::format::Format;
-use crate::run::{run, run_attention};
+use crate::run::{here, run, run_attention, run_here, with_attention_workspace};
 use crate::view::FloatView;
-use hbfp::attention::{Attention, Gradients};
+use hbfp::Context;
+use hbfp::attention::{Attention, Gradients, Grown, Workspace};
 use hbfp::gemm::Coding;
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Format, rounding and stream of the left and the right operand of a product.
 pub(crate) type Codings<'py> = [(PyRef<'py, Format>, u8, u64); 2];
@@ -129,6 +134,89 @@ pub(crate) fn attention_backward(
     let [dq, dk, dv] = &mut results[..] else { unreachable!("three were pushed") };
     let [dq, dk, dv] = [dq, dk, dv].map(|view| view.as_mut().map(FloatView::as_mut_slice));
     run_attention(py, threads, |ctx, workspace| attention.backward(ctx, &gradients, dq, dk, dv, workspace))
+}
+
+/// Attention over a text that grows.
+#[pyclass(frozen, module = "hbfp._core")]
+pub(crate) struct GrownAttention {
+    inner: Mutex<Grown>,
+}
+
+/// Scores fewer than this are over before another thread, or a release of the GIL, would have paid.
+const SMALL_SCORES: usize = 1 << 12;
+
+impl GrownAttention {
+    fn held(&self) -> MutexGuard<'_, Grown> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[pymethods]
+impl GrownAttention {
+    #[new]
+    fn new(scores: Codings<'_>, context: Codings<'_>) -> PyResult<Self> {
+        let (scores, context) = (codings(&scores, 0)?, codings(&context, 0)?);
+        let inner = Grown::new(&here()?, scores, context).map_err(|e| to_python(&e))?;
+        Ok(Self { inner: Mutex::new(inner) })
+    }
+
+    /// A new tensor [.., tokens, Ev] for the next tokens, q and k [.., tokens, E] and v [.., tokens, Ev]. None for all that
+    /// is not as usual.
+    fn attend<'py>(
+        &self,
+        py: Python<'py>,
+        q: &Bound<'py, PyAny>,
+        k: &Bound<'py, PyAny>,
+        v: &Bound<'py, PyAny>,
+        scale: f32,
+        threads: usize,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let (Some(queries), Some(keys), Some(values)) =
+            (FloatView::plain(q)?, FloatView::plain(k)?, FloatView::plain(v)?)
+        else {
+            return Ok(None);
+        };
+        let mut shape = queries.shape().to_vec();
+        let (Some(last), Some(&width)) = (shape.last_mut(), values.shape().last()) else { return Ok(None) };
+        *last = width;
+        let out = q.call_method1(intern!(py, "new_empty"), PyTuple::new(py, &shape)?)?;
+        let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
+        let slice = target.as_mut_slice();
+        let inputs = [&queries.tensor(), &keys.tensor(), &values.tensor()];
+        let rows = queries.count() / queries.shape().last().copied().unwrap_or(1).max(1);
+        // A lock that is waited for is waited for without the GIL.
+        let small = self.inner.try_lock().is_ok_and(|held| rows.saturating_mul(held.length() + rows) < SMALL_SCORES);
+        let attend =
+            |ctx: &Context<'_>, workspace: &mut Workspace| self.held().attend(ctx, inputs, scale, slice, workspace);
+        if small {
+            run_here(|ctx| with_attention_workspace(ctx, attend))?;
+        } else {
+            run_attention(py, threads, attend)?;
+        }
+        Ok(Some(out))
+    }
+
+    #[getter]
+    fn length(&self) -> usize {
+        self.held().length()
+    }
+
+    #[getter]
+    fn nbytes(&self) -> usize {
+        self.held().bytes()
+    }
+
+    fn truncate(&self, length: usize) -> PyResult<()> {
+        self.held().truncate(length).map_err(|e| to_python(&e))
+    }
+
+    fn __copy__(&self) -> Self {
+        Self { inner: Mutex::new(self.held().clone()) }
+    }
+
+    fn __deepcopy__(&self, _memo: &Bound<'_, PyAny>) -> Self {
+        self.__copy__()
+    }
 }
 
 /// Copies `from` to `out` unless they are the same object; `out` alone is worked on then.

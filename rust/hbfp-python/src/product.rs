@@ -340,7 +340,7 @@ pub(crate) fn kept_planes<'py>(
     planes(py, hbfp::encode::Planes { exponents, mantissas }, [layout.exponents(), layout.mantissas()])
 }
 
-/// A new tensor [.., lines]: x [.., K], a float32 tensor, times what [`keep`] gave for [lines, K], plus bias. None for all
+/// A new tensor [.., lines]: x [.., k], a float32 tensor, times what [`keep`] gave for [lines, k], plus bias. None for all
 /// that is not as usual, errors included.
 #[pyfunction]
 pub(crate) fn kept_linear<'py>(
@@ -353,6 +353,7 @@ pub(crate) fn kept_linear<'py>(
     kept: &Bound<'py, PyAny>,
     kept_format: &Format,
     lines: usize,
+    k: usize,
     bias: Option<&Bound<'py, PyAny>>,
     threads: usize,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
@@ -364,8 +365,7 @@ pub(crate) fn kept_linear<'py>(
     };
     let mut shape = view.shape().to_vec();
     let (count, Some(last)) = (view.count(), shape.last_mut()) else { return Ok(None) };
-    let k = std::mem::replace(last, lines);
-    if count == 0 || lines == 0 || shape.len() < 2 {
+    if std::mem::replace(last, lines) != k || count == 0 || lines == 0 || shape.len() < 2 {
         return Ok(None);
     }
     let view = if shape.len() == 2 {

@@ -195,13 +195,21 @@ pub(crate) fn run_with_workspace<T: Send>(
     run(py, threads, |ctx| with_workspace(ctx, work))
 }
 
+/// `work` with buffers for attention.
+pub(crate) fn with_attention_workspace<T>(
+    ctx: &Context<'_>,
+    work: impl FnOnce(&Context<'_>, &mut attention::Workspace) -> Result<T, Error>,
+) -> Result<T, Error> {
+    ATTENTION_WORKSPACES.lend(|workspace| work(ctx, workspace))
+}
+
 /// The same as [`run`] with buffers for attention.
 pub(crate) fn run_attention<T: Send>(
     py: Python<'_>,
     threads: usize,
     work: impl FnOnce(&Context<'_>, &mut attention::Workspace) -> Result<T, Error> + Send,
 ) -> PyResult<T> {
-    run(py, threads, |ctx| ATTENTION_WORKSPACES.lend(|workspace| work(ctx, workspace)))
+    run(py, threads, |ctx| with_attention_workspace(ctx, work))
 }
 
 /// Level, levels, CPU features, threading and build.

@@ -23,14 +23,14 @@ use crate::encode::{Context, check_size, per_worker};
 use crate::error::{Error, Result};
 use crate::gemm::Coding;
 use crate::gemm::strips::{PaddedRows, Pair, StripOperand};
-use crate::mem::SharedMut;
+use crate::mem::{AlignedBytes, SharedMut};
 use crate::parallel::for_each_task;
 use crate::shape::{FloatLines, FloatTensor};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Rows of a strip forward: what encoders take at a time.
-const STRIP_ROWS: usize = 32;
+pub(super) const STRIP_ROWS: usize = 32;
 /// Fewest rows of a strip backward, if there are as many.
 const BLOCK_ROWS: usize = 64;
 /// Tasks for each thread, so that all end together.
@@ -88,7 +88,7 @@ impl Workspace {
         self.workers.iter().map(|buffers| buffers.lock().map_or(0, |buffers| buffers.bytes())).sum()
     }
 
-    fn reserve(&mut self, ctx: &Context<'_>) -> &[Mutex<Buffers>] {
+    pub(super) fn reserve(&mut self, ctx: &Context<'_>) -> &[Mutex<Buffers>] {
         if self.workers.len() < ctx.threads.max(1) {
             self.workers = per_worker(ctx, Buffers::default);
         }
@@ -97,18 +97,20 @@ impl Workspace {
 }
 
 #[derive(Debug, Default)]
-struct Buffers {
-    scratch: Scratch,
+pub(super) struct Buffers {
+    pub(super) scratch: Scratch,
     mask: Vec<f32>,
     /// Of a matrix.
-    keys: StripOperand,
-    values: StripOperand,
+    pub(super) keys: StripOperand,
+    pub(super) values: StripOperand,
     /// Of a strip.
-    queries: StripOperand,
+    pub(super) queries: StripOperand,
     /// P or dS.
-    weights: StripOperand,
-    scores: PaddedRows,
-    out: PaddedRows,
+    pub(super) weights: StripOperand,
+    pub(super) scores: PaddedRows,
+    pub(super) out: PaddedRows,
+    /// A block of a panel, where keys and values are kept as nibbles.
+    pub(super) unpacked: AlignedBytes,
     backward: BackwardBuffers,
 }
 
@@ -134,6 +136,7 @@ impl Buffers {
         operands.iter().map(|operand| operand.bytes()).sum::<usize>()
             + rows.iter().map(|rows| rows.bytes()).sum::<usize>()
             + self.scratch.bytes()
+            + self.unpacked.capacity()
             + 4 * self.mask.capacity()
     }
 }

@@ -27,6 +27,8 @@ pub(super) const NIBBLE_ROWS: usize = 2 * PANEL_ROWS;
 /// Multiply-accumulates, and elements to encode, below which a product runs on the calling thread.
 pub(super) const SERIAL_MACS: usize = 1 << 22;
 const SERIAL_ELEMENTS: usize = 1 << 18;
+/// Elements of the right operand below which a few rows do: to read them takes longer than to multiply.
+const SERIAL_WEIGHTS: usize = 3 << 19;
 /// Tasks for each thread, so that all end together.
 const TASKS_PER_WORKER: usize = 8;
 
@@ -57,7 +59,8 @@ impl Plan {
     fn new(ctx: &Context<'_>, al: &PanelLayout, bl: &PanelLayout, encoded: usize, on_unit: bool) -> Self {
         let caches = Caches::get();
         let macs = al.matrices.saturating_mul(al.lines).saturating_mul(bl.lines).saturating_mul(al.k.max(1));
-        let small = macs < SERIAL_MACS && encoded < SERIAL_ELEMENTS;
+        let weights = bl.matrices.saturating_mul(bl.lines).saturating_mul(bl.k);
+        let small = macs < SERIAL_MACS && encoded < SERIAL_ELEMENTS && weights < SERIAL_WEIGHTS;
         let workers = if small { 1 } else { ctx.threads.max(1) };
         // Half of the first level for B; a few rows pass over B but once.
         let b_block = b_block_bytes(bl.steps, bl.width);
