@@ -4,13 +4,13 @@ import pytest
 
 pytest.importorskip("torch")
 
-import torch_figures  # noqa: E402
-from test_coverage import MLP  # noqa: E402
+import torch_figures
+from test_coverage import MLP
 
 
 def test_exact_figures():
     head, _, row = torch_figures.shares((MLP,)).splitlines()
-    assert head.split() == "network MACs a step 4 bits % 6 bits % FP32 %".split()
+    assert head.split() == ["network", "MACs", "a", "step", "4", "bits", "%", "6", "bits", "%", "FP32", "%"]
     # 7 rows through 12 -> 20 -> 20 -> 5; the first layer's input needs no gradient.
     first, inner, last = 2 * 7 * 12 * 20, 3 * 7 * 20 * 20, 3 * 7 * 20 * 5
     macs = first + inner + last
