@@ -598,7 +598,7 @@ def _draw_exponents(axes: Any, title: str, rows: Sequence[WatchRow], place: dict
     for row in rows:
         for c, count in row.exponents.items():
             if 0 < c < 255:
-                key = row.layer, c - 127 + row.format.bits - 1
+                key = row.layer, row._exponent(c)
                 counts[key] = counts.get(key, 0) + count
     if not counts:
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color="#808080")
