@@ -64,6 +64,10 @@ bench: setup ## Time products and training steps against torch, torchao and ggml
 bench-quick: setup ## The same on few shapes, under 90 s; fails if HBFP4 is not twice as fast as FP32
 	$(BIN)/hbfp bench --quick $(ARGS)
 
+.PHONY: figures
+figures: setup ## Print what the zoo of networks has at each width, how often it compiles, what watching costs (ARGS=--quick)
+	$(BIN)/python tests/python/torch_figures.py $(ARGS)
+
 # ggml is compiled here, for this CPU: minutes. --no-deps: the bench loads its libraries and runs none of its Python.
 .PHONY: bench-peers
 bench-peers: setup ## Add the optional contestants, ggml (needs a C++ compiler, takes minutes) and torchao, to .venv

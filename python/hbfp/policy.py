@@ -129,6 +129,10 @@ class MatmulPolicy:
         """The same roundings and backend, both operands in `format`."""
         return replace(self, left=replace(self.left, format=format), right=replace(self.right, format=format))
 
+    def __str__(self) -> str:
+        operands = str(self.left) if self.left == self.right else f"{self.left} × {self.right}"
+        return operands if self.backend is None else f"{operands} by {self.backend}"
+
     @property
     def bits(self) -> int:
         """Width of the product: that of its wider operand."""
@@ -143,9 +147,12 @@ class Backends(NamedTuple):
     weight_gradient: Backend
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Recipe:
     """Everything that decides the arithmetic of a layer.
+
+    Prints as the name under which `hbfp.recipe` gives it; any other as its products, operand by operand, and what it
+    sets beside them. Two recipes that differ print differently.
 
     Attributes:
         forward: Y = X Wᵀ; left X, right W. In attention left is Q and P, right K and V.
@@ -155,7 +162,7 @@ class Recipe:
         wide_weights: width of the block format in which the optimizer's master copy is kept; None: float32.
         backend: who computes the products that name nobody themselves. What is no product goes with one: the softmax
             with the forward product, its derivative with the input gradient, a bias gradient with the weight gradient.
-        name: for reports.
+        name: what it is called; no part of the arithmetic.
     """
 
     forward: MatmulPolicy
@@ -188,7 +195,19 @@ class Recipe:
         )
 
     def __str__(self) -> str:
-        return self.name if self.name != "custom" else self.formats
+        if _is_named(self):
+            return self.name
+        parts = [f"{name} {policy}" for name, policy in zip(_SHORT, self.products.values(), strict=True)]
+        if self.boost is not None:
+            parts.append(f"first and last layer {self.boost}")
+        if self.wide_weights is not None:
+            parts.append(f"wide weights of {self.wide_weights} bits")
+        if self.backend is not Backend.INTEGER:
+            parts.append(f"backend {self.backend}")
+        return ", ".join(parts)
+
+    def __repr__(self) -> str:
+        return f"hbfp.recipe({self.name!r})" if _is_named(self) else f"<Recipe {self.name!r}: {self}>"
 
     @property
     def products(self) -> dict[str, MatmulPolicy]:
@@ -215,8 +234,11 @@ class Recipe:
         return str(self.backends[0]) if len(set(self.backends)) == 1 else _of_each(map(str, self.backends))
 
 
+_SHORT = ("Y", "dX", "dW")
+
+
 def _of_each(products: Iterable[str]) -> str:
-    return ", ".join(f"{name} {text}" for name, text in zip(("Y", "dX", "dW"), products, strict=True))
+    return ", ".join(f"{name} {text}" for name, text in zip(_SHORT, products, strict=True))
 
 
 # --- recipes by name -------------------------------------------------------------------------------------------------
@@ -285,6 +307,14 @@ def recipe(value: str | HBFP | Recipe, **changes: ProductValue) -> Recipe:
 @lru_cache(maxsize=64)
 def _of_format(format: HBFP) -> Recipe:
     return _uniform(str(format), format)
+
+
+def _is_named(value: Recipe) -> bool:
+    """Whether `recipe` gives an equal one for the name that `value` has."""
+    try:
+        return recipe(value.name) == value
+    except HBFPError:
+        return False
 
 
 # --- a recipe, product by product ------------------------------------------------------------------------------------

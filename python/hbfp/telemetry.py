@@ -48,6 +48,17 @@ _BY_SIDE = {
 }
 """Left and right of the products of attention."""
 
+_KINDS = {
+    "activations": (_ACTIVATIONS, "queries", "keys", "values", "probabilities", "first product"),
+    "weights": (_WEIGHTS,),
+    "gradients": (_OUTPUT_GRADIENTS, "score gradients"),
+}
+"""Operands that are of a kind: chosen together, and drawn together."""
+
+_KIND_OF = {operand: kind for kind, operands in _KINDS.items() for operand in operands}
+
+_PRODUCTS = ("forward", "input gradient", "weight gradient", *_BY_SIDE)
+
 _FORWARD = ("forward", "scores", "context")
 """Products that a backward pass computes only to repeat a forward pass."""
 
@@ -89,6 +100,11 @@ class WatchRow:
     """Elements that are not zero and have the code 0."""
     exponents: dict[int, int] = field(hash=False)
     """Blocks by their exponent byte c; 0: blocks of zeros and of less than 2^−127, 255: NaN blocks."""
+
+    @property
+    def kind(self) -> str:
+        """What the operand is, in short: "activations", "weights" or "gradients"."""
+        return _KIND_OF[self.operand]
 
     @property
     def sqnr(self) -> float:
@@ -135,10 +151,13 @@ _ORDERS: dict[str, Callable[[WatchRow], Any]] = {
 }
 
 
-def _sorted(rows: Sequence[WatchRow], by: str) -> list[WatchRow]:
-    if by not in _ORDERS:
-        raise HBFPError(f"unknown order {by!r}: expected one of {', '.join(map(repr, _ORDERS))}")
-    return sorted(rows, key=_ORDERS[by])
+def _chosen(rows: Sequence[WatchRow], by: str, kind: str | None, product: str | None) -> list[WatchRow]:
+    """Those of the kind and the product (None: of all), in order."""
+    for what, value, known in (("order", by, _ORDERS), ("kind", kind, _KINDS), ("product", product, _PRODUCTS)):
+        if value is not None and value not in known:
+            raise HBFPError(f"unknown {what} {value!r}: expected one of {', '.join(map(repr, known))}")
+    found = [row for row in rows if kind in (None, row.kind) and product in (None, row.product)]
+    return sorted(found, key=_ORDERS[by])
 
 
 class _Sums:
@@ -377,31 +396,52 @@ class Watch:
             raise HBFPError(f"step {step} was not sampled (every={self.every}) or is not kept; found {kept}")
         return history[step]
 
-    def worst(self, n: int = 5, step: int | None = None, *, by: str = "sqnr") -> tuple[WatchRow, ...]:
+    def worst(
+        self,
+        n: int = 5,
+        step: int | None = None,
+        *,
+        by: str = "sqnr",
+        kind: str | None = None,
+        product: str | None = None,
+    ) -> tuple[WatchRow, ...]:
         """The `n` operands of one sampled step (the last one if None) that encoding costs most, the worst first.
+
+            watch.worst(3, kind="gradients", product="weight gradient")
 
         Args:
             by: "sqnr", the lowest first, those with NaN blocks before all others; "zeroed" or "saturated", the highest
                 share first. An outlier so large that it is most of the signal leaves the SQNR high and the rest of its
                 block zeroed.
+            kind: only "activations", "weights" or "gradients"; None: all.
+            product: only the operands of this product, such as "forward" (see `WatchRow.product`); None: of all.
 
-        Raises: as `at`; HBFPError for another order.
+        Raises: as `at`; HBFPError for another order, kind or product.
         """
-        return tuple(_sorted(self.at(step), by)[:n])
+        return tuple(_chosen(self.at(step), by, kind, product)[:n])
 
-    def table(self, n: int | None = None, step: int | None = None, *, by: str = "sqnr") -> str:
+    def table(
+        self,
+        n: int | None = None,
+        step: int | None = None,
+        *,
+        by: str = "sqnr",
+        kind: str | None = None,
+        product: str | None = None,
+    ) -> str:
         """One line for each operand of one sampled step (the last one if None), the worst first; what is not known.
 
         Args:
             n: so many lines at most; all if None.
-            by: as for `worst`.
+            by, kind, product: as for `worst`.
 
         Raises: as `worst`.
         """
-        rows = self.at(step)
+        seen = self.at(step)
+        rows = _chosen(seen, by, kind, product)
         head = ("layer", "product", "operand", "format", "SQNR dB", "saturated %", "zeroed %", "exponents E", "NaN")
         lines = []
-        for row in _sorted(rows, by)[:n]:
+        for row in rows[:n]:
             ends = row.exponent_range
             lines.append(
                 (
@@ -416,7 +456,8 @@ class Watch:
                     str(row.nan_blocks or ""),
                 )
             )
-        found = f"step {rows[0].step}: {len(rows)} operands, the worst first" if rows else "no step was sampled yet"
+        of = f" of {len(seen)}" if len(rows) < len(seen) else ""
+        found = f"step {seen[0].step}: {len(rows)}{of} operands, the worst first" if seen else "no step was sampled yet"
         if len(lines) < len(rows):
             found += f"; {len(rows) - len(lines)} more"
         missing = [f"not observed: {what}: {reason}" for what, reason in self.unobserved.items()]
@@ -503,13 +544,6 @@ def watch(model: nn.Module, every: int = 1, *, keep: int = 100, evaluation: bool
 
 # --- the picture -----------------------------------------------------------------------------------------------------
 
-_PANELS = {
-    "activations": (_ACTIVATIONS, "queries", "keys", "values", "probabilities", "first product"),
-    "weights": (_WEIGHTS,),
-    "gradients": (_OUTPUT_GRADIENTS, "score gradients"),
-}
-"""Which operands are drawn together."""
-
 
 def _draw(history: dict[int, tuple[WatchRow, ...]], path: Path) -> None:
     try:
@@ -530,7 +564,7 @@ def _draw(history: dict[int, tuple[WatchRow, ...]], path: Path) -> None:
 
     height = max(3.2, 1.6 + 0.26 * len(layers))
     figure = Figure(figsize=(15, height), dpi=120, layout="constrained")
-    first, names, *others = figure.subplots(1, 2 + len(_PANELS), sharey=True, width_ratios=[1.6, 1.1, 1, 1, 1])
+    first, names, *others = figure.subplots(1, 2 + len(_KINDS), sharey=True, width_ratios=[1.6, 1.1, 1, 1, 1])
     image = first.imshow(lowest, aspect="auto", cmap="viridis", interpolation="nearest")
     figure.colorbar(image, ax=first, label="dB", pad=0.02)
     first.set_title("SQNR of each layer's worst operand", loc="left", fontsize=10)
@@ -544,8 +578,8 @@ def _draw(history: dict[int, tuple[WatchRow, ...]], path: Path) -> None:
     for layer, row in worst.items():
         figures = "NaN" if row.nan_blocks else f"{row.sqnr:.1f}"
         names.text(0.0, place[layer], f"{figures}  {row.product}, {row.operand}", va="center", fontsize=8)
-    for axes, (title, operands) in zip(others, _PANELS.items(), strict=True):
-        _draw_exponents(axes, title, [row for row in last if row.operand in operands], place)
+    for axes, kind in zip(others, _KINDS, strict=True):
+        _draw_exponents(axes, kind, [row for row in last if row.kind == kind], place)
     figure.suptitle(
         f"What encoding costs each layer; right: share of blocks by exponent at step {steps[-1]}",
         x=0.01, ha="left", fontsize=12,
@@ -564,7 +598,7 @@ def _draw_exponents(axes: Any, title: str, rows: Sequence[WatchRow], place: dict
     for row in rows:
         for c, count in row.exponents.items():
             if 0 < c < 255:
-                key = row.layer, c - 127 + row.format.bits - 1
+                key = row.layer, row._exponent(c)
                 counts[key] = counts.get(key, 0) + count
     if not counts:
         axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", va="center", color="#808080")

@@ -90,6 +90,42 @@ def test_ten_steps_with_a_change_of_phase_have_eagers_bits_and_two_graphs(name):
     compare(name, "aot_eager")
 
 
+class Mixed(torch.nn.Module):
+    """One product of each kind: of matrices, of attention, convolutions ordinary and flattened."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.mixed = torch.nn.Conv2d(2, 16, 2, 2), torch.nn.Conv2d(16, 8, 2)
+        self.attention, self.head = hbfp.nn.DotProductAttention(), torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        tokens = self.mixed(self.patches(x).relu()).flatten(2).mT
+        return self.head(self.attention(tokens, tokens, tokens, is_causal=True))
+
+
+def narrow():
+    """Small: of an emulated product all arithmetic becomes part of the graph, which takes torch long to compile."""
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(72, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize(("backend", "make"), [("emulate", narrow), ("reference", Mixed)])
+def test_the_other_backends_compile_whole_and_have_eagers_bits(backend, make):
+    torch.manual_seed(0)
+    eager = make()
+    hbfp.convert_(eager, hbfp.recipe("booster", backend=backend), example_inputs=values(2, 2, 6, 6))
+    twin = copy.deepcopy(eager)
+
+    def inputs(step):
+        return (values(2, 2, 6, 6, seed=step),)
+
+    expected, _ = train(eager, eager, inputs, steps=3, boosted_from=2)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    found, count = train(twin, compiled, inputs, steps=3, boosted_from=2)
+    assert all(same(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(same(a, b) for a, b in zip(eager.state_dict().values(), twin.state_dict().values(), strict=True))
+    assert count == [1, 1, 2 if make is Mixed else 1]
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_has_eagers_bits():
     # Of operators in float32 it makes its own code: those of this model round as torch's.

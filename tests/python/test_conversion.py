@@ -42,6 +42,11 @@ def test_first_and_last_by_execution():
     report = hbfp.convert_(model, "booster", example_inputs=torch.randn(2, 8))
     assert widths(model) == {"first": 6, "middle": 4, "last": 6}
     assert "first" in str(report)
+    for inputs, inner in ((torch.randn(2, 8), "middle"), (None, "first")):  # None: by registration
+        model = Late()
+        model._modules = {name: model._modules[name] for name in ("middle", "first", "last")}
+        hbfp.convert_(model, "booster", example_inputs=inputs)
+        assert [name for name, bits in widths(model).items() if bits == 4] == [inner]
 
 
 def test_registration_order_is_said_to_be_taken_without_inputs():
@@ -69,6 +74,15 @@ def test_rules_first_match_none_and_no_match():
     hbfp.convert_(model, "hbfp4", rules={"re:.*last": hbfp.HBFP8, "mid*": None})
     assert widths(model) == {"first": 4, "last": 8}
     assert type(model.middle) is nn.Linear
+    for rules, found in (
+        ({"mid*": hbfp.HBFP8, "*": hbfp.HBFP6}, {"last": 6, "middle": 8, "first": 6}),
+        ({"*": hbfp.HBFP6, "mid*": hbfp.HBFP8}, {"last": 6, "middle": 6, "first": 6}),
+        ({"mid*": None, "re:.*": hbfp.HBFP6}, {"last": 6, "first": 6}),
+        ({"first": hbfp.HBFP8, "*": None}, {"first": 8}),
+    ):
+        model = Late()
+        hbfp.convert_(model, "hbfp4", rules=rules)
+        assert widths(model) == found
     with pytest.raises(hbfp.RuleError, match="matches no module"):
         hbfp.convert_(Late(), rules={"encoder.*": None})
 

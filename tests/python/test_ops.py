@@ -48,6 +48,8 @@ CASES["decode"] = (
     [2, 3, 70], 2,
 )  # fmt: skip
 CASES["next_step"] = (torch.tensor(2**32 - 1),)
+for _name in ("product", "convolution", "convolution_input_gradient", "convolution_weight_gradient"):
+    CASES[f"reference_{_name}"] = CASES[_name]
 
 
 def test_every_operator_has_a_case():
@@ -55,7 +57,14 @@ def test_every_operator_has_a_case():
     assert found == set(CASES)
 
 
-DRAWN = {"product": 2, "packed_product": 1, "quantize": 1, "attention": 4, "attention_backward": 10}
+DRAWN = {
+    "product": 2,
+    "reference_product": 2,
+    "packed_product": 1,
+    "quantize": 1,
+    "attention": 4,
+    "attention_backward": 10,
+}
 """Operators whose streams may be tensors, as the last argument, and how many."""
 
 
@@ -74,6 +83,14 @@ def test_opcheck_of_streams_in_a_graph(name):
 def test_opcheck(name):
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(torch.ops.hbfp, name).default, CASES[name], test_utils=checks)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("reference_")])
+def test_the_oracles_operators_give_the_bits_of_the_kernels(name):
+    expected = getattr(torch.ops.hbfp, name.removeprefix("reference_"))(*CASES[name])
+    found = getattr(torch.ops.hbfp, name)(*CASES[name])
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
 
 
 def test_compiled_products_are_bit_equal():

@@ -18,6 +18,8 @@ from hbfp.autograd import Role  # noqa: E402
 from hbfp.policy import MatmulPolicy, OperandPolicy, RootState, parse_rules, stream  # noqa: E402
 
 BASE = hbfp.recipe("hbfp4")
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")
+STOCHASTIC = (OperandPolicy(hbfp.HBFP4, "stochastic"), OperandPolicy(hbfp.HBFP4, "stochastic"))
 
 
 def test_default_rounds_gradients_stochastically_and_nothing_else():
@@ -101,6 +103,41 @@ def test_a_recipe_product_by_product():
     assert copy.deepcopy(recipe) == pickle.loads(pickle.dumps(recipe)) == recipe
     assert pickle.loads(pickle.dumps(recipe)).backends == recipe.backends
     assert hash(recipe) != hash(hbfp.recipe("hbfp4"))
+
+
+@pytest.mark.parametrize("name", ["hbfp4", "hbfp6", "hbfp8", "booster", "emulator", "hbfp6b16"])
+def test_a_recipe_with_a_name_prints_it(name):
+    recipe = hbfp.recipe(name)
+    assert str(recipe) == name
+    assert repr(recipe) == f"hbfp.recipe({name!r})"
+    assert hbfp.recipe(str(recipe)) == recipe
+
+
+def test_other_recipes_print_product_by_product():
+    recipe = hbfp.recipe("booster", forward="hbfp6b64", input_gradient=("hbfp8b64", "hbfp6b64"), backend="emulate")
+    recipe = replace(recipe, weight_gradient=replace(recipe.forward, backend="reference"), wide_weights=16)
+    assert str(recipe) == (
+        "Y hbfp6b64 nearest_even, dX hbfp8b64 stochastic × hbfp6b64 nearest_even, "
+        "dW hbfp6b64 nearest_even by reference, first and last layer hbfp6b64, wide weights of 16 bits, backend emulate"
+    )
+    assert repr(recipe) == f"<Recipe 'custom': {recipe}>"
+
+
+def test_recipes_that_differ_print_differently():
+    """A rounding, a backend or a width that is not shown; a name that outlives what it named."""
+    changes = [
+        *({product: value} for product in PRODUCTS for value in ("hbfp6b64", "integer", "emulate", STOCHASTIC)),
+        {},
+        {"backend": "emulate"},
+        {"backend": "emulate", "forward": "emulate"},
+    ]
+    found = [hbfp.recipe(base, **change) for base in ("hbfp4", "booster", "emulator") for change in changes]
+    found += [replace(recipe, wide_weights=16) for recipe in found]
+    found.append(replace(BASE, backend="reference"))  # still called hbfp4
+    found.append(parse_rules({"a": "hbfp6b64"}, BASE)[0].recipe)
+    found.append(parse_rules({"a": hbfp.HBFP6}, hbfp.recipe("emulator"))[0].recipe)  # of the same name
+    assert len({str(recipe) for recipe in found}) == len({repr(recipe) for recipe in found}) == len(set(found))
+    assert len(set(found)) > 90
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ def test_fractions_steps_and_phases():
     booster = hbfp.Booster(model, total_steps=100_000, last_fraction=0.01)
     assert booster.boosted_from == 99_000
     assert [(p.first, p.end) for p in booster.phases()] == [(0, 99_000), (99_000, 100_000)]
+    for fraction, boosted in ((0.0, 0), (0.04, 0), (0.29, 3), (0.31, 3), (1.0, 10)):  # the nearest number of steps
+        assert hbfp.Booster(model, total_steps=10, last_fraction=fraction).boosted_from == 10 - boosted
     assert hbfp.Booster(model, total_steps=90, steps_per_epoch=1, last_epochs=5).boosted_from == 85
     for last_steps in (0, 1, 90):
         booster = hbfp.Booster(model, total_steps=90, last_steps=last_steps)

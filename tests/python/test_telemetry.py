@@ -743,6 +743,13 @@ def test_bad_arguments_are_named():
     with pytest.raises(hbfp.ConversionError, match="convert"):
         hbfp.watch(nn.Linear(3, 3))
     assert ops.recorders == []
+    with hbfp.watch(model) as watch:
+        for what in ({"by": "noise"}, {"kind": "gradient"}, {"product": "weights"}):
+            (value,) = what.values()
+            with pytest.raises(hbfp.HBFPError, match=f"unknown .* {value!r}: expected one of"):
+                watch.worst(**what)
+            with pytest.raises(hbfp.HBFPError, match=r"unknown (order|kind|product)"):
+                watch.table(**what)
 
 
 # --- how it is told --------------------------------------------------------------------------------------------------
@@ -771,6 +778,33 @@ def test_table_and_worst():
     short = watch.table(4, step=2).splitlines()
     assert len(short) == 7
     assert short[-1] == f"step 2: {len(figures)} operands, the worst first; {len(figures) - 4} more"
+
+
+def test_only_a_kind_or_a_product():
+    with hbfp.watch(model := model_of("MultiheadAttention")) as watch:
+        steps(model, 1)
+    kinds = {}
+    for kind in ("activations", "weights", "gradients"):
+        rows = watch.worst(1000, kind=kind)
+        assert rows == tuple(row for row in watch.worst(1000) if row.kind == kind)
+        kinds[kind] = {row.operand for row in rows}
+    assert kinds == {
+        "activations": {"activations", "queries", "keys", "values", "probabilities"},
+        "weights": {"weights"},
+        "gradients": {"output gradients", "score gradients"},
+    }
+    assert sum(len(watch.worst(1000, kind=kind)) for kind in kinds) == len(watch.rows)
+    assert {row.product for row in watch.worst(1000, kind="weights")} == {"forward", "input gradient"}
+    rows = watch.worst(1000, kind="gradients", product="gradient of K", by="zeroed")
+    assert {(row.operand, row.product) for row in rows} == {("score gradients", "gradient of K")}
+    lines = watch.table(kind="gradients", product="gradient of K", by="zeroed").splitlines()
+    assert [line.split()[0] for line in lines[2:-1]] == [row.layer for row in rows]
+    assert lines[-1] == f"step 1: {len(rows)} of {len(watch.rows)} operands, the worst first"
+    of_weights = len(watch.worst(1000, kind="weights"))
+    end = f"step 1: {of_weights} of {len(watch.rows)} operands, the worst first; {of_weights - 1} more"
+    assert watch.table(1, kind="weights").splitlines()[-1] == end
+    assert watch.worst(kind="weights", product="weight gradient") == ()
+    assert watch.table(kind="weights", product="weight gradient").endswith("operands, the worst first")
 
 
 class Writer:

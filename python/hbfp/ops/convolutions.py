@@ -376,8 +376,13 @@ def reference_convolution(
 ) -> Tensor:
     """The same bits as `convolution`, computed by the exact-arithmetic oracle."""
     spatial = tuple(outputs) if outputs is not None else geometry.outputs(x.shape[2:])
-    out = _oracle_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, spatial)
-    if recorders:
+    if direct(x, weight):
+        out = _oracle_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, spatial)
+    else:
+        out = torch.ops.hbfp.reference_convolution(
+            x, weight, bias, *_crossing(formats, roundings, seed, streams, geometry), geometry.flatten, spatial
+        )
+    if recorders and not is_compiling():
         operands = forward_operands(x, weight, formats, roundings, seed, streams, geometry)
         _record_convolution(out.shape, weight.shape, formats, name, source, streams[0], operands)
     return out
@@ -398,8 +403,13 @@ def reference_convolution_input_gradient(
     source: object = None,
 ) -> Tensor:
     """The same bits as `convolution_input_gradient`, computed by the exact-arithmetic oracle."""
-    out = _oracle_input_gradient(dy, weight, spatial, formats, roundings, seed, streams, bias, geometry)
-    if recorders:
+    if direct(dy, weight):
+        out = _oracle_input_gradient(dy, weight, spatial, formats, roundings, seed, streams, bias, geometry)
+    else:
+        out = torch.ops.hbfp.reference_convolution_input_gradient(
+            dy, weight, bias, *_crossing(formats, roundings, seed, streams, geometry), spatial
+        )
+    if recorders and not is_compiling():
         operands = input_gradient_operands(dy, weight, formats, roundings, seed, streams, geometry)
         _record_convolution(dy.shape, weight.shape, formats, name, source, streams[0], operands)
     return out
@@ -418,8 +428,13 @@ def reference_convolution_weight_gradient(
     source: object = None,
 ) -> Tensor:
     """The same bits as `convolution_weight_gradient`, computed by the exact-arithmetic oracle."""
-    out = _oracle_weight_gradient(dy, x, formats, roundings, seed, streams, geometry)
-    if recorders:
+    if direct(dy, x):
+        out = _oracle_weight_gradient(dy, x, formats, roundings, seed, streams, geometry)
+    else:
+        out = torch.ops.hbfp.reference_convolution_weight_gradient(
+            dy, x, *_crossing(formats, roundings, seed, streams, geometry)
+        )
+    if recorders and not is_compiling():
         operands = weight_gradient_operands(dy, x, formats, roundings, seed, streams)
         _record_convolution(dy.shape, out.shape, formats, name, source, streams[0], operands)
     return out
@@ -700,35 +715,48 @@ def _crossed(
     return pairs(map(format_of, formats))[0], pairs(roundings)[0], seed & WORD, (left, right), geometry
 
 
-@operator(f"convolution(Tensor x, Tensor weight, Tensor? bias, {_CODED}, bool flatten, SymInt[] outputs) -> Tensor")
-def _convolution_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *coded: Any) -> Tensor:
-    formats, roundings, seed, streams, geometry = _crossed(*coded[:-1])
-    return _run_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, coded[-1])
+def _behind_the_dispatcher(
+    prefix: str,
+    forward: Callable[..., Tensor],
+    input_gradient: Callable[..., Tensor],
+    weight_gradient: Callable[..., Tensor],
+) -> None:
+    """Registers three products, called like `_run_convolution` and its neighbours, as `hbfp::<prefix>convolution`, …"""
+
+    @operator(
+        f"{prefix}convolution(Tensor x, Tensor weight, Tensor? bias, {_CODED}, bool flatten, SymInt[] outputs) "
+        "-> Tensor"
+    )
+    def forward_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *coded: Any) -> Tensor:
+        formats, roundings, seed, streams, geometry = _crossed(*coded[:-1])
+        return forward(x, weight, formats, roundings, seed, streams, bias, geometry, coded[-1])
+
+    @operator(
+        f"{prefix}convolution_input_gradient(Tensor dy, Tensor weight, Tensor? bias, {_CODED}, SymInt[] spatial) "
+        "-> Tensor"
+    )
+    def input_gradient_kernel(dy: Tensor, weight: Tensor, bias: Tensor | None, *coded: Any) -> Tensor:
+        formats, roundings, seed, streams, geometry = _crossed(*coded[:-1])
+        return input_gradient(dy, weight, coded[-1], formats, roundings, seed, streams, bias, geometry)
+
+    @operator(f"{prefix}convolution_weight_gradient(Tensor dy, Tensor x, {_CODED}) -> Tensor")
+    def weight_gradient_kernel(dy: Tensor, x: Tensor, *coded: Any) -> Tensor:
+        return weight_gradient(dy, x, *_crossed(*coded))
+
+    @torch.library.register_fake(f"hbfp::{prefix}convolution", lib=LIBRARY)  # type: ignore[untyped-decorator]
+    def forward_fake(x: Tensor, weight: Tensor, *coded: Any) -> Tensor:
+        return _pixels(x, weight.shape[0], coded[-1])
+
+    @torch.library.register_fake(f"hbfp::{prefix}convolution_input_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
+    def input_gradient_fake(dy: Tensor, weight: Tensor, *coded: Any) -> Tensor:
+        groups, spatial = coded[-2:]
+        return _pixels(dy, weight.shape[1] * groups, spatial)
+
+    @torch.library.register_fake(f"hbfp::{prefix}convolution_weight_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
+    def weight_gradient_fake(dy: Tensor, x: Tensor, *coded: Any) -> Tensor:
+        kernel, groups = coded[5], coded[-1]
+        return dy.new_empty((dy.shape[1], x.shape[1] // groups, *kernel), dtype=torch.float32)
 
 
-@operator(f"convolution_input_gradient(Tensor dy, Tensor weight, Tensor? bias, {_CODED}, SymInt[] spatial) -> Tensor")
-def _convolution_input_gradient_kernel(dy: Tensor, weight: Tensor, bias: Tensor | None, *coded: Any) -> Tensor:
-    formats, roundings, seed, streams, geometry = _crossed(*coded[:-1])
-    return _run_convolution_input_gradient(dy, weight, coded[-1], formats, roundings, seed, streams, bias, geometry)
-
-
-@operator(f"convolution_weight_gradient(Tensor dy, Tensor x, {_CODED}) -> Tensor")
-def _convolution_weight_gradient_kernel(dy: Tensor, x: Tensor, *coded: Any) -> Tensor:
-    return _run_convolution_weight_gradient(dy, x, *_crossed(*coded))
-
-
-@torch.library.register_fake("hbfp::convolution", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _convolution_fake(x: Tensor, weight: Tensor, *coded: Any) -> Tensor:
-    return _pixels(x, weight.shape[0], coded[-1])
-
-
-@torch.library.register_fake("hbfp::convolution_input_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _convolution_input_gradient_fake(dy: Tensor, weight: Tensor, *coded: Any) -> Tensor:
-    groups, spatial = coded[-2:]
-    return _pixels(dy, weight.shape[1] * groups, spatial)
-
-
-@torch.library.register_fake("hbfp::convolution_weight_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _convolution_weight_gradient_fake(dy: Tensor, x: Tensor, *coded: Any) -> Tensor:
-    kernel, groups = coded[5], coded[-1]
-    return dy.new_empty((dy.shape[1], x.shape[1] // groups, *kernel), dtype=torch.float32)
+_behind_the_dispatcher("", _run_convolution, _run_convolution_input_gradient, _run_convolution_weight_gradient)
+_behind_the_dispatcher("reference_", _oracle_convolution, _oracle_input_gradient, _oracle_weight_gradient)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -274,12 +274,7 @@ def product(
     if out is None and direct(a, b):
         out = _run_product(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
     elif out is None:
-        numbers, drawn = crossing(streams)
-        out = torch.ops.hbfp.product(
-            a, a_axis, str(formats[0]), roundings[0], numbers[0],
-            b, b_axis, str(formats[1]), roundings[1], numbers[1],
-            signed(seed), bias, drawn,
-        )  # fmt: skip
+        out = torch.ops.hbfp.product(*_crossing(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias))
     if recorders and not compiling:
         _record(a, a_axis, b, b_axis, out, formats, roundings, seed, streams, name, source)
     return out
@@ -300,6 +295,28 @@ def reference_product(
     source: object = None,
 ) -> Tensor:
     """The same bits as `product`, computed by the exact-arithmetic oracle: for checking, some 10^5 times slower."""
+    if direct(a, b):
+        out = _run_reference_product(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
+    else:
+        out = torch.ops.hbfp.reference_product(
+            *_crossing(a, a_axis, b, b_axis, formats, roundings, seed, streams, bias)
+        )
+    if recorders and not is_compiling():
+        _record(a, a_axis, b, b_axis, out, formats, roundings, seed, streams, name, source)
+    return out
+
+
+def _run_reference_product(
+    a: Tensor,
+    a_axis: int,
+    b: Tensor,
+    b_axis: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+) -> Tensor:
     # Imported here because nothing but this function needs it.
     from hbfp import reference
 
@@ -316,10 +333,7 @@ def reference_product(
         None if bias is None else numpy_of(bias),
     )
     out = torch.empty(shape, dtype=torch.float32, device="cpu")
-    out.copy_(torch.from_numpy(result).reshape(shape))
-    if recorders:
-        _record(a, a_axis, b, b_axis, out, formats, roundings, seed, streams, name, source)
-    return out
+    return out.copy_(torch.from_numpy(result).reshape(shape))
 
 
 def quantize(x: Tensor, format: HBFP, axis: int = -1, rounding: int = 0, seed: int = 0, stream: int = 0) -> Tensor:
@@ -397,29 +411,60 @@ def next_step(step: Tensor) -> Tensor:
 # --- behind torch's dispatcher ---------------------------------------------------------------------------------------
 
 
-@operator(
-    "product(Tensor a, int a_axis, str a_format, int a_rounding, SymInt a_stream, "
-    "Tensor b, int b_axis, str b_format, int b_rounding, SymInt b_stream, SymInt seed, Tensor? bias, "
-    "Tensor[]? streams=None) -> Tensor"
-)
-def _product_kernel(
+def _crossing(
     a: Tensor,
     a_axis: int,
-    a_format: str,
-    a_rounding: int,
-    a_stream: int,
     b: Tensor,
     b_axis: int,
-    b_format: str,
-    b_rounding: int,
-    b_stream: int,
+    formats: tuple[HBFP, HBFP],
+    roundings: tuple[int, int],
     seed: int,
+    streams: tuple[int, int],
     bias: Tensor | None,
-    streams: list[Tensor] | None = None,
-) -> Tensor:
-    formats, roundings = (format_of(a_format), format_of(b_format)), (a_rounding, b_rounding)
-    left, right = crossed((a_stream, b_stream), streams)
-    return _run_product(a, a_axis, b, b_axis, formats, roundings, seed & WORD, (left, right), bias)
+) -> tuple[Any, ...]:
+    """The arguments of a product as its schema holds them."""
+    numbers, drawn = crossing(streams)
+    return (
+        a, a_axis, str(formats[0]), roundings[0], numbers[0],
+        b, b_axis, str(formats[1]), roundings[1], numbers[1],
+        signed(seed), bias, drawn,
+    )  # fmt: skip
+
+
+def _behind_the_dispatcher(name: str, run: Callable[..., Tensor]) -> None:
+    """Registers `run`, a product with the arguments of `_run_product`, as `hbfp::<name>`."""
+
+    @operator(
+        f"{name}(Tensor a, int a_axis, str a_format, int a_rounding, SymInt a_stream, "
+        "Tensor b, int b_axis, str b_format, int b_rounding, SymInt b_stream, SymInt seed, Tensor? bias, "
+        "Tensor[]? streams=None) -> Tensor"
+    )
+    def kernel(
+        a: Tensor,
+        a_axis: int,
+        a_format: str,
+        a_rounding: int,
+        a_stream: int,
+        b: Tensor,
+        b_axis: int,
+        b_format: str,
+        b_rounding: int,
+        b_stream: int,
+        seed: int,
+        bias: Tensor | None,
+        streams: list[Tensor] | None = None,
+    ) -> Tensor:
+        formats, roundings = (format_of(a_format), format_of(b_format)), (a_rounding, b_rounding)
+        left, right = crossed((a_stream, b_stream), streams)
+        return run(a, a_axis, b, b_axis, formats, roundings, seed & WORD, (left, right), bias)
+
+    @torch.library.register_fake(f"hbfp::{name}", lib=LIBRARY)  # type: ignore[untyped-decorator]
+    def fake(a: Tensor, a_axis: int, _f: str, _r: int, _s: int, b: Tensor, b_axis: int, *_: object) -> Tensor:
+        return a.new_empty(product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
+
+
+_behind_the_dispatcher("product", _run_product)
+_behind_the_dispatcher("reference_product", _run_reference_product)
 
 
 @operator(
@@ -442,25 +487,6 @@ def _next_step_kernel(step: Tensor) -> Tensor:
 @operator("column_sums(Tensor x) -> Tensor")
 def _column_sums_kernel(x: Tensor) -> Tensor:
     return _run_column_sums(x)
-
-
-@torch.library.register_fake("hbfp::product", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _product_fake(
-    a: Tensor,
-    a_axis: int,
-    a_format: str,
-    a_rounding: int,
-    a_stream: int,
-    b: Tensor,
-    b_axis: int,
-    b_format: str,
-    b_rounding: int,
-    b_stream: int,
-    seed: int,
-    bias: Tensor | None,
-    streams: list[Tensor] | None = None,
-) -> Tensor:
-    return a.new_empty(product_shape(a, a_axis, b, b_axis), dtype=torch.float32)
 
 
 @torch.library.register_fake("hbfp::quantize", lib=LIBRARY)  # type: ignore[untyped-decorator]
