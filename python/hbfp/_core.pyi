@@ -281,11 +281,11 @@ def attention(
 class GrownAttention:
     """Causal attention over a text that grows; keys and values of the tokens so far are kept as codes."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         scores: list[tuple[Format, int, int]],
         context: list[tuple[Format, int, int]],
-    ) -> None:
+    ) -> GrownAttention:
         """Format, rounding and stream of the operands of both products, the left one first."""
     def attend(self, q: Any, k: Any, v: Any, scale: float, threads: int) -> Any | None:
         """A new torch tensor [.., tokens, Ev]: attention of the next tokens to all so far.
