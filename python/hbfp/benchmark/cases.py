@@ -21,6 +21,7 @@ from hbfp.format import HBFP
 
 __all__ = [
     "COLD_BYTES",
+    "FAR_APART",
     "ORIENTATIONS",
     "Bench",
     "cold_row",
@@ -80,6 +81,17 @@ def _name(m: int, n: int, k: int) -> str:
 def _operands(m: int, n: int, k: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(_SEED)
     return torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator)
+
+
+FAR_APART = ", exponents far apart"
+"""Marks the shape of operands whose blocks differ by up to 2^12."""
+
+
+def _far_apart(lines: int, k: int, block: int = 64) -> Tensor:
+    """A power of two for each block: [lines, k]."""
+    generator = torch.Generator().manual_seed(_SEED + 1)
+    exponents = torch.randint(0, 13, (lines, -(-k // block)), generator=generator)
+    return torch.ldexp(torch.ones(()), exponents).repeat_interleave(block, 1)[:, :k]
 
 
 def _ours(x: Tensor, w: Tensor, format: HBFP, threads: int) -> tuple[Call, Tensor]:
@@ -154,6 +166,12 @@ def packed_product(bench: Bench, size: int = 1024) -> None:
     contestants.add_ours([hbfp.HBFP4, hbfp.HBFP6, hbfp.HBFP8, hbfp.HBFP(4, block=32), hbfp.HBFP(4, block=16)])
     contestants.add_peers(_named("torch fp32"))
     bench.measure("packed", _name(size, size, size), 2 * size**3, "GOP/s", contestants.calls, contestants.notes)
+    # Normal values have blocks of much the same size: products that live on that are not the only ones to be seen.
+    contestants = _Contestants(bench, "packed", x * _far_apart(size, size), w * _far_apart(size, size))
+    contestants.add_ours([hbfp.HBFP4])
+    contestants.add_peers(_named("torch fp32"))
+    name = f"{_name(size, size, size)}{FAR_APART}"
+    bench.measure("packed", name, 2 * size**3, "GOP/s", contestants.calls, contestants.notes)
 
 
 def forward(bench: Bench, m: int, n: int, k: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from hbfp.benchmark import ceilings
-from hbfp.benchmark.cases import EMPTY, ORIENTATIONS
+from hbfp.benchmark.cases import EMPTY, FAR_APART, ORIENTATIONS
 from hbfp.benchmark.results import NotMeasured, NotRun, Results
 
 __all__ = ["GATES", "QUICK_FLOOR", "Gate", "Outcome", "Verdict", "evaluate", "quick_failure"]
@@ -292,6 +292,7 @@ GATES: tuple[Gate, ...] = (
     _packed("HBFP8", "hbfp8b64", (1.5, 1.7), (4.2, 4.8)),
     _packed("HBFP4, B = 32", "hbfp4b32", (2.5, 2.9), None),
     _packed("HBFP4, B = 16", "hbfp4b16", (2.0, 2.35), None),
+    Gate("packed product HBFP4, exponents far apart / FP32", ratio("packed", _CUBE + FAR_APART, _H4, _FP32), {}),
     _share_of_peak("HBFP4", _H4, (88, 96)),
     _share_of_peak("HBFP6", "hbfp6b64", (88, 96)),
     _share_of_peak("HBFP8", "hbfp8b64", (88, 96)),
