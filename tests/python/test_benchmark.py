@@ -76,6 +76,7 @@ ALL_ORIENTATIONS = {f"{o}, {r}" for o in cases.ORIENTATIONS for r in ("nearest_e
     ("case", "expected"),
     [
         (lambda b: cases.packed_product(b, 64), OURS | {"hbfp4b32", "hbfp4b16", "torch fp32"}),
+        (lambda b: cases.packed_product_far_apart(b, 64), {"hbfp4b64", "torch fp32"}),
         (lambda b: cases.forward(b, 5, 64, 128), OURS | TORCH),
         (lambda b: cases.few_rows(b, 2, 64, 128), {"hbfp4b64"} | TORCH),
         (lambda b: cases.cold_row(b, 64, 64, total=20_000), {"hbfp4b64"} | TORCH),
@@ -89,7 +90,19 @@ ALL_ORIENTATIONS = {f"{o}, {r}" for o in cases.ORIENTATIONS for r in ("nearest_e
             {"torch.empty", "hbfp.linear", "converted Linear, no grad", "converted Linear, grad"},
         ),
     ],
-    ids=["packed", "forward", "few-rows", "cold-row", "encode", "training", "scaling", "sweep", "ceilings", "overhead"],
+    ids=[
+        "packed",
+        "far-apart",
+        "forward",
+        "few-rows",
+        "cold-row",
+        "encode",
+        "training",
+        "scaling",
+        "sweep",
+        "ceilings",
+        "overhead",
+    ],
 )
 def test_a_case_gives_rows(bench, case, expected):
     case(bench)
@@ -325,6 +338,8 @@ def test_a_full_run_measures_every_gate(monkeypatch):
     every = (*OURS, "hbfp4b32", "hbfp4b16", *peers.BY_NAME)
     matrix = lambda m, n=4096, k=4096: f"{m}x{n}x{k}"  # noqa: E731
     monkeypatch.setattr(cases, "packed_product", record("packed", lambda: gates._CUBE, every))
+    far_apart = record("packed", lambda: gates._CUBE + cases.FAR_APART, every)
+    monkeypatch.setattr(cases, "packed_product_far_apart", far_apart)
     monkeypatch.setattr(cases, "forward", record("forward", matrix, every))
     monkeypatch.setattr(cases, "few_rows", record("few rows", matrix, every))
     monkeypatch.setattr(cases, "cold_row", record("cold row", lambda: matrix(1), every))

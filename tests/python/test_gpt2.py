@@ -123,8 +123,9 @@ def test_other_models_are_no_gpt(tmp_path, tensors, change):
 
 
 def test_llama_cpp_continues_the_text_as_torch_does(tmp_path, tensors):
-    """Where llama-cpp-python is installed. Its products are others: the likeliest character is compared. Token by token:
-    on a CPU with AMX its products of several rows break off for matrices as small as these (0.3.36)."""
+    """Where llama-cpp-python is installed. Its products are others: the likeliest character is compared.
+
+    Token by token: on a CPU with AMX its products of several rows break off for matrices as small as these (0.3.36)."""
     llama_cpp = pytest.importorskip("llama_cpp")
     path = tmp_path / "model.gguf"
     gpt2.save(path, tensors, VOCABULARY)

@@ -56,6 +56,7 @@ def plan(threads: Sequence[int], *, quick: bool = False, only: Sequence[str] = (
         first = count == min(threads)
         add("ceilings", "ceilings", count, cases.measure_ceilings)
         add("packed", "packed product 1024³", count, cases.packed_product)
+        add("packed", "packed product 1024³, exponents far apart", count, cases.packed_product_far_apart)
         if not quick or first:
             add("forward", "forward 1024³", count, partial(cases.forward, m=1024, n=1024, k=1024))
         if not quick:

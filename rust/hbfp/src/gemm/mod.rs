@@ -246,8 +246,11 @@ pub fn keep(ctx: &Context<'_>, operand: &Operand<'_>, bytes: &mut [u8]) -> Resul
     check_size("bytes to keep the operand in", bytes.len(), len)?;
     let layout = kept_layout(format, source.shape(), ctx.kernels.columns);
     let (bytes, general) = bytes.split_at_mut(layout.bytes());
-    let panels = PanelsMut { fresh: true, ..PanelsMut::new(bytes, general) };
-    fill(ctx, Job { source: &source, format, layout, panels }, &mut Vec::new())
+    let panels = PanelsMut { fresh: true, ..PanelsMut::new(&mut *bytes, general) };
+    fill(ctx, Job { source: &source, format, layout, panels }, &mut Vec::new())?;
+    // Panels that the last strip has beyond the last line: nothing reads them, but they are copied and compared.
+    bytes[layout.lines.div_ceil(layout.width) * layout.panel_bytes()..].fill(0);
+    Ok(())
 }
 
 impl Kept<'_> {
