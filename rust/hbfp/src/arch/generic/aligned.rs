@@ -265,7 +265,7 @@ unsafe fn store_piece<S: Simd>(s: S, words: [S::V; GROUP], to: *mut u8) {
     }
 }
 
-/// Two registers of a step of a right panel, as they are stored, from step `t` of a block on; of nibbles, of two steps.
+/// Riders of a block of a right panel: two registers of columns.
 ///
 /// # Safety
 /// As for [`lay_out_right`].
