@@ -1,9 +1,10 @@
 //! One table of kernels per level: the generic algorithms compiled for its instructions.
 
+use super::generic::aligned::{self, PANELS, SIDE};
 use super::generic::encode::{
     BlockPlace, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, STRIP, Scaling, TOWARD_ZERO,
 };
-use super::generic::matrix_unit::{PANELS, SIDE};
+use super::generic::matrix_unit;
 use super::generic::philox::Counters;
 use super::generic::product::{Correction, Lines, Operands, Panel, Tile};
 use super::level::Level;
@@ -53,7 +54,6 @@ pub(crate) struct MatrixUnitKernels {
     pub(crate) lay_out_right: [LayOutRight; 2],
     /// The function for blocks of this many steps.
     pub(crate) tile: fn(steps: usize) -> UnitTileFn,
-    pub(crate) aligned: AlignedKernels,
     pub(crate) peak: unsafe fn(rounds: usize),
 }
 /// Conditions as for [`super::generic::relayout::panel_of_lines`].
@@ -65,11 +65,16 @@ type LayOutRight = unsafe fn(blocks: usize, steps: usize, offset: i32, panel: *c
 /// [`super::generic::aligned`].
 #[derive(Debug)]
 pub(crate) struct AlignedKernels {
+    /// Fewest left panels for which laying both operands out pays.
+    pub(crate) fewest_panels: usize,
+    /// Runs a task that calls `tile`.
+    pub(crate) with: unsafe fn(task: &mut dyn FnMut()),
     /// Of panels, of lines.
     pub(crate) lay_out_left: [AlignLeft; 2],
     /// Of bytes, of nibbles.
     pub(crate) lay_out_right: [AlignRight; 2],
-    pub(crate) tile: unsafe fn(pieces: usize, a: *const u8, b: *const u8, bias: &[f32; SIDE], c: Tile),
+    /// `rows` are those of C that matter.
+    pub(crate) tile: unsafe fn(pieces: usize, a: *const u8, b: *const u8, bias: &[f32; SIDE], c: Tile, rows: usize),
 }
 type AlignLeft = unsafe fn(
     pieces: usize,
@@ -92,7 +97,9 @@ pub struct Kernels {
     pub(crate) tiles: &'static [TileKernel],
     /// The same straight from nibbles.
     pub(crate) nibble_tiles: &'static [TileKernel],
-    /// For tiles of 32 × 32, where the level has a matrix unit.
+    /// For tiles of 32 × 32 of lines brought to one exponent, where the level has the registers for it.
+    pub(crate) aligned: Option<AlignedKernels>,
+    /// For tiles of 32 × 32, where the level has a matrix unit: one that also has `aligned`.
     pub(crate) matrix_unit: Option<MatrixUnitKernels>,
     pub(crate) unpack_nibbles: unsafe fn(blocks: usize, steps: usize, b: *const u8, out: *mut u8),
     /// Of lines of 4-bit codes, of bytes.
@@ -198,7 +205,7 @@ macro_rules! kernels {
         }
     };
     ($name:ident, $level:expr, $token:ty, $make:expr, [$($tile:ident $correction:ident $fits:ident),+],
-     [$($nibbles:ident $nibbles_correction:ident $nibbles_fit:ident),+], $attribute:tt) => {
+     [$($nibbles:ident $nibbles_correction:ident $nibbles_fit:ident),+], $aligned:expr, $attribute:tt) => {
         pub(crate) mod $name {
             #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
             use super::*;
@@ -215,6 +222,7 @@ macro_rules! kernels {
                 nibble_tiles: &[
                     $(TileKernel { correction: Correction::$nibbles_correction, fits: $nibbles_fit, of_shape: $nibbles }),+
                 ],
+                aligned: $aligned,
                 matrix_unit: None,
                 unpack_nibbles,
                 panel_of_lines: [panel_of_lines::<true>, panel_of_lines::<false>],
@@ -307,42 +315,78 @@ macro_rules! kernels {
 }
 
 kernels!(scalar, Level::Scalar, crate::arch::scalar::Scalar<8>, crate::arch::scalar::Scalar::<8>, [tile_dot4 Total DOT4],
-    [nibbles_dot4 Total DOT4], [inline]);
+    [nibbles_dot4 Total DOT4], None, [inline]);
 #[cfg(target_arch = "x86_64")]
 kernels!(
     avx2, Level::Avx2, crate::arch::x86_64::avx2::Avx2, crate::arch::x86_64::avx2::Avx2::assume(),
     [tile_halves Halves HALVES, tile_segments8 Total SEGMENTS8, tile_segments2 Total SEGMENTS2, tile_wide Wide WIDE],
-    [nibbles_halves Halves HALVES], [target_feature(enable = "avx2,fma")]
+    [nibbles_halves Halves HALVES], None, [target_feature(enable = "avx2,fma")]
 );
 #[cfg(target_arch = "x86_64")]
 kernels!(
     avx512vnni, Level::Avx512Vnni, crate::arch::x86_64::avx512vnni::Avx512Vnni,
     crate::arch::x86_64::avx512vnni::Avx512Vnni::assume(),
-    [tile_dot4 Total DOT4], [nibbles_dot4 Total DOT4], [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    [tile_dot4 Total DOT4], [nibbles_dot4 Total DOT4], Some(aligned512::KERNELS), [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 );
 
-/// Compiles the algorithms of a matrix unit for one token, and adds them to a level's table.
-macro_rules! matrix_unit {
-    ($name:ident, $level:expr, $base:ident, $token:ty, $make:expr, $attribute:tt) => {
+/// Compiles those for lines brought to one exponent, and a tile for right codes that are raised or not.
+macro_rules! aligned {
+    ($name:ident, $make:expr, $raised:literal, $tile:path, $fewest:literal, $attribute:tt) => {
         pub(crate) mod $name {
             #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
             use super::*;
-            use crate::arch::generic::aligned;
-            use crate::arch::generic::matrix_unit::{self, MatrixUnit};
+            use crate::arch::generic::aligned::SixteenLanes;
+            use crate::arch::generic::product::Left;
+
+            pub(crate) const KERNELS: AlignedKernels = AlignedKernels {
+                fewest_panels: $fewest,
+                with,
+                lay_out_left: [lay_out_left::<Panel>, lay_out_left::<Lines>],
+                lay_out_right: [lay_out_right::<false>, lay_out_right::<true>],
+                tile,
+            };
+            unsafe fn with(task: &mut dyn FnMut()) {
+                task();
+                unsafe { $make.fence() }
+            }
+            #$attribute
+            unsafe fn lay_out_left<L: Left>(
+                pieces: usize, blocks: usize, steps: usize, room: i32, rows: &[&[*const u8]], out: *mut u8,
+            ) -> Option<u32> {
+                unsafe { aligned::lay_out_left::<_, L>($make, pieces, blocks, steps, room, rows, out) }
+            }
+            #$attribute
+            unsafe fn lay_out_right<const NIBBLES: bool>(
+                blocks: usize, steps: usize, offset: i32, room: i32, panel: *const u8, out: *mut u8,
+            ) -> Option<u32> {
+                unsafe { aligned::lay_out_right::<_, NIBBLES, $raised>($make, blocks, steps, offset, room, panel, out) }
+            }
+            #$attribute
+            unsafe fn tile(pieces: usize, a: *const u8, b: *const u8, bias: &[f32; SIDE], c: Tile, rows: usize) {
+                unsafe { $tile($make, pieces, a, b, bias, (c, rows)) }
+            }
+        }
+    };
+}
+
+/// Compiles the algorithms of a matrix unit for one token, and adds them to a level's table.
+macro_rules! matrix_unit {
+    ($name:ident, $level:expr, $base:ident, $aligned:ident, $token:ty, $make:expr, $attribute:tt) => {
+        pub(crate) mod $name {
+            #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
+            use super::*;
+            use crate::arch::generic::aligned::{PIECE, SixteenLanes};
+            use crate::arch::generic::matrix_unit::MatrixUnit;
 
             pub(crate) static KERNELS: Kernels = Kernels {
                 level: $level,
+                aligned: Some(AlignedKernels { with: with_whole_pieces, ..$aligned::KERNELS }),
                 matrix_unit: Some(MatrixUnitKernels {
                     with,
                     lay_out_left,
                     lay_out_lines,
                     lay_out_right: [lay_out_right::<false>, lay_out_right::<true>],
                     tile: |steps| if steps == 16 { tile::<16> } else { tile::<0> },
-                    aligned: AlignedKernels {
-                        lay_out_left: [align_left::<Panel>, align_left::<Lines>],
-                        lay_out_right: [align_right::<false>, align_right::<true>],
-                        tile: aligned_tile,
-                    },
                     peak,
                 }),
                 ..$base::TABLE
@@ -354,13 +398,17 @@ macro_rules! matrix_unit {
                 impl Drop for Restored {
                     fn drop(&mut self) {
                         self.0.take().into_iter().for_each(|before| unsafe { $make.restore(before) });
+                        unsafe { $make.fence() };
                     }
                 }
                 let _restored = Restored(Some(unsafe { matrix_unit::configure($make, steps) }));
                 task();
             }
+            unsafe fn with_whole_pieces(task: &mut dyn FnMut()) {
+                unsafe { with(PIECE, task) }
+            }
             unsafe fn peak(rounds: usize) {
-                unsafe { with(16, &mut || matrix_unit::peak($make, rounds)) }
+                unsafe { with(PIECE, &mut || matrix_unit::peak($make, rounds)) }
             }
             #$attribute
             unsafe fn lay_out_left(blocks: usize, steps: usize, panels: &[*const u8; PANELS], out: *mut u8) {
@@ -375,22 +423,6 @@ macro_rules! matrix_unit {
                 unsafe { matrix_unit::lay_out_right::<_, NIBBLES>($make, blocks, steps, offset, panel, out) }
             }
             #$attribute
-            unsafe fn align_left<L: crate::arch::generic::product::Left>(
-                pieces: usize, blocks: usize, steps: usize, room: i32, rows: &[&[*const u8]], out: *mut u8,
-            ) -> Option<u32> {
-                unsafe { aligned::lay_out_left::<_, L>($make, pieces, blocks, steps, room, rows, out) }
-            }
-            #$attribute
-            unsafe fn align_right<const NIBBLES: bool>(
-                blocks: usize, steps: usize, offset: i32, room: i32, panel: *const u8, out: *mut u8,
-            ) -> Option<u32> {
-                unsafe { aligned::lay_out_right::<_, NIBBLES>($make, blocks, steps, offset, room, panel, out) }
-            }
-            #$attribute
-            unsafe fn aligned_tile(pieces: usize, a: *const u8, b: *const u8, bias: &[f32; SIDE], c: Tile) {
-                unsafe { aligned::tile($make, pieces, a, b, bias, c) }
-            }
-            #$attribute
             unsafe fn tile<const STEPS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile) {
                 unsafe { matrix_unit::tile::<_, STEPS>($make, blocks, steps, a, b, c) }
             }
@@ -399,10 +431,29 @@ macro_rules! matrix_unit {
 }
 
 #[cfg(target_arch = "x86_64")]
+aligned!(
+    aligned512,
+    crate::arch::x86_64::avx512vnni::Avx512Vnni::assume(),
+    true,
+    aligned::tile,
+    3,
+    [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+);
+#[cfg(target_arch = "x86_64")]
+aligned!(
+    aligned_amx,
+    crate::arch::x86_64::avx512vnni::Avx512Vnni::assume(),
+    false,
+    matrix_unit::aligned_tile,
+    3,
+    [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+);
+#[cfg(target_arch = "x86_64")]
 matrix_unit!(
     amx,
     Level::Amx,
     avx512vnni,
+    aligned_amx,
     crate::arch::x86_64::avx512vnni::Avx512Vnni,
     crate::arch::x86_64::avx512vnni::Avx512Vnni::assume(),
     [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -415,14 +466,17 @@ pub mod models {
     use super::*;
     kernels!(lanes8, Level::Scalar, crate::arch::scalar::Scalar<8>, crate::arch::scalar::Scalar::<8>,
         [tile_halves Halves HALVES, tile_segments8 Total SEGMENTS8, tile_segments2 Total SEGMENTS2, tile_wide Wide WIDE],
-        [nibbles_halves Halves HALVES], [inline]);
+        [nibbles_halves Halves HALVES], None, [inline]);
     kernels!(lanes16, Level::Scalar, crate::arch::scalar::Scalar<16>, crate::arch::scalar::Scalar::<16>,
-        [tile_dot4 Total DOT4], [nibbles_dot4 Total DOT4], [inline]);
+        [tile_dot4 Total DOT4], [nibbles_dot4 Total DOT4], Some(aligned16::KERNELS), [inline]);
+    aligned!(aligned16, crate::arch::scalar::Scalar::<16>, true, aligned::tile, 3, [inline]);
+    aligned!(aligned_unit, crate::arch::scalar::Scalar::<16>, false, matrix_unit::aligned_tile, 3, [inline]);
 
     matrix_unit!(
         lanes16_and_unit,
         Level::Scalar,
         lanes16,
+        aligned_unit,
         crate::arch::scalar::Scalar<16>,
         crate::arch::scalar::Scalar::<16>,
         [inline]

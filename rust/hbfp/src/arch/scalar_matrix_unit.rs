@@ -1,5 +1,6 @@
 //! A matrix unit in plain arrays: the model on which the kernels for one are tested on machines that have none.
 
+use super::generic::aligned::SixteenLanes;
 use super::generic::matrix_unit::MatrixUnit;
 use super::scalar::Scalar;
 use super::simd::Simd;
@@ -23,6 +24,20 @@ fn with<R>(act: impl FnOnce(&mut Unit) -> R) -> R {
 }
 
 // SAFETY of the blocks below: the callers vouch for what pointers reach.
+impl SixteenLanes for Scalar<16> {
+    unsafe fn store_around(self, p: *mut i32, v: Self::V) {
+        assert!((p as usize).is_multiple_of(64), "a store around the caches that is no cache line");
+        // SAFETY: see above.
+        unsafe { self.store(p, v) };
+    }
+    unsafe fn steps_of_lines(self, lines: [*const u8; 4]) -> Self::V {
+        // SAFETY: see above.
+        let lines = lines.map(|line| unsafe { line.cast::<[u32; 4]>().read_unaligned() });
+        std::array::from_fn(|lane| lines[lane % 4][lane / 4])
+    }
+    unsafe fn fence(self) {}
+}
+
 impl MatrixUnit for Scalar<16> {
     type Before = usize;
 
@@ -68,16 +83,6 @@ impl MatrixUnit for Scalar<16> {
                 }
             }
         });
-    }
-    unsafe fn store_around(self, p: *mut i32, v: Self::V) {
-        assert!((p as usize).is_multiple_of(64), "a store around the caches that is no cache line");
-        // SAFETY: see above.
-        unsafe { self.store(p, v) };
-    }
-    unsafe fn steps_of_lines(self, lines: [*const u8; 4]) -> Self::V {
-        // SAFETY: see above.
-        let lines = lines.map(|line| unsafe { line.cast::<[u32; 4]>().read_unaligned() });
-        std::array::from_fn(|lane| lines[lane % 4][lane / 4])
     }
     unsafe fn panel_rows<const STEPS: usize>(self, panel: *const u8, to: *mut u8) {
         for (row, t) in (0..4).flat_map(|row| (0..STEPS).map(move |t| (row, t))) {

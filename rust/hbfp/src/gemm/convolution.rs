@@ -373,7 +373,7 @@ impl Convolution {
             pieces,
             samples * self.groups,
             workers,
-            tiles.on_unit(),
+            tiles.wide(usize::MAX),
         );
         let row_tasks = rows_each.div_ceil(PANEL_ROWS).div_ceil(plan.row_panels);
         let column_tasks = joined.panels.div_ceil(plan.column_panels);
@@ -876,7 +876,7 @@ impl Convolution {
         let tiles =
             Tiles::new(ctx, Kernel { tile, from_nibbles: false, max_codes }, al, joined, out, Epilogue::default());
         let workers = ctx.threads.max(1);
-        let plan = Plan::new(&al, &joined, taps * quads, out_pixels, self.groups, workers, tiles.on_unit());
+        let plan = Plan::new(&al, &joined, taps * quads, out_pixels, self.groups, workers, tiles.wide(usize::MAX));
         let row_tasks = (taps * quads).div_ceil(plan.row_panels);
         let column_tasks = joined.panels.div_ceil(plan.column_panels);
         let piece_bytes = al.blocks * al.block_bytes;
@@ -1056,12 +1056,12 @@ impl Plan {
         pieces: usize,
         products: usize,
         workers: usize,
-        on_unit: bool,
+        wide: bool,
     ) -> Self {
         let caches = Caches::get();
         // Half of the first level for B, half of the second for A.
         let depth = (caches.l1 / 2 / bl.block_bytes).max(1024 / al.block);
-        let depth = if on_unit { driver::UNIT_DEPTH / al.block } else { depth };
+        let depth = if wide { driver::WIDE_DEPTH / al.block } else { depth };
         let pieces = (depth / al.blocks).clamp(1, pieces.max(1));
         let most = (caches.l2 / 2 / (pieces * al.blocks * al.block_bytes)).clamp(4, 128);
         let column_panels = 16.min(bl.panels.max(1));

@@ -8,8 +8,8 @@
 
 use super::Epilogue;
 use super::cache::Caches;
-use super::tiles::{Kernel, Left, LeftBlocks, PanelBlocks, Place, Task, Tiles, UNIT_PANELS};
-use crate::arch::generic::matrix_unit;
+use super::tiles::{Kernel, Left, LeftBlocks, PanelBlocks, Place, Task, Tiles};
+use crate::arch::generic::aligned::PANELS;
 use crate::arch::generic::product::{PANEL_ROWS, RIDER, b_block_bytes};
 use crate::encode::Context;
 use crate::encode::blocks::Scratch;
@@ -32,9 +32,9 @@ const SERIAL_WEIGHTS: usize = 3 << 19;
 /// Tasks for each thread, so that all end together.
 const TASKS_PER_WORKER: usize = 8;
 
-/// Elements of the reduction, and left panels, of a task on a matrix unit.
-pub(super) const UNIT_DEPTH: usize = 4096;
-const UNIT_TASK_PANELS: usize = 128;
+/// Elements of the reduction, and left panels, of a task of tiles of 32 × 32.
+pub(super) const WIDE_DEPTH: usize = 4096;
+const WIDE_TASK_PANELS: usize = 128;
 
 /// The right operand of [`multiply`].
 pub(super) enum Right<'a> {
@@ -55,8 +55,8 @@ struct Plan {
 }
 
 impl Plan {
-    /// For panels of which `encoded` elements are still to be laid out, and which a matrix unit takes `on_unit`.
-    fn new(ctx: &Context<'_>, al: &PanelLayout, bl: &PanelLayout, encoded: usize, on_unit: bool) -> Self {
+    /// For panels of which `encoded` elements are still to be laid out, and which go by `wide` tiles.
+    fn new(ctx: &Context<'_>, al: &PanelLayout, bl: &PanelLayout, encoded: usize, wide: bool) -> Self {
         let caches = Caches::get();
         let macs = al.matrices.saturating_mul(al.lines).saturating_mul(bl.lines).saturating_mul(al.k.max(1));
         let weights = bl.matrices.saturating_mul(bl.lines).saturating_mul(bl.k);
@@ -64,22 +64,22 @@ impl Plan {
         let workers = if small { 1 } else { ctx.threads.max(1) };
         // Half of the first level for B; a few rows pass over B but once.
         let b_block = b_block_bytes(bl.steps, bl.width);
-        let depth = match (al.panels, on_unit) {
+        let depth = match (al.panels, wide) {
             (..=2, _) => al.blocks,
-            // A unit works faster than C comes and goes: few passes over it.
-            (_, true) => UNIT_DEPTH / al.block,
+            // Such tiles work faster than C comes and goes: few passes over it.
+            (_, true) => WIDE_DEPTH / al.block,
             (_, false) => (caches.l1 / 2 / b_block).max(1024 / al.block),
         };
         let depth = depth.clamp(1, al.blocks.max(1));
         // Most of the second level for A, the rest for what passes through it; tasks of equal size.
-        let (most, whole) = if on_unit { (UNIT_TASK_PANELS, matrix_unit::PANELS) } else { (256, 1) };
+        let (most, whole) = if wide { (WIDE_TASK_PANELS, PANELS) } else { (256, 1) };
         let most = (caches.l2 * 5 / 8 / (depth * al.block_bytes)).clamp(8, most);
         let mut row_panels = al.panels.div_ceil(al.panels.div_ceil(most)).next_multiple_of(whole);
-        let mut column_panels = if on_unit { 64 } else { 16 }.min(bl.panels);
+        let mut column_panels = if wide { 64 } else { 16 }.min(bl.panels);
         if workers > 1 {
             let tasks = |r: usize, c: usize| al.matrices * al.panels.div_ceil(r) * bl.panels.div_ceil(c);
-            // Each task of a unit lays its left panels out anew.
-            let fewest = if on_unit { 8 } else { 1 };
+            // Each task lays its left panels out anew.
+            let fewest = if wide { 8 } else { 1 };
             while tasks(row_panels, column_panels) < TASKS_PER_WORKER * workers
                 && (row_panels > 8 || column_panels > fewest)
             {
@@ -128,7 +128,7 @@ pub(super) fn multiply(
     let fillings = Fillings::new(ctx, [Some(left), kept, fresh].into_iter().flatten(), together);
     let out = SharedMut::new(out);
     let tiles = Tiles::new(ctx, kernel, al, bl, out, epilogue);
-    let plan = Plan::new(ctx, &al, &bl, encoded, tiles.on_unit() && al.panels >= UNIT_PANELS);
+    let plan = Plan::new(ctx, &al, &bl, encoded, tiles.wide(al.panels));
     let row_tasks = al.panels.div_ceil(plan.row_panels);
     let column_tasks = bl.panels.div_ceil(plan.column_panels);
     let passes = al.blocks.div_ceil(plan.depth).max(1);

@@ -3,9 +3,10 @@
 
 use super::cache::Caches;
 use super::{Epilogue, general};
+use crate::arch::generic::aligned::{PANELS, SIDE};
 use crate::arch::generic::product::{Operands, PANEL_ROWS, Tile, b_block_bytes};
 use crate::arch::generic::{aligned, matrix_unit};
-use crate::arch::kernels::{MatrixUnitKernels, TileFn, TileKernel, TileShape, UnitTileFn};
+use crate::arch::kernels::{AlignedKernels, MatrixUnitKernels, TileFn, TileKernel, TileShape, UnitTileFn};
 use crate::encode::blocks::TileBuffers;
 use crate::encode::panels::{Form, PanelLayout};
 use crate::encode::{Context, forms};
@@ -21,9 +22,6 @@ pub(super) struct Kernel {
     pub(super) max_codes: [i32; 2],
 }
 
-/// Fewest left panels for which laying both operands out for a matrix unit pays.
-pub(super) const UNIT_PANELS: usize = 3;
-
 /// Widest B panel.
 const MAX_COLUMNS: usize = 32;
 
@@ -37,9 +35,9 @@ impl<const N: usize> Default for Buffer<N> {
     }
 }
 
-/// Of a panel, and of a matrix unit.
+/// Of a panel, and of a group.
 type PanelTile = Buffer<{ PANEL_ROWS * MAX_COLUMNS }>;
-type UnitTile = Buffer<{ matrix_unit::SIDE * matrix_unit::SIDE }>;
+type WideTile = Buffer<{ SIDE * SIDE }>;
 
 /// Some blocks of a B panel.
 #[derive(Clone, Copy)]
@@ -105,30 +103,31 @@ pub(super) struct Tiles<'a> {
     fewest_rows: usize,
     from_nibbles: bool,
     /// For tiles of 32 × 32.
-    unit: Option<Unit>,
+    wide: Option<Wide>,
     /// Whether C would push all else out of the second-level cache.
     large: bool,
     /// Whether no NaN is added to sums.
     plain_bias: bool,
 }
 
-/// A matrix unit, and its kernel for the blocks at hand.
+/// Kernels for tiles of 32 × 32.
 #[derive(Clone, Copy)]
-struct Unit {
-    kernels: &'static MatrixUnitKernels,
-    /// Block by block; none: the unit does not pay for such short ones.
-    run: Option<UnitTileFn>,
+struct Wide {
+    /// For lines that can be aligned.
+    aligned: &'static AlignedKernels,
+    /// Block by block, on a matrix unit; none: the level has none, or it does not pay for such short blocks.
+    unit: Option<(&'static MatrixUnitKernels, UnitTileFn)>,
     /// Largest codes, and how far they can be shifted.
     max_codes: [i32; 2],
     room: [i32; 2],
 }
 
-/// Up to eight left panels, which follow one another, for a matrix unit.
+/// Up to eight left panels, which follow one another.
 struct Group {
     panels: Range<usize>,
     /// Aligned: the largest sum of a line's codes, each taken positive.
     sum: Option<u32>,
-    /// Whether they are laid out block by block; None: they can't be.
+    /// Whether they are laid out for a matrix unit, block by block; None: they can't be.
     laid_out: Option<bool>,
 }
 
@@ -149,21 +148,21 @@ impl<'a> Tiles<'a> {
         let run = kernel.tile.map(|tile| [1, 2, 3, 4].map(|rows| (tile.of_shape)(shape(rows))));
         let large = size_of::<f32>() * out.len() >= 2 * Caches::get().l2;
         let plain_bias = !epilogue.bias.is_some_and(|bias| bias.iter().any(|x| x.is_nan()));
-        let fits = run.is_some() && bl.width == matrix_unit::SIDE;
-        let fits = fits && (matrix_unit::fits(al.steps) || aligned::fits(al.steps));
-        let unit = ctx.kernels.matrix_unit.as_ref().filter(|_| fits).map(|kernels| Unit {
-            kernels,
-            run: matrix_unit::fits(al.steps).then(|| (kernels.tile)(al.steps)),
-            max_codes: kernel.max_codes,
-            room: kernel.max_codes.map(aligned::room),
-        });
+        let room = kernel.max_codes.map(aligned::room);
+        let unit = ctx.kernels.matrix_unit.as_ref().filter(|_| matrix_unit::fits(al.steps));
+        let unit = unit.map(|kernels| (kernels, (kernels.tile)(al.steps)));
+        // Codes without room are seldom aligned: without a unit, looking whether they are does not pay.
+        let aligns = aligned::fits(al.steps) && (unit.is_some() || !room.contains(&0));
+        let fits = run.is_some() && bl.width == SIDE && (unit.is_some() || aligns);
+        let aligned = ctx.kernels.aligned.as_ref().filter(|_| fits);
+        let wide = aligned.map(|aligned| Wide { aligned, unit, max_codes: kernel.max_codes, room });
         let from_nibbles = kernel.from_nibbles;
-        Self { ctx, al, bl, out, epilogue, run, fewest_rows, from_nibbles, unit, large, plain_bias }
+        Self { ctx, al, bl, out, epilogue, run, fewest_rows, from_nibbles, wide, large, plain_bias }
     }
 
-    /// Whether a matrix unit takes what tiles of 32 × 32 a task has.
-    pub(super) fn on_unit(&self) -> bool {
-        self.unit.is_some()
+    /// Whether products of so many left panels go by tiles of 32 × 32 where they can.
+    pub(super) fn wide(&self, panels: usize) -> bool {
+        self.wide.is_some_and(|wide| panels >= wide.aligned.fewest_panels)
     }
 
     /// Whether a tile, some of whose blocks needed the general product, or none, has last steps.
@@ -305,12 +304,12 @@ where
     /// # Safety
     /// The panels hold as many blocks of the layouts, and stay as they are; the tiles belong to the task.
     pub(super) unsafe fn run(&self, tiles: &Tiles<'_>, buffers: &mut TileBuffers) {
-        let unit = tiles.unit.filter(|_| self.blocks > 0 && self.columns.len() > 1);
-        let mut groups = unit.map_or_else(Vec::new, |unit| self.groups(unit));
+        let wide = tiles.wide.filter(|_| self.blocks > 0 && self.columns.len() > 1);
+        let mut groups = wide.map_or_else(Vec::new, |wide| self.groups(wide));
         // SAFETY: the caller's word.
         unsafe {
-            match unit.filter(|_| !groups.is_empty()) {
-                Some(unit) => self.on_unit(unit, tiles, &mut groups, buffers),
+            match wide.filter(|_| !groups.is_empty()) {
+                Some(wide) => self.by_groups(wide, tiles, &mut groups, buffers),
                 None => self.columns.clone().for_each(|j| self.column(tiles, j, &self.rows, &mut buffers.panel)),
             }
         }
@@ -331,26 +330,26 @@ where
         }
     }
 
-    /// The A panels, eight by eight, that a matrix unit takes.
-    fn groups(&self, unit: Unit) -> Vec<Group> {
+    /// The A panels, eight by eight, that tiles of 32 × 32 take.
+    fn groups(&self, wide: Wide) -> Vec<Group> {
         let place = |i: usize| (self.place)(i, self.columns.start, false);
         let group = |first: usize| {
-            let panels = first..(first + matrix_unit::PANELS).min(self.rows.end);
+            let panels = first..(first + PANELS).min(self.rows.end);
             let follows = |i: usize| place(i + 1).at == place(i).at + PANEL_ROWS * place(i).stride;
-            let whole = panels.len() == matrix_unit::PANELS && panels.clone().all(|i| place(i).height == PANEL_ROWS);
+            let whole = panels.len() == PANELS && panels.clone().all(|i| place(i).height == PANEL_ROWS);
             let whole = whole && (first..panels.end - 1).all(follows);
-            let takes = panels.len() >= UNIT_PANELS && !panels.clone().any(|i| (self.left)(i).general);
-            takes.then(|| Group { panels, sum: None, laid_out: (whole && unit.run.is_some()).then_some(false) })
+            let takes = panels.len() >= wide.aligned.fewest_panels && !panels.clone().any(|i| (self.left)(i).general);
+            takes.then(|| Group { panels, sum: None, laid_out: (whole && wide.unit.is_some()).then_some(false) })
         };
-        self.rows.clone().step_by(matrix_unit::PANELS).filter_map(group).collect()
+        self.rows.clone().step_by(PANELS).filter_map(group).collect()
     }
 
     /// The panels from `first` on as a matrix unit reads them block by block, piece by piece.
     ///
     /// # Safety
     /// As for [`Task::run`]; `to` is valid for writing the blocks of 32 lines.
-    unsafe fn lay_out_left(&self, unit: Unit, tiles: &Tiles<'_>, first: usize, to: *mut u8) {
-        let rows: [Left<'_>; matrix_unit::PANELS] = std::array::from_fn(|i| (self.left)(first + i).rows);
+    unsafe fn lay_out_left(&self, unit: &MatrixUnitKernels, tiles: &Tiles<'_>, first: usize, to: *mut u8) {
+        let rows: [Left<'_>; PANELS] = std::array::from_fn(|i| (self.left)(first + i).rows);
         let Operands { pieces, blocks, steps, .. } = tiles.operands(&rows[0], std::ptr::null(), self.blocks);
         for piece in 0..pieces {
             // SAFETY: the caller's word.
@@ -359,10 +358,10 @@ where
                 if tiles.al.form == Form::Lines {
                     let lines =
                         std::array::from_fn(|i| rows[i / PANEL_ROWS].starts()[piece * PANEL_ROWS + i % PANEL_ROWS]);
-                    (unit.kernels.lay_out_lines)(blocks, steps, &lines, to);
+                    (unit.lay_out_lines)(blocks, steps, &lines, to);
                 } else {
                     let panels = std::array::from_fn(|i| rows[i].starts()[piece]);
-                    (unit.kernels.lay_out_left)(blocks, steps, &panels, to);
+                    (unit.lay_out_left)(blocks, steps, &panels, to);
                 }
             }
         }
@@ -372,32 +371,32 @@ where
     ///
     /// # Safety
     /// As for [`Task::run`]; `to` is valid for writing 32 aligned lines.
-    unsafe fn align_left(&self, unit: Unit, tiles: &Tiles<'_>, panels: &Range<usize>, to: *mut u8) -> Option<u32> {
-        let rows: [Left<'_>; matrix_unit::PANELS] =
+    unsafe fn align_left(&self, wide: Wide, tiles: &Tiles<'_>, panels: &Range<usize>, to: *mut u8) -> Option<u32> {
+        let rows: [Left<'_>; PANELS] =
             std::array::from_fn(|i| (self.left)((panels.start + i).min(panels.end - 1)).rows);
-        let starts: [&[*const u8]; matrix_unit::PANELS] = std::array::from_fn(|i| rows[i].starts());
+        let starts: [&[*const u8]; PANELS] = std::array::from_fn(|i| rows[i].starts());
         let of = tiles.operands(&rows[0], std::ptr::null(), self.blocks);
-        let lay_out = unit.kernels.aligned.lay_out_left[usize::from(tiles.al.form == Form::Lines)];
+        let lay_out = wide.aligned.lay_out_left[usize::from(tiles.al.form == Form::Lines)];
         // SAFETY: the caller's word.
-        unsafe { lay_out(of.pieces, of.blocks, of.steps, unit.room[0], &starts[..panels.len()], to) }
+        unsafe { lay_out(of.pieces, of.blocks, of.steps, wide.room[0], &starts[..panels.len()], to) }
     }
 
-    /// [`Task::run`] where a matrix unit takes the groups' tiles.
+    /// [`Task::run`] by tiles of 32 × 32, where the groups can be aligned or a matrix unit takes them.
     ///
     /// # Safety
     /// As for [`Task::run`]; the groups are those of [`Task::groups`].
-    unsafe fn on_unit(&self, unit: Unit, tiles: &Tiles<'_>, groups: &mut [Group], buffers: &mut TileBuffers) {
+    unsafe fn by_groups(&self, wide: Wide, tiles: &Tiles<'_>, groups: &mut [Group], buffers: &mut TileBuffers) {
         let Tiles { al, bl, epilogue, .. } = tiles;
         let (blocks, steps) = (self.blocks, al.steps);
         let nibbles = usize::from(bl.form == Form::Nibbles);
         let (pieces, line_bytes) = (aligned::pieces(blocks, steps), aligned::line_bytes(blocks, steps));
-        let kernels = &unit.kernels.aligned;
+        let kernels = wide.aligned;
         let first = (self.place)(self.rows.start, self.columns.start, false).first;
         if aligned::fits(steps) && first && !epilogue.accumulate {
             let to = buffers.aligned_left.reserve(groups.len() * line_bytes).as_ptr();
             for (g, group) in groups.iter_mut().enumerate() {
                 // SAFETY: the caller's word; the buffer has room for the groups.
-                group.sum = unsafe { self.align_left(unit, tiles, &group.panels, to.add(g * line_bytes)) };
+                group.sum = unsafe { self.align_left(wide, tiles, &group.panels, to.add(g * line_bytes)) };
             }
         }
         let group_bytes = blocks * matrix_unit::block_bytes(steps);
@@ -414,19 +413,19 @@ where
                     let to = buffers.aligned_right.reserve(line_bytes).as_ptr();
                     let lay_out = kernels.lay_out_right[nibbles];
                     // SAFETY: the caller's word; the buffer has room for the panel.
-                    unsafe { lay_out(blocks, steps, bl.offset(), unit.room[1], panel.bytes, to) }
-                        .map(|places| (unit.max_codes[1] as u64) << places)
+                    unsafe { lay_out(blocks, steps, bl.offset(), wide.room[1], panel.bytes, to) }
+                        .map(|places| (wide.max_codes[1] as u64) << places)
                 } else {
                     None
                 };
                 let exact = |sum: u32, code: u64| u64::from(sum) * code < aligned::EXACT;
-                let narrow = (self.place)(groups[0].panels.start, j, false).width < matrix_unit::SIDE;
+                let narrow = (self.place)(groups[0].panels.start, j, false).width < SIDE;
                 let mut laid_out = false;
                 let mut done = self.rows.start;
                 for g in 0..groups.len() {
                     let Range { start, end } = groups[g].panels;
                     let aligned = groups[g].sum.zip(code).is_some_and(|(sum, code)| exact(sum, code));
-                    let by_blocks = unit.run.zip(groups[g].laid_out).filter(|_| !aligned && !narrow);
+                    let by_blocks = wide.unit.zip(groups[g].laid_out).filter(|_| !aligned && !narrow);
                     if !aligned && by_blocks.is_none() {
                         continue;
                     }
@@ -436,13 +435,13 @@ where
                         unsafe { self.column(tiles, j, &(done..start), &mut buffers.panel) };
                     }
                     done = end;
-                    let Some((run, group_laid_out)) = by_blocks else {
+                    let Some(((unit, run), group_laid_out)) = by_blocks else {
                         let (a, b) = (buffers.aligned_left.as_ptr(), buffers.aligned_right.as_ptr());
-                        // SAFETY: both operands are laid out; the unit is configured for pieces of 16 steps.
+                        // SAFETY: both operands are laid out.
                         unsafe {
                             let a = a.add(g * line_bytes);
-                            self.unit_tile(tiles, &groups[g].panels, j, tiles.plain_bias, |tile, bias| {
-                                (kernels.tile)(pieces, a, b, bias, tile);
+                            self.wide_tile(tiles, &groups[g].panels, j, tiles.plain_bias, |tile, bias, rows| {
+                                (kernels.tile)(pieces, a, b, bias, tile, rows);
                             });
                         }
                         continue;
@@ -457,19 +456,19 @@ where
                             groups[g].laid_out = Some(true);
                         }
                         if !laid_out {
-                            let lay_out = unit.kernels.lay_out_right[nibbles];
+                            let lay_out = unit.lay_out_right[nibbles];
                             lay_out(blocks, steps, bl.offset(), panel.bytes, right);
                             laid_out = true;
                         }
                         let mut run = || {
-                            self.unit_tile(tiles, &(start..end), j, false, |tile, _| {
+                            self.wide_tile(tiles, &(start..end), j, false, |tile, _, _| {
                                 run(blocks, steps, left, right, tile)
                             });
                         };
-                        if steps.is_multiple_of(matrix_unit::PIECE) {
+                        if steps.is_multiple_of(aligned::PIECE) {
                             run();
                         } else {
-                            (unit.kernels.with)(steps, &mut run);
+                            (unit.with)(steps, &mut run);
                         }
                     }
                 }
@@ -479,24 +478,23 @@ where
                 }
             }
         };
-        // SAFETY: the level has the unit.
-        unsafe { (unit.kernels.with)(matrix_unit::PIECE, &mut run) };
+        // SAFETY: the level has these kernels.
+        unsafe { (kernels.with)(&mut run) };
     }
 
     /// The tile of a group of panels and a B panel by `kernel`; one that sticks out, or whose rows lie apart, goes through
-    /// a buffer. The kernel is given the bias of the tile's columns, or zeros, if it `adds_bias`.
+    /// a buffer. The kernel is given the bias of the tile's columns, or zeros, if it `adds_bias`, and the rows that matter.
     ///
     /// # Safety
     /// As for [`Task::run`]; `kernel` writes a tile of 32 × 32.
-    unsafe fn unit_tile(
+    unsafe fn wide_tile(
         &self,
         tiles: &Tiles<'_>,
         panels: &Range<usize>,
         j: usize,
         adds_bias: bool,
-        kernel: impl Fn(Tile, &[f32; matrix_unit::SIDE]),
+        kernel: impl Fn(Tile, &[f32; SIDE], usize),
     ) {
-        const SIDE: usize = matrix_unit::SIDE;
         let Tiles { out, epilogue, .. } = tiles;
         let place = |i: usize| (self.place)(i, j, false);
         let Place { at, stride, column, first, last, width, .. } = place(panels.start);
@@ -510,7 +508,7 @@ where
         }
         let fresh = first && !epilogue.accumulate;
         let follows = |i: usize| place(i + 1).at == at + (i + 1 - panels.start) * PANEL_ROWS * stride;
-        let whole = panels.len() == matrix_unit::PANELS
+        let whole = panels.len() == PANELS
             && width == SIDE
             && place(panels.end - 1).height == PANEL_ROWS
             && (panels.start..panels.end - 1).all(follows);
@@ -519,7 +517,7 @@ where
             // Written once and not touched again.
             let once = tiles.large && fresh && last && !finish;
             let around = once && (c as usize | (4 * stride)).is_multiple_of(64);
-            kernel(Tile { c, stride, fresh, around }, &bias);
+            kernel(Tile { c, stride, fresh, around }, &bias, SIDE);
             if finish {
                 // SAFETY: the same tile, row by row.
                 let row = |r: usize| unsafe { out.part(at + r * stride, SIDE) };
@@ -528,8 +526,9 @@ where
             return;
         }
         debug_assert!(fresh, "only aligned products, which start at zero, stick out");
-        let mut buffer = UnitTile::default();
-        kernel(Tile { c: buffer.0.as_mut_ptr(), stride: SIDE, fresh: true, around: false }, &bias);
+        let mut buffer = WideTile::default();
+        let tile = Tile { c: buffer.0.as_mut_ptr(), stride: SIDE, fresh: true, around: false };
+        kernel(tile, &bias, panels.len() * PANEL_ROWS);
         for (i, from) in panels.clone().zip(buffer.0.chunks_exact(PANEL_ROWS * SIDE)) {
             let Place { at, stride, height, width, .. } = place(i);
             let rows = (0..height).map(|r| {

@@ -11,24 +11,54 @@
 //! the right one's with anything. 32 lines of either operand take
 //! [`line_bytes`]:
 //! ```text
-//! left   [pieces][2 halves][16 rows][64 k] i8 codes, then i32 ea[32] << 23, the least of each line
-//! right  [16 · pieces][32 columns][4 k] i8 codes, then f32 2^eb[32], of the least
+//! left   [pieces][32 rows][64 k] i8 codes, then i32 ea[32] << 23, the least of each line, then i32 correction[32]
+//! right  [16 · pieces][32 columns][4 k] codes, then f32 2^eb[32], of the least
 //! ```
+//! A matrix unit takes right codes as they are. Those for [`tile`] are raised by 128, which makes them unsigned for
+//! vpdpbusd; their share of a sum, 128 · Σa, is taken off by `correction`.
+//!
+//! # Ceilings
+//! A tile of 8 × 32 takes two loads and eight broadcasts for 16 products of registers, and block ends are gone: on Intel,
+//! where all 512-bit work shares two ports, it reaches 90 % of vpdpbusd's rate from the first-level cache (tiles of 12 × 32,
+//! 8 × 48 and 6 × 64 reach 90 to 93 %, and a broadcast within each product 80 %).
 
-use super::matrix_unit::{HALF, MatrixUnit, PANELS, PIECE, SIDE};
 use super::product::{
     Left, PANEL_ROWS, RIDER, Tile, b_block_bytes, columns, nibble_block_bytes, nibble_riders, nibbles,
 };
 use crate::arch::simd::Simd;
-use std::mem::MaybeUninit;
+
+/// Rows and columns of a tile of C.
+pub(crate) const SIDE: usize = 32;
+/// Left panels of a tile.
+pub(crate) const PANELS: usize = SIDE / PANEL_ROWS;
+/// Steps of a piece.
+pub(crate) const PIECE: usize = 16;
+
+/// Sixteen lanes, and what laying lines out and tiles of 32 × 32 need beside arithmetic.
+pub(crate) trait SixteenLanes: Simd {
+    /// Word t of line r, of 16 bytes of four lines, as word r of chunk t.
+    /// # Safety
+    /// `lines` are valid for reading 16 bytes; no alignment is needed.
+    unsafe fn steps_of_lines(self, lines: [*const u8; PANEL_ROWS]) -> Self::V;
+    /// A register to a cache line, around the caches; for other threads after [`SixteenLanes::fence`].
+    /// # Safety
+    /// `p` is valid for writing a register, and a multiple of its size.
+    unsafe fn store_around(self, p: *mut i32, v: Self::V);
+    /// What went around the caches is there for other threads.
+    /// # Safety
+    /// None beyond the token's.
+    unsafe fn fence(self);
+}
 
 /// Sums below it are exact in f32.
 pub(crate) const EXACT: u64 = 1 << 24;
 
+/// One in every byte of a word.
+const BYTES: i32 = 0x0101_0101;
 /// Steps that fill a register of a left panel.
 const GROUP: usize = 4;
 /// Bytes of a piece of 32 lines.
-const PIECE_BYTES: usize = 4 * SIDE * PIECE;
+pub(super) const PIECE_BYTES: usize = 4 * SIDE * PIECE;
 
 /// Pieces of a reduction.
 pub(crate) const fn pieces(blocks: usize, steps: usize) -> usize {
@@ -37,7 +67,7 @@ pub(crate) const fn pieces(blocks: usize, steps: usize) -> usize {
 
 /// Bytes of 32 lines.
 pub(crate) const fn line_bytes(blocks: usize, steps: usize) -> usize {
-    PIECE_BYTES * pieces(blocks, steps) + 4 * SIDE
+    PIECE_BYTES * pieces(blocks, steps) + 8 * SIDE
 }
 
 /// Whether blocks of so many steps can be aligned.
@@ -46,9 +76,7 @@ pub(crate) const fn fits(steps: usize) -> bool {
 }
 
 /// Where a step lies in its piece, in both operands: so a transposition of words lays the left one out.
-const fn row_of(step: usize) -> usize {
-    GROUP * (step % GROUP) + step / GROUP
-}
+static ROW_OF: [usize; PIECE] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
 
 /// −1 in lanes that are not zero.
 #[inline(always)]
@@ -91,28 +119,58 @@ impl<V: Copy> Exponents<V> {
     }
 }
 
-/// How a block's codes are shifted: counts of places, and what is left of bytes then, lane by lane.
+/// Places that a block's codes are shifted by, lane by lane, from its exponents and the least of the lines.
+#[inline(always)]
+fn places<S: Simd>(s: S, e: S::V, least: S::V, room: i32) -> S::V {
+    // Blocks of zeros may lie anywhere.
+    s.min_i32(s.max_i32(s.sar::<23>(s.sub(e, least)), s.splat(0)), s.splat(room))
+}
+
+/// The low byte of a lane in all its bytes.
+#[inline(always)]
+fn spread<S: Simd>(s: S, x: S::V) -> S::V {
+    let x = s.or(x, s.shl::<8>(x));
+    s.or(x, s.shl::<16>(x))
+}
+
+/// Shifts signed codes.
 #[derive(Clone, Copy)]
 struct Shift<V> {
     places: V,
+    /// What is left of bytes then.
     keep: V,
 }
 
 impl<V: Copy> Shift<V> {
-    /// From a block's exponents and the least of the lines.
     #[inline(always)]
-    fn new<S: Simd<V = V>>(s: S, e: V, least: V) -> Self {
-        // Blocks of zeros may lie anywhere.
-        let places = s.min_i32(s.max_i32(s.sar::<23>(s.sub(e, least)), s.splat(0)), s.splat(7));
+    fn new<S: Simd<V = V>>(s: S, places: V) -> Self {
         let low = s.sub(s.shl_lanes(s.splat(1), places), s.splat(1));
-        let low = s.or(low, s.shl::<8>(low));
-        let keep = s.xor(s.or(low, s.shl::<16>(low)), s.splat(-1));
-        Self { places, keep }
+        Self { places, keep: s.xor(spread(s, low), s.splat(-1)) }
     }
 
     #[inline(always)]
     fn apply<S: Simd<V = V>>(self, s: S, codes: V) -> V {
         s.and(s.shl_lanes(codes, self.places), self.keep)
+    }
+}
+
+/// Shifts codes u = q + offset: (q << places) + 128 = (u << places) + 128 - (offset << places), of which no term leaves its
+/// byte, as q << places is one.
+#[derive(Clone, Copy)]
+struct RaisedShift<V> {
+    places: V,
+    term: V,
+}
+
+impl<V: Copy> RaisedShift<V> {
+    #[inline(always)]
+    fn new<S: Simd<V = V>>(s: S, places: V, offset: i32) -> Self {
+        Self { places, term: spread(s, s.sub(s.splat(128), s.shl_lanes(s.splat(offset), places))) }
+    }
+
+    #[inline(always)]
+    fn apply<S: Simd<V = V>>(self, s: S, codes: V) -> V {
+        s.add(s.shl_lanes(codes, self.places), self.term)
     }
 }
 
@@ -126,7 +184,7 @@ pub(crate) fn room(max_code: i32) -> i32 {
 /// # Safety
 /// As for [`lay_out_left`].
 #[inline(always)]
-unsafe fn left_steps<S: MatrixUnit, L: Left>(s: S, block: L, t: usize) -> S::V {
+unsafe fn left_steps<S: SixteenLanes, L: Left>(s: S, block: L, t: usize) -> S::V {
     // SAFETY: the caller's word.
     unsafe {
         if L::POINTERS == 1 {
@@ -159,7 +217,7 @@ unsafe fn left_riders<S: Simd, L: Left>(s: S, block: L, steps: usize) -> S::V {
 /// # Safety
 /// As for [`lay_out_left`].
 #[inline(always)]
-unsafe fn left_exponents<S: MatrixUnit, L: Left>(
+unsafe fn left_exponents<S: SixteenLanes, L: Left>(
     s: S,
     pieces: usize,
     blocks: usize,
@@ -199,7 +257,7 @@ unsafe fn left_exponents<S: MatrixUnit, L: Left>(
 /// Each of `rows` holds the pointers of `pieces` pieces, which are valid for reading so many blocks of `steps` steps, which
 /// [`fits`], with 8-bit codes; `out` is valid for writing [`line_bytes`].
 #[inline(always)]
-pub(crate) unsafe fn lay_out_left<S: MatrixUnit, L: Left>(
+pub(crate) unsafe fn lay_out_left<S: SixteenLanes, L: Left>(
     s: S,
     pieces: usize,
     blocks: usize,
@@ -224,16 +282,17 @@ pub(crate) unsafe fn lay_out_left<S: MatrixUnit, L: Left>(
         for ((p, starts), least) in rows.iter().enumerate().zip(least) {
             s.store_chunk(ends.add(4 * PANEL_ROWS * p), least);
             let to = out.add(4 * PIECE * PANEL_ROWS * p);
-            let mut sums = s.splat(0);
+            let (mut sums, mut sizes) = (s.splat(0), s.splat(0));
             let mut words = [s.splat(0); GROUP];
             let mut at = 0;
             for piece in 0..pieces {
                 let mut block = L::new(starts.as_ptr().add(piece * L::POINTERS));
                 for _ in 0..blocks {
-                    let shift = Shift::new(s, left_riders(s, block, steps), least);
+                    let shift = Shift::new(s, places(s, left_riders(s, block, steps), least, room));
                     for t in (0..steps).step_by(GROUP) {
                         let word = shift.apply(s, left_steps(s, block, t));
-                        sums = s.dot4(sums, s.abs_i8(word), s.splat(0x0101_0101));
+                        sums = s.dot4(sums, s.splat(BYTES), word);
+                        sizes = s.dot4(sizes, s.abs_i8(word), s.splat(BYTES));
                         words[at % PIECE / GROUP] = word;
                         at += GROUP;
                         if at.is_multiple_of(PIECE) {
@@ -247,7 +306,9 @@ pub(crate) unsafe fn lay_out_left<S: MatrixUnit, L: Left>(
                 words[at % PIECE / GROUP..].fill(s.splat(0));
                 store_piece(s, words, to.add(PIECE_BYTES * (at / PIECE)));
             }
-            largest = s.max_i32(largest, s.sum_chunks(sums));
+            let correction = s.sub(s.splat(0), s.shl::<7>(s.sum_chunks(sums)));
+            s.store_chunk(ends.add(4 * (SIDE + PANEL_ROWS * p)), correction);
+            largest = s.max_i32(largest, s.sum_chunks(sizes));
         }
     }
     Some(s.reduce_max_i32(largest) as u32)
@@ -281,14 +342,14 @@ unsafe fn right_riders<S: Simd, const NIBBLES: bool>(s: S, steps: usize, block: 
     }
 }
 
-/// Lays out a right panel of codes raised by `offset`, bytes or nibbles. How many places the largest shift takes; None:
+/// Lays out a right panel of codes raised by `offset`, bytes or nibbles, as signed codes or RAISED by 128. How many places the largest shift takes; None:
 /// the exponents of a line lie more than `room` places apart, and nothing was laid out.
 ///
 /// # Safety
 /// `panel` is valid for reading `blocks` blocks of `steps` steps, which [`fits`], of 32 columns, `out` for writing
 /// [`line_bytes`].
 #[inline(always)]
-pub(crate) unsafe fn lay_out_right<S: MatrixUnit, const NIBBLES: bool>(
+pub(crate) unsafe fn lay_out_right<S: SixteenLanes, const NIBBLES: bool, const RAISED: bool>(
     s: S,
     blocks: usize,
     steps: usize,
@@ -297,14 +358,13 @@ pub(crate) unsafe fn lay_out_right<S: MatrixUnit, const NIBBLES: bool>(
     panel: *const u8,
     out: *mut u8,
 ) -> Option<u32> {
-    const BYTES: i32 = 0x0101_0101;
     const { assert!(2 * S::LANES == SIDE) };
     let bytes = if NIBBLES { nibble_block_bytes(steps, SIDE) } else { b_block_bytes(steps, SIDE) };
     let stored_rows = if NIBBLES { steps.div_ceil(2) } else { steps };
     let zero = s.splat(BYTES.wrapping_mul(if NIBBLES { offset * 0x11 } else { offset }));
     let base = s.splat(RIDER);
-    // u − offset: no byte of the sum passes 255, and 128 off it is a change of the highest bit.
-    let (raise, sign) = (s.splat(BYTES * (128 - offset)), s.splat(BYTES << 7));
+    // Signed codes from raised ones.
+    let sign = s.splat(BYTES << 7);
     let mut all = [Exponents::none(s); 2];
     // SAFETY: the caller's word; all offsets are inside the panel and the lines.
     unsafe {
@@ -330,21 +390,21 @@ pub(crate) unsafe fn lay_out_right<S: MatrixUnit, const NIBBLES: bool>(
             return None;
         }
         let mut at = 0;
-        let place = |at: usize| out.add(PIECE_BYTES * (at / PIECE) + 4 * SIDE * row_of(at % PIECE));
         for block in 0..blocks {
             let from = panel.add(block * bytes);
             let riders = right_riders::<S, NIBBLES>(s, steps, from);
-            let shift = [
-                Shift::new(s, s.sub(riders[0], base), all[0].least),
-                Shift::new(s, s.sub(riders[1], base), all[1].least),
-            ];
+            let mut shift = [RaisedShift { places: base, term: base }; 2];
+            for (v, shift) in shift.iter_mut().enumerate() {
+                *shift = RaisedShift::new(s, places(s, s.sub(riders[v], base), all[v].least, room), offset);
+            }
             for row in 0..stored_rows {
                 let stored = columns(s, from.add(4 * SIDE * row));
                 let each = if NIBBLES { nibbles(s, stored) } else { [stored; 2] };
                 for [x, y] in each.into_iter().take(1 + usize::from(NIBBLES)) {
-                    let to = place(at);
-                    s.store(to.cast(), shift[0].apply(s, s.xor(s.add(x, raise), sign)));
-                    s.store(to.add(2 * SIDE).cast(), shift[1].apply(s, s.xor(s.add(y, raise), sign)));
+                    let to = out.add(PIECE_BYTES * (at / PIECE) + 4 * SIDE * ROW_OF[at % PIECE]);
+                    let (x, y) = (shift[0].apply(s, x), shift[1].apply(s, y));
+                    s.store(to.cast(), if RAISED { x } else { s.xor(x, sign) });
+                    s.store(to.add(2 * SIDE).cast(), if RAISED { y } else { s.xor(y, sign) });
                     at += 1;
                 }
             }
@@ -357,56 +417,90 @@ pub(crate) unsafe fn lay_out_right<S: MatrixUnit, const NIBBLES: bool>(
     }
 }
 
-#[repr(align(64))]
-struct Aligned<T>(T);
+/// Most rows of C whose sums are in registers at once.
+const TILE_ROWS: usize = 12;
 
-/// C tile of 32 × 32 = left · right + bias: the product is exact, so this is rounded once, as the contract has it.
+/// C tile of 32 columns, of the first `rows` rows and what fours of rows are begun = left · right + bias: the product is
+/// exact, so this is rounded once, as the contract has it.
 ///
 /// # Safety
-/// - `a` and `b` are valid for reading the layouts above of `pieces` pieces;
-/// - `c` is valid for writing 32 rows of 32 elements, on cache lines if it goes around them;
-/// - the calling thread's unit is configured for pieces of 16 steps.
+/// - `a` and `b` are valid for reading the layouts above of `pieces` pieces, right codes raised;
+/// - `c` is valid for writing 32 rows of 32 elements, on cache lines if it goes around them; `rows` is at most 32.
 #[inline(always)]
-pub(crate) unsafe fn tile<S: MatrixUnit>(s: S, pieces: usize, a: *const u8, b: *const u8, bias: &[f32; SIDE], c: Tile) {
-    let mut sums = MaybeUninit::<Aligned<[[i32; HALF * HALF]; 4]>>::uninit();
-    let sums = sums.as_mut_ptr().cast::<i32>();
-    // SAFETY: all offsets are inside the lines, the buffer and the tile that the caller vouches for; the unit writes the
-    // sums before they are read.
-    unsafe {
-        s.clear::<0>();
-        s.clear::<1>();
-        s.clear::<2>();
-        s.clear::<3>();
-        for piece in 0..pieces {
-            let (a, b) = (a.add(PIECE_BYTES * piece), b.add(PIECE_BYTES * piece));
-            s.fill_passing::<4>(a, 4 * PIECE);
-            s.fill::<6>(b, 4 * SIDE);
-            s.multiply::<0, 4, 6>();
-            s.fill::<7>(b.add(4 * HALF), 4 * SIDE);
-            s.multiply::<1, 4, 7>();
-            s.fill_passing::<5>(a.add(4 * PIECE * HALF), 4 * PIECE);
-            s.multiply::<2, 5, 6>();
-            s.multiply::<3, 5, 7>();
-        }
-        s.store_sums::<0>(sums);
-        s.store_sums::<1>(sums.add(HALF * HALF));
-        s.store_sums::<2>(sums.add(2 * HALF * HALF));
-        s.store_sums::<3>(sums.add(3 * HALF * HALF));
-        let (ea, eb) = (a.add(PIECE_BYTES * pieces).cast::<i32>(), columns::<S, 2>(s, b.add(PIECE_BYTES * pieces)));
-        let bias = columns::<S, 2>(s, bias.as_ptr().cast());
-        for row in 0..SIDE {
-            let from = sums.add(2 * HALF * HALF * (row / HALF) + HALF * (row % HALF));
-            let ea = s.splat(ea.add(row).read_unaligned());
-            let x = s.mul_add_f32(s.to_f32(s.load(from)), s.add(eb[0], ea), bias[0]);
-            let y = s.mul_add_f32(s.to_f32(s.load(from.add(HALF * HALF))), s.add(eb[1], ea), bias[1]);
-            let to = c.c.add(row * c.stride);
-            if c.around {
-                s.store_around(to.cast(), x);
-                s.store_around(to.add(HALF).cast(), y);
-            } else {
-                s.store(to.cast(), x);
-                s.store(to.add(HALF).cast(), y);
+pub(crate) unsafe fn tile<S: SixteenLanes>(
+    s: S,
+    pieces: usize,
+    a: *const u8,
+    b: *const u8,
+    bias: &[f32; SIDE],
+    (c, rows): (Tile, usize),
+) {
+    let mut first = 0;
+    while first < rows {
+        // SAFETY: the caller's word.
+        unsafe {
+            match rows - first {
+                1..=4 => rows_of_tile::<S, 4>(s, pieces, a, b, bias, (c, first)),
+                5..=8 => rows_of_tile::<S, 8>(s, pieces, a, b, bias, (c, first)),
+                _ => rows_of_tile::<S, TILE_ROWS>(s, pieces, a, b, bias, (c, first)),
             }
+        }
+        first += TILE_ROWS;
+    }
+}
+
+/// ROWS rows of it from row `first` on.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+unsafe fn rows_of_tile<S: SixteenLanes, const ROWS: usize>(
+    s: S,
+    pieces: usize,
+    a: *const u8,
+    b: *const u8,
+    bias: &[f32; SIDE],
+    (c, first): (Tile, usize),
+) {
+    // SAFETY: all offsets are inside the lines and the tile that the caller vouches for.
+    unsafe {
+        let (ends, eb) = (a.add(PIECE_BYTES * pieces).cast::<i32>(), b.add(PIECE_BYTES * pieces));
+        let mut acc = [[s.splat(0); 2]; ROWS];
+        for (row, acc) in acc.iter_mut().enumerate() {
+            *acc = [s.splat(ends.add(SIDE + first + row).read_unaligned()); 2];
+        }
+        for piece in 0..pieces {
+            let (a, b) = (a.add(PIECE_BYTES * piece + 4 * PIECE * first), b.add(PIECE_BYTES * piece));
+            for step in 0..PIECE {
+                let x: [S::V; 2] = columns(s, b.add(4 * SIDE * step));
+                for (row, acc) in acc.iter_mut().enumerate() {
+                    let w = s.splat(a.add(4 * (PIECE * row + step)).cast::<i32>().read_unaligned());
+                    *acc = [s.dot4(acc[0], x[0], w), s.dot4(acc[1], x[1], w)];
+                }
+            }
+        }
+        let (eb, bias): ([S::V; 2], [S::V; 2]) = (columns(s, eb), columns(s, bias.as_ptr().cast()));
+        for (row, acc) in acc.iter().enumerate() {
+            let ea = s.splat(ends.add(first + row).read_unaligned());
+            let (x, y) = (s.to_f32(acc[0]), s.to_f32(acc[1]));
+            let scaled = [(x, s.add(eb[0], ea), bias[0]), (y, s.add(eb[1], ea), bias[1])];
+            store_row(s, scaled, c.c.add((first + row) * c.stride), c.around);
+        }
+    }
+}
+
+/// A row of a tile: sums · scale + bias, in two registers.
+///
+/// # Safety
+/// As for [`tile`].
+#[inline(always)]
+pub(super) unsafe fn store_row<S: SixteenLanes>(s: S, of: [(S::V, S::V, S::V); 2], to: *mut f32, around: bool) {
+    for (v, (sums, scale, bias)) in of.into_iter().enumerate() {
+        let row = s.mul_add_f32(sums, scale, bias);
+        // SAFETY: the caller's word.
+        unsafe {
+            let to = to.add(S::LANES * v).cast();
+            if around { s.store_around(to, row) } else { s.store(to, row) }
         }
     }
 }

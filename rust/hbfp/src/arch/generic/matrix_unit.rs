@@ -14,20 +14,15 @@
 //! ```
 //! Both are signed, so that nothing has to be corrected.
 
+use super::aligned::{PANELS, PIECE, PIECE_BYTES, SIDE, SixteenLanes, store_row};
 use super::product::{
     PANEL_ROWS, RIDER, Tile, a_block_bytes, b_block_bytes, columns, nibble_block_bytes, nibble_riders, nibbles,
 };
 use crate::arch::simd::Simd;
 use std::mem::MaybeUninit;
 
-/// Rows and columns of a tile of C.
-pub(crate) const SIDE: usize = 32;
-/// Left panels of a tile.
-pub(crate) const PANELS: usize = SIDE / PANEL_ROWS;
-/// Rows and columns of a product of the unit.
-pub(super) const HALF: usize = SIDE / 2;
-/// Most steps of a product of the unit.
-pub(crate) const PIECE: usize = 16;
+/// Rows and columns of a product of the unit; it takes at most a piece of steps.
+const HALF: usize = SIDE / 2;
 
 /// Bytes of a block of 32 lines.
 pub(crate) const fn block_bytes(steps: usize) -> usize {
@@ -48,7 +43,7 @@ const fn piece_steps(steps: usize) -> usize {
 ///
 /// # Safety
 /// Methods but `configure` need a configuration of the calling thread; pointers are valid for what is read or written.
-pub(crate) trait MatrixUnit: Simd {
+pub(crate) trait MatrixUnit: SixteenLanes {
     /// What was configured before.
     type Before;
     /// Makes the registers ready for pieces of `steps` steps.
@@ -64,10 +59,6 @@ pub(crate) trait MatrixUnit: Simd {
     unsafe fn fill_passing<const T: usize>(self, from: *const u8, stride: usize);
     /// Sums += left codes · right codes.
     unsafe fn multiply<const SUMS: usize, const LEFT: usize, const RIGHT: usize>(self);
-    /// A register to a cache line, around the caches; for other threads after [`MatrixUnit::restore`].
-    unsafe fn store_around(self, p: *mut i32, v: Self::V);
-    /// Word t of line r, of 16 bytes of four lines, as word r of chunk t.
-    unsafe fn steps_of_lines(self, lines: [*const u8; PANEL_ROWS]) -> Self::V;
     /// Four rows from 16 steps of a panel, or 8.
     unsafe fn panel_rows<const STEPS: usize>(self, panel: *const u8, to: *mut u8);
 }
@@ -362,6 +353,62 @@ pub(crate) unsafe fn tile<S: MatrixUnit, const STEPS: usize>(
                 s.store(to.cast(), x);
                 s.store(to.add(HALF).cast(), y);
             }
+        }
+    }
+}
+
+/// C tile of 32 × 32 = left · right + bias of lines brought to one exponent, laid out as in [`super::aligned`]; of up to 16
+/// `rows` the lower half is left out.
+///
+/// # Safety
+/// As for [`super::aligned::tile`], right codes not raised; the calling thread's unit is [configured](configure) for pieces
+/// of 16 steps.
+#[inline(always)]
+pub(crate) unsafe fn aligned_tile<S: MatrixUnit>(
+    s: S,
+    pieces: usize,
+    a: *const u8,
+    b: *const u8,
+    bias: &[f32; SIDE],
+    (c, rows): (Tile, usize),
+) {
+    let mut sums = MaybeUninit::<Aligned<[[i32; HALF * HALF]; 4]>>::uninit();
+    let sums = sums.as_mut_ptr().cast::<i32>();
+    let both = rows > HALF;
+    // SAFETY: all offsets are inside the lines, the buffer and the tile that the caller vouches for; the unit writes the
+    // sums before they are read.
+    unsafe {
+        s.clear::<0>();
+        s.clear::<1>();
+        s.clear::<2>();
+        s.clear::<3>();
+        for piece in 0..pieces {
+            let (a, b) = (a.add(PIECE_BYTES * piece), b.add(PIECE_BYTES * piece));
+            s.fill_passing::<4>(a, 4 * PIECE);
+            s.fill::<6>(b, 4 * SIDE);
+            s.multiply::<0, 4, 6>();
+            s.fill::<7>(b.add(4 * HALF), 4 * SIDE);
+            s.multiply::<1, 4, 7>();
+            if both {
+                s.fill_passing::<5>(a.add(4 * PIECE * HALF), 4 * PIECE);
+                s.multiply::<2, 5, 6>();
+                s.multiply::<3, 5, 7>();
+            }
+        }
+        s.store_sums::<0>(sums);
+        s.store_sums::<1>(sums.add(HALF * HALF));
+        if both {
+            s.store_sums::<2>(sums.add(2 * HALF * HALF));
+            s.store_sums::<3>(sums.add(3 * HALF * HALF));
+        }
+        let (ea, eb) = (a.add(PIECE_BYTES * pieces).cast::<i32>(), columns::<S, 2>(s, b.add(PIECE_BYTES * pieces)));
+        let bias = columns::<S, 2>(s, bias.as_ptr().cast());
+        for row in 0..if both { SIDE } else { HALF } {
+            let from = sums.add(2 * HALF * HALF * (row / HALF) + HALF * (row % HALF));
+            let ea = s.splat(ea.add(row).read_unaligned());
+            let (x, y) = (s.to_f32(s.load(from)), s.to_f32(s.load(from.add(HALF * HALF))));
+            let scaled = [(x, s.add(eb[0], ea), bias[0]), (y, s.add(eb[1], ea), bias[1])];
+            store_row(s, scaled, c.c.add(row * c.stride), c.around);
         }
     }
 }

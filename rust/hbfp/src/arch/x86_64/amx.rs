@@ -90,12 +90,8 @@ impl MatrixUnit for Avx512Vnni {
     }
     #[inline(always)]
     unsafe fn restore(self, before: Configuration) {
-        // SAFETY: see above. Palette 0, nothing configured, releases the registers. The fence: what was stored around the
-        // caches is there for other threads.
-        unsafe {
-            asm!("ldtilecfg [{0}]", in(reg) &raw const before, options(nostack, preserves_flags));
-            _mm_sfence();
-        }
+        // SAFETY: see above. Palette 0, nothing configured, releases the registers.
+        unsafe { asm!("ldtilecfg [{0}]", in(reg) &raw const before, options(nostack, preserves_flags)) };
     }
     #[inline(always)]
     unsafe fn store_sums<const T: usize>(self, to: *mut i32) {
@@ -134,21 +130,6 @@ impl MatrixUnit for Avx512Vnni {
                 (3, 5, 7) => asm!("tdpbssd tmm3, tmm5, tmm7", options(nomem, nostack, preserves_flags)),
                 _ => unreachable!(),
             }
-        }
-    }
-    #[inline(always)]
-    unsafe fn store_around(self, p: *mut i32, v: __m512i) {
-        // SAFETY: see above.
-        unsafe { _mm512_stream_si512(p.cast(), v) }
-    }
-    #[inline(always)]
-    unsafe fn steps_of_lines(self, [a, b, c, d]: [*const u8; 4]) -> __m512i {
-        // SAFETY: see above.
-        unsafe {
-            let [a, b, c, d] = [a, b, c, d].map(|line| _mm_loadu_si128(line.cast()));
-            let (ab, cd) = (_mm256_set_m128i(b, a), _mm256_set_m128i(d, c));
-            let rows = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(ab), cd);
-            _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rows)
         }
     }
     #[inline(always)]

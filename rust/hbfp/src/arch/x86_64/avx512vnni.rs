@@ -1,5 +1,6 @@
 //! AVX-512 (F, BW, DQ, VL) with VNNI: sixteen lanes.
 
+use crate::arch::generic::aligned::SixteenLanes;
 use crate::arch::simd::Simd;
 use std::arch::asm;
 use std::arch::x86_64::*;
@@ -330,6 +331,28 @@ impl Simd for Avx512Vnni {
             _mm512_storeu_si512(p.cast(), _mm512_permutex2var_epi64(first, low, second));
             _mm512_storeu_si512(p.add(32).cast(), _mm512_permutex2var_epi64(first, high, second));
         }
+    }
+}
+
+impl SixteenLanes for Avx512Vnni {
+    #[inline(always)]
+    unsafe fn store_around(self, p: *mut i32, v: Self::V) {
+        // SAFETY: the token proves the level, the caller what pointers reach.
+        unsafe { _mm512_stream_si512(p.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn steps_of_lines(self, [a, b, c, d]: [*const u8; 4]) -> Self::V {
+        // SAFETY: the token proves the level, the caller what pointers reach.
+        unsafe {
+            let [a, b, c, d] = [a, b, c, d].map(|line| _mm_loadu_si128(line.cast()));
+            let (ab, cd) = (_mm256_set_m128i(b, a), _mm256_set_m128i(d, c));
+            let rows = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(ab), cd);
+            _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rows)
+        }
+    }
+    #[inline(always)]
+    unsafe fn fence(self) {
+        level!(_mm_sfence());
     }
 }
 
