@@ -9,6 +9,7 @@ use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT, Rounding, power_
 use crate::mem::AlignedBytes;
 use crate::rng::Seed;
 use crate::shape::FloatLines;
+use std::ops::Range;
 
 /// Rounding of one operand: which, and (if stochastic) from which bits.
 #[derive(Clone, Copy, Debug)]
@@ -49,11 +50,24 @@ pub(crate) struct Part {
     pub(crate) n: usize,
 }
 
+/// Up to eight A panels, which follow one another.
+#[derive(Debug)]
+pub(crate) struct Group {
+    pub(crate) panels: Range<usize>,
+    /// Aligned: the largest sum of a line's codes, each taken positive.
+    pub(crate) sum: Option<u32>,
+    /// Whether they are laid out for a matrix unit, block by block; None: they can't be.
+    pub(crate) laid_out: Option<bool>,
+}
+
 /// Panels in the forms that tiles are multiplied from.
 #[derive(Debug, Default)]
 pub(crate) struct TileBuffers {
     /// A B panel taken out of nibbles.
     pub(crate) panel: AlignedBytes,
+    /// What is laid out in the two left ones of the next four: groups of A panels, of the task with this number.
+    pub(crate) groups: Vec<Group>,
+    pub(crate) groups_of: Option<usize>,
     /// A task's A panels, and a B panel, for a matrix unit: block by block, and aligned.
     pub(crate) unit_left: AlignedBytes,
     pub(crate) unit_right: AlignedBytes,

@@ -414,6 +414,7 @@ impl Convolution {
                     scratch.general[panels + panel] |= scratch.general[panel];
                 }
                 let task = Task {
+                    number: None,
                     blocks: slice.len() * al.blocks,
                     rows: 0..panels,
                     columns: j..(j + plan.column_panels).min(joined.panels),
@@ -919,6 +920,7 @@ impl Convolution {
                     scratch.general[panels + panel] |= scratch.general[panel];
                 }
                 let task = Task {
+                    number: None,
                     blocks: slice.len() * al.blocks,
                     rows: 0..panels,
                     columns: j..(j + plan.column_panels).min(joined.panels),

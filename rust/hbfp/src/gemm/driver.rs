@@ -78,8 +78,12 @@ impl Plan {
         let mut column_panels = if wide { 64 } else { 16 }.min(bl.panels);
         if workers > 1 {
             let tasks = |r: usize, c: usize| al.matrices * al.panels.div_ceil(r) * bl.panels.div_ceil(c);
-            // Each task lays its left panels out anew.
-            let fewest = if wide { 8 } else { 1 };
+            // Wide: two are the fewest; left panels that come in several passes are laid out for each task anew.
+            let fewest = match (wide, depth < al.blocks) {
+                (true, true) => 8,
+                (true, false) => 2,
+                (false, _) => 1,
+            };
             while tasks(row_panels, column_panels) < TASKS_PER_WORKER * workers
                 && (row_panels > 8 || column_panels > fewest)
             {
@@ -128,7 +132,11 @@ pub(super) fn multiply(
     let fillings = Fillings::new(ctx, [Some(left), kept, fresh].into_iter().flatten(), together);
     let out = SharedMut::new(out);
     let tiles = Tiles::new(ctx, kernel, al, bl, out, epilogue);
-    let plan = Plan::new(ctx, &al, &bl, encoded, tiles.wide(al.panels));
+    let wide = tiles.wide(al.panels);
+    let plan = Plan::new(ctx, &al, &bl, encoded, wide);
+    if wide {
+        scratch.iter().for_each(|s| s.lock().unwrap_or_else(PoisonError::into_inner).tiles.groups_of = None);
+    }
     let row_tasks = al.panels.div_ceil(plan.row_panels);
     let column_tasks = bl.panels.div_ceil(plan.column_panels);
     let passes = al.blocks.div_ceil(plan.depth).max(1);
@@ -147,7 +155,11 @@ pub(super) fn multiply(
             return;
         }
         let (matrix, rest) = (task / (row_tasks * column_tasks), task % (row_tasks * column_tasks));
-        let (r, c) = (rest % row_tasks * plan.row_panels, rest / row_tasks * plan.column_panels);
+        // Wide: what a worker has laid out of its left panels serves its next tasks as well.
+        let (r, c) =
+            if wide { (rest / column_tasks, rest % column_tasks) } else { (rest % row_tasks, rest / row_tasks) };
+        let left_number = matrix * row_tasks + r;
+        let (r, c) = (r * plan.row_panels, c * plan.column_panels);
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         let (rows, columns) = (r..(r + plan.row_panels).min(al.panels), c..(c + plan.column_panels).min(bl.panels));
         for pass in 0..passes {
@@ -166,6 +178,7 @@ pub(super) fn multiply(
                     let PanelBlocks { bytes, general } = blocks_of(a, &al, al.panel(matrix, i));
                     LeftBlocks { rows: Left::Panel(bytes), general }
                 },
+                number: wide.then_some(left_number * passes + pass),
                 right: |j| blocks_of(b, &bl, bl.panel(if bl.shared { 0 } else { matrix }, j)),
                 place: |i, j, general| Place {
                     at: (matrix * m + i * PANEL_ROWS) * n + j * bl.width,

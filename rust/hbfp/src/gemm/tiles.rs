@@ -7,7 +7,7 @@ use crate::arch::generic::aligned::{PANELS, SIDE};
 use crate::arch::generic::product::{Operands, PANEL_ROWS, Tile, b_block_bytes};
 use crate::arch::generic::{aligned, matrix_unit};
 use crate::arch::kernels::{AlignedKernels, MatrixUnitKernels, TileFn, TileKernel, TileShape, UnitTileFn};
-use crate::encode::blocks::TileBuffers;
+use crate::encode::blocks::{Group, TileBuffers};
 use crate::encode::panels::{Form, PanelLayout};
 use crate::encode::{Context, forms};
 use crate::mem::{AlignedBytes, SharedMut};
@@ -120,15 +120,6 @@ struct Wide {
     /// Largest codes, and how far they can be shifted.
     max_codes: [i32; 2],
     room: [i32; 2],
-}
-
-/// Up to eight left panels, which follow one another.
-struct Group {
-    panels: Range<usize>,
-    /// Aligned: the largest sum of a line's codes, each taken positive.
-    sum: Option<u32>,
-    /// Whether they are laid out for a matrix unit, block by block; None: they can't be.
-    laid_out: Option<bool>,
 }
 
 impl<'a> Tiles<'a> {
@@ -289,6 +280,8 @@ pub(super) struct Task<L, R, P> {
     pub(super) left: L,
     /// A panel of B, as it is stored.
     pub(super) right: R,
+    /// Number of the left panels and blocks: tasks of one number find what was laid out of them. None: laid out anew.
+    pub(super) number: Option<usize>,
     /// Where the tile of two panels lies, and whether one of its blocks needs the general product.
     pub(super) place: P,
 }
@@ -305,7 +298,15 @@ where
     /// The panels hold as many blocks of the layouts, and stay as they are; the tiles belong to the task.
     pub(super) unsafe fn run(&self, tiles: &Tiles<'_>, buffers: &mut TileBuffers) {
         let wide = tiles.wide.filter(|_| self.blocks > 0 && self.columns.len() > 1);
-        let mut groups = wide.map_or_else(Vec::new, |wide| self.groups(wide));
+        let mut groups = std::mem::take(&mut buffers.groups);
+        if wide.is_none() || self.number.is_none() || buffers.groups_of != self.number {
+            groups.clear();
+            if let Some(wide) = wide {
+                self.group(wide, &mut groups);
+                // SAFETY: the caller's word.
+                unsafe { self.align_groups(wide, tiles, &mut groups, buffers) };
+            }
+        }
         // SAFETY: the caller's word.
         unsafe {
             match wide.filter(|_| !groups.is_empty()) {
@@ -313,6 +314,7 @@ where
                 None => self.columns.clone().for_each(|j| self.column(tiles, j, &self.rows, &mut buffers.panel)),
             }
         }
+        (buffers.groups, buffers.groups_of) = (groups, self.number.filter(|_| wide.is_some()));
     }
 
     /// The tiles of a B panel and some A panels.
@@ -331,7 +333,7 @@ where
     }
 
     /// The A panels, eight by eight, that tiles of 32 × 32 take.
-    fn groups(&self, wide: Wide) -> Vec<Group> {
+    fn group(&self, wide: Wide, groups: &mut Vec<Group>) {
         let place = |i: usize| (self.place)(i, self.columns.start, false);
         let group = |first: usize| {
             let panels = first..(first + PANELS).min(self.rows.end);
@@ -341,7 +343,7 @@ where
             let takes = panels.len() >= wide.aligned.fewest_panels && !panels.clone().any(|i| (self.left)(i).general);
             takes.then(|| Group { panels, sum: None, laid_out: (whole && wide.unit.is_some()).then_some(false) })
         };
-        self.rows.clone().step_by(PANELS).filter_map(group).collect()
+        groups.extend(self.rows.clone().step_by(PANELS).filter_map(group));
     }
 
     /// The panels from `first` on as a matrix unit reads them block by block, piece by piece.
@@ -367,6 +369,24 @@ where
         }
     }
 
+    /// Aligns the groups that can be, where C starts at zero.
+    ///
+    /// # Safety
+    /// As for [`Task::run`].
+    unsafe fn align_groups(&self, wide: Wide, tiles: &Tiles<'_>, groups: &mut [Group], buffers: &mut TileBuffers) {
+        let (blocks, steps) = (self.blocks, tiles.al.steps);
+        let first = (self.place)(self.rows.start, self.columns.start, false).first;
+        if !aligned::fits(steps) || !first || tiles.epilogue.accumulate {
+            return;
+        }
+        let line_bytes = aligned::line_bytes(blocks, steps);
+        let to = buffers.aligned_left.reserve(groups.len() * line_bytes).as_ptr();
+        for (g, group) in groups.iter_mut().enumerate() {
+            // SAFETY: the caller's word; the buffer has room for the groups.
+            group.sum = unsafe { self.align_left(wide, tiles, &group.panels, to.add(g * line_bytes)) };
+        }
+    }
+
     /// A group aligned, if it can be: the largest sum of a line's codes.
     ///
     /// # Safety
@@ -384,21 +404,13 @@ where
     /// [`Task::run`] by tiles of 32 × 32, where the groups can be aligned or a matrix unit takes them.
     ///
     /// # Safety
-    /// As for [`Task::run`]; the groups are those of [`Task::groups`].
+    /// As for [`Task::run`]; the groups are those of [`Task::group`], and [aligned](Task::align_groups).
     unsafe fn by_groups(&self, wide: Wide, tiles: &Tiles<'_>, groups: &mut [Group], buffers: &mut TileBuffers) {
-        let Tiles { al, bl, epilogue, .. } = tiles;
+        let Tiles { al, bl, .. } = tiles;
         let (blocks, steps) = (self.blocks, al.steps);
         let nibbles = usize::from(bl.form == Form::Nibbles);
         let (pieces, line_bytes) = (aligned::pieces(blocks, steps), aligned::line_bytes(blocks, steps));
         let kernels = wide.aligned;
-        let first = (self.place)(self.rows.start, self.columns.start, false).first;
-        if aligned::fits(steps) && first && !epilogue.accumulate {
-            let to = buffers.aligned_left.reserve(groups.len() * line_bytes).as_ptr();
-            for (g, group) in groups.iter_mut().enumerate() {
-                // SAFETY: the caller's word; the buffer has room for the groups.
-                group.sum = unsafe { self.align_left(wide, tiles, &group.panels, to.add(g * line_bytes)) };
-            }
-        }
         let group_bytes = blocks * matrix_unit::block_bytes(steps);
         let mut run = || {
             for j in self.columns.clone() {
