@@ -243,7 +243,8 @@ mod tests {
     use crate::arch::kernels::{Kernels, models};
     use crate::encode::Context;
     use crate::encode::blocks::RoundingMode;
-    use crate::encode::panels::{Form, Job, Panels, Source, fill};
+    use crate::encode::filling::{Job, Source, fill};
+    use crate::encode::panels::{Form, Panels};
     use crate::format::{BlockFormat, BlockShape};
     use crate::parallel::Serial;
     use crate::shape::FloatTensor;

@@ -19,9 +19,8 @@ use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::arch::kernels::Kernels;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
-use crate::encode::panels::{
-    Filling, Fillings, Form, Job, PanelLayout, Panels, PanelsMut, PanelsRef, Side, Source, reserve_scratch,
-};
+use crate::encode::filling::{Filling, Fillings, Job, Source, reserve_scratch};
+use crate::encode::panels::{Form, PanelLayout, Panels, PanelsMut, PanelsRef, Side};
 use crate::encode::{Context, check_size, forms};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
