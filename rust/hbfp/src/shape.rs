@@ -174,6 +174,11 @@ impl<'a> FloatLines<'a> {
         }
     }
 
+    /// One of the matrices. Random bits stay with the elements.
+    pub(crate) fn matrix(&self, m: usize) -> FloatLines<'a> {
+        FloatLines { offsets: vec![self.offsets[m]], first_row: self.row(m, 0, 0), ..*self }
+    }
+
     /// Matrices that begin `offsets` elements from `ptr` on, whose random bits lie in a plane as they themselves do.
     ///
     /// # Safety

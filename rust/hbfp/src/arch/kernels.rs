@@ -6,6 +6,7 @@ use super::generic::encode::{
 use super::generic::matrix_unit::{PANELS, SIDE};
 use super::generic::philox::Counters;
 use super::generic::product::{Correction, Lines, Operands, Panel, Tile};
+use super::generic::straight;
 use super::level::Level;
 use crate::rng::Seed;
 
@@ -54,6 +55,7 @@ pub(crate) struct MatrixUnitKernels {
     /// The function for blocks of this many steps.
     pub(crate) tile: fn(steps: usize) -> UnitTileFn,
     pub(crate) aligned: AlignedKernels,
+    pub(crate) straight: StraightKernels,
     pub(crate) peak: unsafe fn(rounds: usize),
 }
 /// Conditions as for [`super::generic::relayout::panel_of_lines`].
@@ -81,6 +83,15 @@ type AlignLeft = unsafe fn(
 ) -> Option<u32>;
 type AlignRight =
     unsafe fn(blocks: usize, steps: usize, offset: i32, room: i32, panel: *const u8, out: *mut u8) -> Option<u32>;
+
+/// Kernels for small matrices; conditions as for the functions of the same names in [`super::generic::straight`].
+#[derive(Debug)]
+pub(crate) struct StraightKernels {
+    /// Of a left, of a right operand; of lines that are contiguous, that lie side by side. Indexed by rounding.
+    pub(crate) encode: [[[EncodeStraight; 4]; 2]; 2],
+    pub(crate) product: unsafe fn(&straight::Sizes, a: *const u8, b: *const u8, c: *mut f32),
+}
+type EncodeStraight = unsafe fn(&straight::Lines, &PanelCoding, to: *mut u8) -> bool;
 
 /// The kernels of a level. Conditions of the functions stand at the generic algorithms of the same names.
 #[derive(Debug)]
@@ -321,6 +332,18 @@ kernels!(
     [tile_dot4 Total DOT4], [nibbles_dot4 Total DOT4], [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 );
 
+/// [`straight::encode`] of a side, by rounding.
+macro_rules! straight_roundings {
+    ($left:literal, $across:literal) => {
+        [
+            straight_encode::<NEAREST_EVEN, $left, $across>,
+            straight_encode::<NEAREST_AWAY, $left, $across>,
+            straight_encode::<TOWARD_ZERO, $left, $across>,
+            straight_encode::<STOCHASTIC, $left, $across>,
+        ]
+    };
+}
+
 /// Compiles the algorithms of a matrix unit for one token, and adds them to a level's table.
 macro_rules! matrix_unit {
     ($name:ident, $level:expr, $base:ident, $token:ty, $make:expr, $attribute:tt) => {
@@ -342,6 +365,13 @@ macro_rules! matrix_unit {
                         lay_out_left: [align_left::<Panel>, align_left::<Lines>],
                         lay_out_right: [align_right::<false>, align_right::<true>],
                         tile: aligned_tile,
+                    },
+                    straight: StraightKernels {
+                        encode: [
+                            [straight_roundings!(true, false), straight_roundings!(true, true)],
+                            [straight_roundings!(false, false), straight_roundings!(false, true)],
+                        ],
+                        product: straight_product,
                     },
                     peak,
                 }),
@@ -389,6 +419,16 @@ macro_rules! matrix_unit {
             #$attribute
             unsafe fn aligned_tile(pieces: usize, a: *const u8, b: *const u8, bias: &[f32; SIDE], c: Tile) {
                 unsafe { aligned::tile($make, pieces, a, b, bias, c) }
+            }
+            #$attribute
+            unsafe fn straight_encode<const R: u8, const LEFT: bool, const ACROSS: bool>(
+                of: &straight::Lines, coding: &PanelCoding, to: *mut u8,
+            ) -> bool {
+                unsafe { straight::encode::<_, R, LEFT, ACROSS>($make, of, coding, to) }
+            }
+            #$attribute
+            unsafe fn straight_product(sizes: &straight::Sizes, a: *const u8, b: *const u8, c: *mut f32) {
+                unsafe { straight::product($make, sizes, a, b, c) }
             }
             #$attribute
             unsafe fn tile<const STEPS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile) {

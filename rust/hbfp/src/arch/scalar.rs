@@ -73,6 +73,18 @@ impl<const N: usize> Simd for Scalar<N> {
         unsafe { p.cast::<Lanes<N>>().write_unaligned(v) }
     }
     #[inline(always)]
+    unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V {
+        // SAFETY: the caller vouches for n words.
+        from_fn(|i| if i < n { unsafe { p.cast::<u32>().add(i).read_unaligned() } } else { 0 })
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, p: *mut i32, n: usize, v: Self::V) {
+        for (i, &v) in v.iter().enumerate().take(n) {
+            // SAFETY: the caller vouches for n words.
+            unsafe { p.cast::<u32>().add(i).write_unaligned(v) }
+        }
+    }
+    #[inline(always)]
     unsafe fn load_u16(self, p: *const u16) -> Self::V {
         // SAFETY: the caller vouches for N halves.
         let h = unsafe { p.cast::<[u16; N]>().read_unaligned() };

@@ -23,6 +23,14 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for writing `LANES` words; no alignment is needed.
     unsafe fn store(self, p: *mut i32, v: Self::V);
+    /// The first `n` ≤ LANES lanes, zeros after them.
+    /// # Safety
+    /// `p` is valid for reading `n` words; no alignment is needed.
+    unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V;
+    /// The first `n` ≤ LANES lanes.
+    /// # Safety
+    /// `p` is valid for writing `n` words; no alignment is needed.
+    unsafe fn store_first(self, p: *mut i32, n: usize, v: Self::V);
     /// Asks for the cache line at `p`, which need not exist.
     #[inline(always)]
     fn prefetch(self, p: *const f32) {

@@ -84,6 +84,8 @@ pub(crate) struct Scratch {
     /// Patches of an image, and their panels.
     pub(crate) patches: Vec<f32>,
     pub(crate) patch_panels: Panels,
+    /// A small matrix of either operand.
+    pub(crate) small: [Panels; 2],
     /// Which blocks of a strip of planes are laid out code by code.
     pub(crate) left: Vec<bool>,
     /// At least as many zeros as a block has elements.
@@ -119,6 +121,7 @@ impl Scratch {
             + self.strips.capacity()
             + 4 * self.patches.len()
             + self.patch_panels.bytes.capacity()
+            + self.small.iter().map(|panels| panels.bytes.capacity()).sum::<usize>()
     }
 }
 

@@ -26,9 +26,9 @@ use std::mem::MaybeUninit;
 pub(crate) const EXACT: u64 = 1 << 24;
 
 /// Steps that fill a register of a left panel.
-const GROUP: usize = 4;
+pub(super) const GROUP: usize = 4;
 /// Bytes of a piece of 32 lines.
-const PIECE_BYTES: usize = 4 * SIDE * PIECE;
+pub(super) const PIECE_BYTES: usize = 4 * SIDE * PIECE;
 
 /// Pieces of a reduction.
 pub(crate) const fn pieces(blocks: usize, steps: usize) -> usize {
@@ -46,7 +46,7 @@ pub(crate) const fn fits(steps: usize) -> bool {
 }
 
 /// Where a step lies in its piece, in both operands: so a transposition of words lays the left one out.
-const fn row_of(step: usize) -> usize {
+pub(super) const fn row_of(step: usize) -> usize {
     GROUP * (step % GROUP) + step / GROUP
 }
 

@@ -43,7 +43,7 @@ pub(crate) struct Scaling {
 
 /// y rounded.
 #[inline(always)]
-fn round<S: Simd, const R: u8>(s: S, y: S::V, random: S::V) -> S::V {
+pub(super) fn round<S: Simd, const R: u8>(s: S, y: S::V, random: S::V) -> S::V {
     match R {
         NEAREST_EVEN => s.round_to_i32(y),
         NEAREST_AWAY => {
@@ -111,7 +111,7 @@ pub(crate) struct PanelCoding {
     carry: i32,
     shift: i32,
     clamp: [i32; 2],
-    limit: i32,
+    pub(super) limit: i32,
     /// What the right operand's codes are raised by.
     offset: i32,
     /// What a left operand carries; None for a right one.
@@ -143,16 +143,16 @@ pub(crate) struct BlockPlace {
 }
 
 /// Scale exponents of blocks, one a lane.
-struct Scales<V> {
-    scale: V,
+pub(super) struct Scales<V> {
+    pub(super) scale: V,
     /// Zeros in the lanes of NaN blocks, where there are any.
     keep: Option<V>,
     /// Whether one is outside the fast range.
-    general: bool,
+    pub(super) general: bool,
 }
 
 #[inline(always)]
-fn scales<S: Simd>(s: S, amax: S::V, coding: &PanelCoding) -> Scales<S::V> {
+pub(super) fn scales<S: Simd>(s: S, amax: S::V, coding: &PanelCoding) -> Scales<S::V> {
     let exponent = s.sar::<23>(s.add(amax, s.splat(coding.carry)));
     let scale = s.add(exponent, s.splat(coding.shift));
     let scale = s.min_i32(s.max_i32(scale, s.splat(coding.clamp[0])), s.splat(coding.clamp[1]));
@@ -179,7 +179,7 @@ fn scales<S: Simd>(s: S, amax: S::V, coding: &PanelCoding) -> Scales<S::V> {
 
 /// 2^−scale, also where it is subnormal.
 #[inline(always)]
-fn inverses<S: Simd>(s: S, scale: S::V) -> S::V {
+pub(super) fn inverses<S: Simd>(s: S, scale: S::V) -> S::V {
     s.max_i32(s.shl::<23>(s.sub(s.splat(127), scale)), s.splat(0x0040_0000))
 }
 
@@ -253,13 +253,13 @@ unsafe fn store_codes<S: Simd, const SIDE: u8>(s: S, coding: &PanelCoding, words
 /// # Safety
 /// `x` is valid for reading `left` elements.
 #[inline(always)]
-unsafe fn load_up_to<S: Simd>(s: S, x: *const f32, left: usize) -> S::V {
+pub(super) unsafe fn load_up_to<S: Simd>(s: S, x: *const f32, left: usize) -> S::V {
     // SAFETY: the caller vouches for the source.
     unsafe {
         if left >= S::LANES {
             s.load(x.cast())
         } else if left > 0 {
-            s.load(padded_tail(x, left).as_ptr().cast())
+            s.load_first(x.cast(), left)
         } else {
             s.splat(0)
         }

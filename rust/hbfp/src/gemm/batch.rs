@@ -1,0 +1,251 @@
+//! Batches of small products. A task takes some matrices, one after the other: both operands are encoded to memory of the
+//! worker's, which the first-level cache holds, and multiplied before the next matrix comes.
+#![allow(unsafe_code, reason = "calls of kernels, and tasks that write the matrices of disjoint runs")]
+
+use super::cache::Caches;
+use super::tiles::{Kernel, Left, LeftBlocks, PanelBlocks, Place, Task, Tiles};
+use super::{Epilogue, driver};
+use crate::arch::generic::encode::{PanelCoding, STRIP};
+use crate::arch::generic::product::PANEL_ROWS;
+use crate::arch::generic::straight::{Lines, Sizes, block_bytes};
+use crate::arch::generic::{aligned, matrix_unit};
+use crate::arch::kernels::MatrixUnitKernels;
+use crate::encode::blocks::{Part, Scratch, random_rows, random_strip};
+use crate::encode::filling::{Filling, Job, Source, reserve_scratch};
+use crate::encode::panels::{PanelLayout, Panels, PanelsRef};
+use crate::encode::{Context, RoundingMode};
+use crate::format::BlockFormat;
+use crate::mem::SharedMut;
+use crate::parallel::{Serial, for_each_task};
+use crate::shape::FloatLines;
+use std::sync::{Mutex, PoisonError};
+
+/// Tasks for each thread, so that all end together.
+const TASKS_PER_WORKER: usize = 8;
+/// The second-level cache holds as many elements of both operands as [`takes`] admits so many times over.
+const SHARE_OF_L2: usize = 16;
+
+/// An operand of all matrices, and the layout of one.
+#[derive(Clone, Copy)]
+pub(super) struct Side<'a> {
+    pub(super) x: &'a FloatLines<'a>,
+    pub(super) mode: RoundingMode,
+    pub(super) format: BlockFormat,
+    pub(super) layout: PanelLayout,
+}
+
+/// Whether matrices with these layouts are so small that they are best taken one by one, and so many that all threads have
+/// some.
+pub(super) fn takes(ctx: &Context<'_>, al: &PanelLayout, bl: &PanelLayout) -> bool {
+    let elements = (al.lines + bl.lines).saturating_mul(al.k);
+    al.matrices > 1
+        && al.matrices == bl.matrices
+        && al.matrices >= ctx.threads
+        && al.blocks > 0
+        && elements <= Caches::get().l2 / SHARE_OF_L2
+}
+
+/// `out` ← products of all matrices.
+pub(super) fn multiply(
+    ctx: &Context<'_>,
+    sides: [Side<'_>; 2],
+    out: &mut [f32],
+    kernel: Kernel,
+    scratch: &mut Vec<Mutex<Scratch>>,
+) {
+    let [al, bl] = sides.map(|side| side.layout);
+    let (matrices, [m, n, k]) = (al.matrices, [al.lines, bl.lines, al.k]);
+    assert_eq!(out.len(), matrices * m * n);
+    debug_assert!(al.blocks == bl.blocks && al.steps == bl.steps && bl.matrices == matrices && out.len() > 0);
+    reserve_scratch(ctx, scratch);
+    let workers = driver::workers(ctx, matrices * m * n * k, matrices * (m + n) * k, matrices * n * k);
+    let together = if workers == 1 { matrices } else { matrices.div_ceil(TASKS_PER_WORKER * workers) };
+    let out = SharedMut::new(out);
+    let one = |layout: PanelLayout| PanelLayout { matrices: 1, ..layout };
+    let tiles = Tiles::new(ctx, kernel, one(al), one(bl), out, Epilogue::default());
+    let straight = Straight::new(ctx, &sides, &kernel);
+    for_each_task(ctx.team, workers, matrices.div_ceil(together), &|worker, task| {
+        let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+        let scratch = &mut *scratch;
+        scratch.reserve(al.block);
+        let mut run = || {
+            for matrix in task * together..((task + 1) * together).min(matrices) {
+                // SAFETY: a matrix of C belongs to one task; the unit is configured where there is one.
+                unsafe {
+                    let done =
+                        straight.as_ref().is_some_and(|straight| straight.run(ctx, &sides, matrix, out, scratch));
+                    if !done {
+                        by_panels(ctx, &sides, matrix, &tiles, scratch);
+                    }
+                }
+            }
+        };
+        match &straight {
+            // SAFETY: the level has the unit.
+            Some(straight) => unsafe { (straight.unit.with)(matrix_unit::PIECE, &mut run) },
+            None => run(),
+        }
+    });
+}
+
+/// The way of a matrix unit: no panels between.
+struct Straight {
+    unit: &'static MatrixUnitKernels,
+    sizes: Sizes,
+    /// Whether the lines of each operand lie side by side, and how they become codes.
+    across: [bool; 2],
+    codings: [PanelCoding; 2],
+}
+
+impl Straight {
+    /// None where there is no unit, or another way is better.
+    fn new(ctx: &Context<'_>, sides: &[Side<'_>; 2], kernel: &Kernel) -> Option<Self> {
+        let unit = ctx.kernels.matrix_unit.as_ref()?;
+        let PanelLayout { steps, blocks, .. } = sides[0].layout;
+        // Blocks are filled up to what the unit takes at once.
+        if kernel.tile.is_none() || !aligned::fits(steps) {
+            return None;
+        }
+        let [left, right] = [across(&sides[0])?, across(&sides[1])?];
+        let sizes = Sizes { lines: [sides[0].layout.lines, sides[1].layout.lines], blocks, steps };
+        let codings = [0, 1].map(|i| PanelCoding::new(sides[i].format, 0, None));
+        Some(Self { unit, sizes, across: [left, right], codings })
+    }
+
+    /// Whether C of a matrix is done: not so if a line needs the general product.
+    ///
+    /// # Safety
+    /// The matrix belongs to the calling thread, whose unit is configured for pieces of 16 steps.
+    unsafe fn run(
+        &self,
+        ctx: &Context<'_>,
+        sides: &[Side<'_>; 2],
+        matrix: usize,
+        out: SharedMut<'_, f32>,
+        scratch: &mut Scratch,
+    ) -> bool {
+        let Sizes { lines: [m, n], blocks, steps } = self.sizes;
+        let bytes = |lines: usize| lines.div_ceil(STRIP) * blocks * block_bytes(steps);
+        let a = scratch.tiles.aligned_left.reserve(bytes(m)).as_ptr();
+        let b = scratch.tiles.aligned_right.reserve(bytes(n)).as_ptr();
+        // SAFETY: the caller's word; the buffers have room for all blocks of the lines.
+        unsafe {
+            if !(self.encode(ctx, sides, 0, matrix, a, scratch) && self.encode(ctx, sides, 1, matrix, b, scratch)) {
+                return false;
+            }
+            (self.unit.straight.product)(&self.sizes, a, b, out.pointer(matrix * m * n, m * n));
+        }
+        true
+    }
+
+    /// Lays out a matrix of operand `i`. False: a line needs the general product.
+    ///
+    /// # Safety
+    /// `to` is valid for writing all blocks of its lines.
+    unsafe fn encode(
+        &self,
+        ctx: &Context<'_>,
+        sides: &[Side<'_>; 2],
+        i: usize,
+        matrix: usize,
+        to: *mut u8,
+        scratch: &mut Scratch,
+    ) -> bool {
+        let Side { x, mode, ref layout, .. } = sides[i];
+        let encode = self.unit.straight.encode[i][usize::from(self.across[i])][mode.rounding as usize];
+        let PanelLayout { lines, k, block, steps, blocks, .. } = *layout;
+        for (strip, b) in (0..lines.div_ceil(STRIP)).flat_map(|strip| (0..blocks).map(move |b| (strip, b))) {
+            let (line, from) = (strip * STRIP, b * block);
+            let part = Part { matrix, line, width: STRIP.min(lines - line), k: from, n: block.min(k - from) };
+            let (mut random, mut random_stride) = (scratch.random.as_ptr(), STRIP);
+            if mode.is_stochastic() && self.across[i] {
+                random_strip(ctx.kernels, x, part, mode.seed, &mut scratch.random);
+            } else if mode.is_stochastic() {
+                random_stride = 8 * random_rows(ctx.kernels, x, part, mode.seed, &mut scratch.random);
+                random = scratch.random[from % 8..].as_ptr();
+            }
+            let stride = if self.across[i] { x.k_stride } else { x.line_stride };
+            let of = Lines { x: x.at(matrix, line, from), stride, lines: part.width, n: part.n, random, random_stride };
+            // SAFETY: the caller's word; the part lies inside the view, its random bits are there.
+            if unsafe { encode(&of, &self.codings[i], to.add((strip * blocks + b) * block_bytes(steps))) } {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+/// Whether the lines of an operand, and their random bits, lie side by side; or, if they don't, whether each is contiguous.
+/// None: neither.
+fn across(side: &Side<'_>) -> Option<bool> {
+    let Side { x, mode, .. } = side;
+    let random = |across: bool| !mode.is_stochastic() || x.by_line != across;
+    match (x.k_stride, x.line_stride) {
+        (1, _) if random(false) => Some(false),
+        (_, 1) if random(true) => Some(true),
+        _ => None,
+    }
+}
+
+/// C of a matrix by panels.
+///
+/// # Safety
+/// The matrix belongs to the calling thread.
+unsafe fn by_panels(ctx: &Context<'_>, sides: &[Side<'_>; 2], matrix: usize, tiles: &Tiles<'_>, scratch: &mut Scratch) {
+    let Tiles { al, bl, .. } = tiles;
+    let mut panels = std::mem::take(&mut scratch.small);
+    let mut laid_out = [PanelsRef::none(); 2];
+    for ((side, layout), (panels, laid_out)) in sides.iter().zip([al, bl]).zip(panels.iter_mut().zip(&mut laid_out)) {
+        *laid_out = lay_out(ctx, side, *layout, matrix, panels, scratch);
+    }
+    let [a, b] = laid_out;
+    let (m, n) = (al.lines, bl.lines);
+    let blocks_of = |of: PanelsRef, layout: &PanelLayout, panel: usize| {
+        // SAFETY: a panel that was laid out.
+        unsafe {
+            PanelBlocks { bytes: of.bytes.wrapping_add(panel * layout.panel_bytes()), general: of.is_general(panel) }
+        }
+    };
+    let task = Task {
+        blocks: al.blocks,
+        rows: 0..al.panels,
+        columns: 0..bl.panels,
+        left: |i| {
+            let PanelBlocks { bytes, general } = blocks_of(a, al, i);
+            LeftBlocks { rows: Left::Panel(bytes), general }
+        },
+        right: |j| blocks_of(b, bl, j),
+        place: |i, j, general| Place {
+            at: (matrix * m + i * PANEL_ROWS) * n + j * bl.width,
+            stride: n,
+            height: PANEL_ROWS.min(m - i * PANEL_ROWS),
+            width: bl.width.min(n - j * bl.width),
+            column: j * bl.width,
+            first: true,
+            last: true,
+            finish: tiles.finishes(general),
+        },
+    };
+    // SAFETY: the panels were laid out with these layouts; the matrix belongs to this thread.
+    unsafe { task.run(tiles, &mut scratch.tiles) };
+    scratch.small = panels;
+}
+
+/// Panels of a matrix.
+fn lay_out(
+    ctx: &Context<'_>,
+    side: &Side<'_>,
+    layout: PanelLayout,
+    matrix: usize,
+    panels: &mut Panels,
+    scratch: &mut Scratch,
+) -> PanelsRef {
+    let x = side.x.matrix(matrix);
+    let source = Source::Floats(&x, side.mode);
+    let panels = panels.reserve(&layout);
+    let ctx = Context { kernels: ctx.kernels, team: &Serial, threads: 1 };
+    Filling::new(&ctx, Job { source: &source, format: side.format, layout, panels })
+        .run_all(&ctx, scratch)
+        .expect("floats can always be encoded");
+    panels.as_ref()
+}
