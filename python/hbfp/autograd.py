@@ -466,6 +466,10 @@ def _expand(x: Tensor, batch: torch.Size) -> Tensor:
 
 
 def _batch_of(*tensors: Tensor) -> torch.Size:
+    first, *others = (x.shape[:-2] for x in tensors)
+    # Mostly they are equal, and torch takes as long for its answer as a batch of small products.
+    if all(batch == first for batch in others):
+        return first
     try:
         return torch.Size(torch.broadcast_shapes(*(x.shape[:-2] for x in tensors)))
     except RuntimeError:
@@ -529,6 +533,13 @@ def linear(
 
 def matmul(a: Tensor, b: Tensor, recipe: Recipe, seed: int, stream: int, source: object = None) -> Tensor:
     """a [..., M, K] times b [..., K, N]; see `hbfp.nn.functional.matmul`."""
+    if recipe.backends.forward is _INTEGER and not ops.recorders and a.dim() > 1 < b.dim() and _unseen(a, b, None):
+        policy = recipe.forward
+        quick = ops.quick_product(
+            a, -1, b, -2, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), None
+        )
+        if quick is not None:
+            return quick
     ops.require_real(a, b)
     require_plain(a, b)
     if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
