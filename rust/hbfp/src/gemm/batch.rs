@@ -6,22 +6,26 @@ use super::cache::Caches;
 use super::tiles::{Kernel, Left, LeftBlocks, PanelBlocks, Place, Task, Tiles};
 use super::{Epilogue, driver};
 use crate::arch::generic::encode::{PanelCoding, STRIP};
+use crate::arch::generic::matrix_unit;
+use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
 use crate::arch::generic::product::PANEL_ROWS;
 use crate::arch::generic::straight::{Lines, Sizes, block_bytes};
-use crate::arch::generic::{aligned, matrix_unit};
 use crate::arch::kernels::MatrixUnitKernels;
-use crate::encode::blocks::{Part, Scratch, random_rows, random_strip};
+use crate::encode::blocks::{Part, Scratch};
 use crate::encode::filling::{Filling, Job, Source, reserve_scratch};
 use crate::encode::panels::{PanelLayout, Panels, PanelsRef};
 use crate::encode::{Context, RoundingMode};
 use crate::format::BlockFormat;
 use crate::mem::SharedMut;
 use crate::parallel::{Serial, for_each_task};
+use crate::rng::Seed;
 use crate::shape::FloatLines;
 use std::sync::{Mutex, PoisonError};
 
 /// Tasks for each thread, so that all end together.
 const TASKS_PER_WORKER: usize = 8;
+/// Lines that are encoded at once, in whole strips: their random bits stay in the first-level cache.
+const LINES: usize = 4 * STRIP;
 /// The second-level cache holds as many elements of both operands as [`takes`] admits so many times over.
 const SHARE_OF_L2: usize = 16;
 
@@ -103,7 +107,7 @@ impl Straight {
         let unit = ctx.kernels.matrix_unit.as_ref()?;
         let PanelLayout { steps, blocks, .. } = sides[0].layout;
         // Blocks are filled up to what the unit takes at once.
-        if kernel.tile.is_none() || !aligned::fits(steps) {
+        if kernel.tile.is_none() || (blocks > 1 && steps < matrix_unit::PIECE / 4) {
             return None;
         }
         let [left, right] = [across(&sides[0])?, across(&sides[1])?];
@@ -154,25 +158,54 @@ impl Straight {
         let Side { x, mode, ref layout, .. } = sides[i];
         let encode = self.unit.straight.encode[i][usize::from(self.across[i])][mode.rounding as usize];
         let PanelLayout { lines, k, block, steps, blocks, .. } = *layout;
-        for (strip, b) in (0..lines.div_ceil(STRIP)).flat_map(|strip| (0..blocks).map(move |b| (strip, b))) {
-            let (line, from) = (strip * STRIP, b * block);
-            let part = Part { matrix, line, width: STRIP.min(lines - line), k: from, n: block.min(k - from) };
-            let (mut random, mut random_stride) = (scratch.random.as_ptr(), STRIP);
-            if mode.is_stochastic() && self.across[i] {
-                random_strip(ctx.kernels, x, part, mode.seed, &mut scratch.random);
-            } else if mode.is_stochastic() {
-                random_stride = 8 * random_rows(ctx.kernels, x, part, mode.seed, &mut scratch.random);
-                random = scratch.random[from % 8..].as_ptr();
-            }
-            let stride = if self.across[i] { x.k_stride } else { x.line_stride };
-            let of = Lines { x: x.at(matrix, line, from), stride, lines: part.width, n: part.n, random, random_stride };
+        let (across, bytes) = (self.across[i], block_bytes(steps));
+        for (first, b) in (0..lines).step_by(LINES).flat_map(|first| (0..blocks).map(move |b| (first, b))) {
+            let width = LINES.min(lines - first);
+            let part = Part { matrix, line: first, width, k: b * block, n: block.min(k - b * block) };
+            let (random, random_stride) = if mode.is_stochastic() {
+                random_bits(ctx, x, part, mode.seed, across, &mut scratch.random)
+            } else {
+                (std::ptr::null(), 0)
+            };
+            let of = Lines {
+                x: x.at(matrix, first, part.k),
+                stride: if across { x.k_stride } else { x.line_stride },
+                lines: width,
+                n: part.n,
+                random,
+                random_stride,
+                group_bytes: blocks * bytes,
+            };
+            let at = (first / STRIP * blocks + b) * bytes;
             // SAFETY: the caller's word; the part lies inside the view, its random bits are there.
-            if unsafe { encode(&of, &self.codings[i], to.add((strip * blocks + b) * block_bytes(steps))) } {
+            if unsafe { encode(&of, &self.codings[i], to.add(at)) } {
                 return false;
             }
         }
         true
     }
+}
+
+/// Random bits of a part: those of its first element, and how far those of the next line, or row, lie.
+fn random_bits(
+    ctx: &Context<'_>,
+    x: &FloatLines<'_>,
+    part: Part,
+    seed: Seed,
+    across: bool,
+    out: &mut Vec<u16>,
+) -> (*const u16, usize) {
+    let Part { line, width, k, n, .. } = part;
+    // Columns of the tensor come in groups of eight.
+    let (rows, columns) = if across { (n, line..line + width) } else { (width, k..k + n) };
+    let group = columns.start / 8;
+    let groups = columns.end.div_ceil(8) - group;
+    let row_step = if across { x.row_step as u32 } else { 1 };
+    let counters = Counters { row: x.random_row(part.matrix, line, k), row_step, rows, group: group as u32, groups };
+    out.resize(out.len().max(8 * rows * groups + RANDOM_PADDING), 0);
+    // SAFETY: room for the rectangle and its padding.
+    unsafe { (ctx.kernels.fill_random)(seed, counters, out.as_mut_ptr()) };
+    (out[columns.start % 8..].as_ptr(), 8 * groups)
 }
 
 /// Whether the lines of an operand, and their random bits, lie side by side; or, if they don't, whether each is contiguous.

@@ -18,6 +18,8 @@ use std::mem::MaybeUninit;
 
 /// Elements of a piece of a line.
 const PIECE_ELEMENTS: usize = 4 * PIECE;
+/// Registers of lines side by side whose largest magnitudes are taken at once.
+const SWEEP: usize = 4;
 /// Bits of 1.
 const ONE: i32 = 0x3F80_0000;
 
@@ -26,7 +28,7 @@ pub(crate) const fn block_bytes(steps: usize) -> usize {
     line_bytes(1, steps)
 }
 
-/// A block of up to 32 lines in memory.
+/// A block of lines in memory.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Lines {
     /// The first element.
@@ -39,6 +41,16 @@ pub(crate) struct Lines {
     /// Random bits of the first element, and elements from one line's, or row's, to the next.
     pub(crate) random: *const u16,
     pub(crate) random_stride: usize,
+    /// Bytes from 32 lines to the next 32 where they go.
+    pub(crate) group_bytes: usize,
+}
+
+impl Lines {
+    /// Bytes between the places of the first line and of this one's group.
+    #[inline(always)]
+    fn group(&self, line: usize) -> usize {
+        line / SIDE * self.group_bytes
+    }
 }
 
 /// What codes are limited to.
@@ -66,7 +78,7 @@ impl<V: Copy> Limits<V> {
 /// # Safety
 /// - every element of `of` is valid for reading, and (if `R` is stochastic) so are its random bits, and of each line or row
 ///   LANES − 1 further ones;
-/// - `to` is valid for writing [`block_bytes`].
+/// - `to` is valid for writing [`block_bytes`] for every 32 lines.
 #[inline(always)]
 pub(crate) unsafe fn encode<S: MatrixUnit, const R: u8, const LEFT: bool, const ACROSS: bool>(
     s: S,
@@ -117,6 +129,7 @@ unsafe fn rows<S: MatrixUnit, const R: u8, const LEFT: bool, const FULL: bool>(
         let random = [0, 1, 2, 3].map(|i| of.random.wrapping_add(line(i) * of.random_stride));
         // SAFETY: the caller's word: reads stay inside n, or the random bits' padding.
         unsafe {
+            let (to, first) = (to.add(of.group(first)), first % SIDE);
             let mut top = [s.splat(0); PANEL_ROWS];
             for at in (0..n).step_by(S::LANES) {
                 for (top, x) in top.iter_mut().zip(x) {
@@ -135,22 +148,43 @@ unsafe fn rows<S: MatrixUnit, const R: u8, const LEFT: bool, const FULL: bool>(
                 s.splat_in_chunks::<3>(inverse),
             ];
             for piece in 0..pieces {
-                let mut lines = [s.splat(0); PANEL_ROWS];
-                for (l, line) in lines.iter_mut().enumerate() {
-                    let mut q = [s.splat(0); 4];
-                    for (j, q) in q.iter_mut().enumerate() {
-                        let at = PIECE_ELEMENTS * piece + S::LANES * j;
-                        if FULL || at < n {
-                            let r = if R == STOCHASTIC { s.load_u16(random[l].add(at)) } else { s.splat(0) };
-                            // Codes past the end are zero: RNE(0) + r < 2^16.
-                            let v = load::<S, FULL>(s, x[l].add(at), n - at);
-                            *q = round::<S, R>(s, s.mul_f32(v, inverse[l]), r);
-                        }
-                    }
-                    *line = limits.apply(s, s.pack_words(q));
-                }
-                // Word w of a line is the step of row w.
                 let to = to.add(PIECE_BYTES * piece);
+                let at = PIECE_ELEMENTS * piece;
+                // Word w of a line is the step of row w.
+                let lines = if FULL || n - at > S::LANES {
+                    let mut lines = [s.splat(0); PANEL_ROWS];
+                    for (l, line) in lines.iter_mut().enumerate() {
+                        let mut q = [s.splat(0); 4];
+                        for (j, q) in q.iter_mut().enumerate() {
+                            let at = at + S::LANES * j;
+                            if FULL || at < n {
+                                *q = codes::<S, R, FULL>(
+                                    s,
+                                    x[l].add(at),
+                                    random[l].wrapping_add(at),
+                                    n - at,
+                                    inverse[l],
+                                );
+                            }
+                        }
+                        *line = limits.apply(s, s.pack_words(q));
+                    }
+                    lines
+                } else {
+                    // A register of each line: all four are packed at once, and steps 0, 4, 8 and 12 of the unit are theirs.
+                    let mut q = [s.splat(0); PANEL_ROWS];
+                    for (l, q) in q.iter_mut().enumerate() {
+                        *q = codes::<S, R, FULL>(s, x[l].add(at), random[l].wrapping_add(at), n - at, inverse[l]);
+                    }
+                    let words = limits.apply(s, s.pack_words(q));
+                    if !LEFT {
+                        // What the other steps hold meets zeros.
+                        s.store_chunks(to.add(4 * first), 4 * SIDE * GROUP, words);
+                        continue;
+                    }
+                    let none = s.splat(0);
+                    s.transpose_words([words, none, none, none])
+                };
                 if LEFT {
                     for (l, line) in lines.into_iter().enumerate() {
                         s.store(to.add(PIECE_ELEMENTS * (first + l)).cast(), line);
@@ -169,6 +203,25 @@ unsafe fn rows<S: MatrixUnit, const R: u8, const LEFT: bool, const FULL: bool>(
     false
 }
 
+/// Codes of up to LANES elements of a line, of which `left` exist, as words; past the end they are zero: RNE(0) + r < 2^16.
+///
+/// # Safety
+/// As for [`encode`].
+#[inline(always)]
+unsafe fn codes<S: Simd, const R: u8, const FULL: bool>(
+    s: S,
+    x: *const f32,
+    random: *const u16,
+    left: usize,
+    inverse: S::V,
+) -> S::V {
+    // SAFETY: the caller's word.
+    unsafe {
+        let r = if R == STOCHASTIC { s.load_u16(random) } else { s.splat(0) };
+        round::<S, R>(s, s.mul_f32(load::<S, FULL>(s, x, left), inverse), r)
+    }
+}
+
 /// [`encode`] of lines that lie side by side. `FULL`: they are whole pieces, and fill registers.
 ///
 /// # Safety
@@ -183,47 +236,67 @@ unsafe fn strip<S: MatrixUnit, const R: u8, const LEFT: bool, const FULL: bool>(
     let n = of.n;
     let pieces = n.div_ceil(PIECE_ELEMENTS);
     let (magnitude, limits) = (s.splat(i32::MAX), Limits::new(s, coding));
-    for first in (0..of.lines).step_by(HALF) {
-        let of = Lines { x: of.x.wrapping_add(first), random: of.random.wrapping_add(first), ..*of };
-        let left = of.lines - first;
-        // SAFETY: the caller's word: reads stay inside the rows, or the random bits' padding.
+    for wide in (0..of.lines).step_by(SWEEP * HALF) {
+        // The largest magnitudes of many lines, for long runs of memory.
+        let registers = (of.lines - wide).div_ceil(HALF).min(SWEEP);
+        let mut top = [s.splat(0); SWEEP];
+        // SAFETY: the caller's word: reads stay inside the rows.
         unsafe {
-            let mut top = [s.splat(0); 2];
-            for k in 0..n {
-                let x = load::<S, FULL>(s, of.x.offset(k as isize * of.stride), left);
-                top[k % 2] = s.max_i32(top[k % 2], s.and(x, magnitude));
-            }
-            let Scales { scale, general, .. } = scales(s, s.max_i32(top[0], top[1]), coding);
-            if general {
-                return true;
-            }
-            let inverse = inverses(s, scale);
-            for piece in 0..pieces {
-                let to = to.add(PIECE_BYTES * piece);
-                for group in 0..GROUP {
-                    // The steps of rows 4 · group … of the piece.
-                    let mut words = [s.splat(0); GROUP];
-                    for (i, word) in words.iter_mut().enumerate() {
-                        let step = PIECE * piece + GROUP * i + group;
-                        if FULL || 4 * step < n {
-                            *word = limits.apply(s, step_across::<S, R, FULL>(s, &of, step, left, inverse));
-                        }
+            if FULL && registers == SWEEP {
+                for k in 0..n {
+                    let row = of.x.add(wide).offset(k as isize * of.stride);
+                    for (v, top) in top.iter_mut().enumerate() {
+                        *top = s.max_i32(*top, s.and(s.load(row.add(HALF * v).cast()), magnitude));
                     }
-                    if LEFT {
-                        for (i, words) in s.transpose_words(words).into_iter().enumerate() {
-                            let line = first + i;
-                            s.store_chunks(to.add(PIECE_ELEMENTS * line + 16 * group), 4 * PIECE_ELEMENTS, words);
-                        }
-                    } else {
-                        for (i, word) in words.into_iter().enumerate() {
-                            s.store(to.add(4 * (SIDE * row_of(GROUP * i + group) + first)).cast(), word);
-                        }
+                }
+            } else {
+                for k in 0..n {
+                    let row = of.x.add(wide).offset(k as isize * of.stride);
+                    for (v, top) in top.iter_mut().enumerate().take(registers) {
+                        let x = load::<S, FULL>(s, row.add(HALF * v), of.lines - wide - HALF * v);
+                        *top = s.max_i32(*top, s.and(x, magnitude));
                     }
                 }
             }
-            let rider = s.shl::<23>(scale);
-            let end = if LEFT { rider } else { s.add(rider, s.splat(ONE)) };
-            s.store(to.add(PIECE_BYTES * pieces + 4 * first).cast(), end);
+        }
+        for (v, top) in top.into_iter().enumerate().take(registers) {
+            let first = wide + HALF * v;
+            let left = of.lines - first;
+            let of = Lines { x: of.x.wrapping_add(first), random: of.random.wrapping_add(first), ..*of };
+            // SAFETY: the caller's word: reads stay inside the rows, or the random bits' padding.
+            unsafe {
+                let (to, first) = (to.add(of.group(first)), first % SIDE);
+                let Scales { scale, general, .. } = scales(s, top, coding);
+                if general {
+                    return true;
+                }
+                let inverse = inverses(s, scale);
+                for piece in 0..pieces {
+                    let to = to.add(PIECE_BYTES * piece);
+                    for group in 0..GROUP {
+                        // The steps of rows 4 · group … of the piece.
+                        let mut words = [s.splat(0); GROUP];
+                        for (i, word) in words.iter_mut().enumerate() {
+                            let step = PIECE * piece + GROUP * i + group;
+                            if FULL || 4 * step < n {
+                                *word = limits.apply(s, step_across::<S, R, FULL>(s, &of, step, left, inverse));
+                                if !LEFT {
+                                    s.store(to.add(4 * (SIDE * row_of(GROUP * i + group) + first)).cast(), *word);
+                                }
+                            }
+                        }
+                        if LEFT {
+                            for (i, words) in s.transpose_words(words).into_iter().enumerate() {
+                                let line = first + i;
+                                s.store_chunks(to.add(PIECE_ELEMENTS * line + 16 * group), 4 * PIECE_ELEMENTS, words);
+                            }
+                        }
+                    }
+                }
+                let rider = s.shl::<23>(scale);
+                let end = if LEFT { rider } else { s.add(rider, s.splat(ONE)) };
+                s.store(to.add(PIECE_BYTES * pieces + 4 * first).cast(), end);
+            }
         }
     }
     false
@@ -245,12 +318,9 @@ unsafe fn step_across<S: Simd, const R: u8, const FULL: bool>(
     for (j, q) in q.iter_mut().enumerate() {
         let k = 4 * step + j;
         if FULL || k < of.n {
+            let random = of.random.wrapping_add(k * of.random_stride);
             // SAFETY: the caller's word.
-            unsafe {
-                let r = if R == STOCHASTIC { s.load_u16(of.random.add(k * of.random_stride)) } else { s.splat(0) };
-                let x = load::<S, FULL>(s, of.x.offset(k as isize * of.stride), left);
-                *q = round::<S, R>(s, s.mul_f32(x, inverse), r);
-            }
+            *q = unsafe { codes::<S, R, FULL>(s, of.x.offset(k as isize * of.stride), random, left, inverse) };
         }
     }
     s.interleave_bytes(q)
