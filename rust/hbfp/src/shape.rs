@@ -174,9 +174,10 @@ impl<'a> FloatLines<'a> {
         }
     }
 
-    /// One of the matrices. Random bits stay with the elements.
-    pub(crate) fn matrix(&self, m: usize) -> FloatLines<'a> {
-        FloatLines { offsets: vec![self.offsets[m]], first_row: self.row(m, 0, 0), ..*self }
+    /// Some of the matrices. Random bits stay with the elements.
+    pub(crate) fn matrices_of(&self, run: Range<usize>) -> FloatLines<'a> {
+        debug_assert!(self.row_step == 1, "matrices of the last two dimensions");
+        FloatLines { first_row: self.row(run.start, 0, 0), offsets: self.offsets[run].to_vec(), ..*self }
     }
 
     /// Matrices that begin `offsets` elements from `ptr` on, whose random bits lie in a plane as they themselves do.

@@ -1,8 +1,6 @@
 //! One table of kernels per level: the generic algorithms compiled for its instructions.
 
-use super::generic::encode::{
-    BlockPlace, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, STRIP, Scaling, TOWARD_ZERO,
-};
+use super::generic::encode::{BlockPlace, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, Scaling, TOWARD_ZERO};
 use super::generic::matrix_unit::{PANELS, SIDE};
 use super::generic::philox::Counters;
 use super::generic::product::{Correction, Lines, Operands, Panel, Tile};
@@ -18,7 +16,7 @@ type QuantizeRow = unsafe fn(*const f32, usize, Scaling, f32, *const u16, *mut f
 type RoundRow = unsafe fn(*const f32, usize, Scaling, *const u16, *mut i16);
 type StageStrips = unsafe fn(*const f32, isize, usize, usize, *mut f32, usize, *mut i32);
 type EncodeRows = unsafe fn(&[*const f32; 4], usize, &[*const u16; 4], &PanelCoding, &BlockPlace) -> bool;
-type EncodeStrip = unsafe fn(*const f32, *const u16, *const i32, &PanelCoding, &[BlockPlace; STRIP / 8]) -> u32;
+type EncodeStrip = unsafe fn(*const f32, *const u16, *const i32, &PanelCoding, &[BlockPlace]) -> u32;
 
 /// A tile kernel and the products it is exact for.
 #[derive(Debug)]
@@ -269,9 +267,9 @@ macro_rules! kernels {
             }
             #$attribute
             unsafe fn stage_strips(
-                x: *const f32, stride: isize, n: usize, strips: usize, staging: *mut f32, between: usize, amax: *mut i32,
+                x: *const f32, stride: isize, n: usize, lines: usize, staging: *mut f32, between: usize, amax: *mut i32,
             ) {
-                unsafe { encode::stage_strips($make, x, stride, n, strips, staging, between, amax) }
+                unsafe { encode::stage_strips($make, x, stride, n, lines, staging, between, amax) }
             }
             #$attribute
             unsafe fn encode_rows<const R: u8>(
@@ -281,7 +279,7 @@ macro_rules! kernels {
             }
             #$attribute
             unsafe fn encode_strip<const R: u8>(
-                staging: *const f32, random: *const u16, amax: *const i32, coding: &PanelCoding, places: &[BlockPlace; STRIP / 8],
+                staging: *const f32, random: *const u16, amax: *const i32, coding: &PanelCoding, places: &[BlockPlace],
             ) -> u32 {
                 unsafe { encode::encode_strip::<_, R>($make, staging, random, amax, coding, places) }
             }

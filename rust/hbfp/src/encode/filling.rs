@@ -168,11 +168,11 @@ impl<'a> Filling<'a> {
                     let mut strip = strips.start;
                     while strip < strips.end {
                         let together = STRIPS_STAGED.min(strips.end - strip);
-                        let (staged, amax) = writer(strip).stage(x, b, together, scratch);
-                        for (i, amax) in amax[..staged].iter().enumerate() {
+                        let amax = writer(strip).stage(x, b, together, scratch);
+                        for (i, amax) in amax[..together].iter().enumerate() {
                             writer(strip + i).strip_of_floats(x, *mode, b, i, amax, scratch);
                         }
-                        strip += staged;
+                        strip += together;
                     }
                 }
             }
@@ -380,45 +380,31 @@ impl StripWriter<'_> {
         Part { matrix: self.matrix, line: self.line + line, width, k: b * block, n: block.min(k - b * block) }
     }
 
-    /// Block `b` of lines that lie side by side, of this strip and of those beside it, to scratch: `strips` of them, or
-    /// this one alone. Returns how
-    /// many, and the largest |x| of every line, as bits.
+    /// Block `b` of lines that lie side by side, of this strip and of those beside it, `strips` in all, to scratch. Returns
+    /// the largest |x| of every line, as bits.
     fn stage(
         &self,
         x: &FloatLines<'_>,
         b: usize,
         strips: usize,
         scratch: &mut Scratch,
-    ) -> (usize, [[i32; STRIP]; STRIPS_STAGED]) {
+    ) -> [[i32; STRIP]; STRIPS_STAGED] {
         let steps = self.layout.steps;
         let part = self.part(0, self.lines, b);
         let between = 4 * steps * STRIP;
         assert!(scratch.staging.len() >= STRIPS_STAGED * between);
         let mut amax = [[0i32; STRIP]; STRIPS_STAGED];
-        let full = (part.line + strips * STRIP <= x.lines).then_some(strips);
-        let full = full.or((self.lines == STRIP).then_some(1));
-        if let Some(strips) = full {
-            // SAFETY: n rows of full strips inside the view; staging has room for 4 * steps rows of each.
-            unsafe {
-                let from = x.at(part.matrix, part.line, part.k);
-                let (to, amax) = (scratch.staging.as_mut_ptr(), amax.as_mut_ptr().cast());
-                (self.ctx.kernels.stage_strips)(from, x.k_stride, part.n, strips, to, between, amax);
-            }
-        } else {
-            for (j, row) in scratch.staging.as_chunks_mut::<STRIP>().0.iter_mut().take(part.n).enumerate() {
-                // SAFETY: `lines` neighbours inside the view.
-                let from = unsafe { std::slice::from_raw_parts(x.at(part.matrix, part.line, part.k + j), self.lines) };
-                *row = padded(from);
-                for (amax, x) in amax[0].iter_mut().zip(row) {
-                    *amax = (*amax).max((x.to_bits() & 0x7FFF_FFFF) as i32);
-                }
-            }
+        let lines = (strips * STRIP).min(x.lines - part.line);
+        // SAFETY: n rows of so many lines inside the view; staging has room for 4 * steps rows of each strip.
+        unsafe {
+            let from = x.at(part.matrix, part.line, part.k);
+            let (to, amax) = (scratch.staging.as_mut_ptr(), amax.as_mut_ptr().cast());
+            (self.ctx.kernels.stage_strips)(from, x.k_stride, part.n, lines, to, between, amax);
         }
-        let strips = full.unwrap_or(1);
         for staged in scratch.staging.chunks_exact_mut(between).take(strips) {
             staged[part.n * STRIP..].fill(0.0);
         }
-        (strips, amax)
+        amax
     }
 
     /// Block `b` of lines that lie side by side, staged as number `staged` of several strips.
@@ -447,8 +433,11 @@ impl StripWriter<'_> {
             }
         }
         let places: [BlockPlace; STRIP / 8] = std::array::from_fn(|v| self.place((v * lanes).min(STRIP - lanes), b));
+        // Panels beyond the last line are written where they are kept.
+        let written = if self.panels.any_general.is_some() { self.lines.next_multiple_of(width) } else { STRIP };
+        let places = &places[..written.div_ceil(lanes)];
         // SAFETY: the assertion covers all that is read; the places lie inside the strip's panels.
-        let general = unsafe { encode(staging.as_ptr(), scratch.random.as_ptr(), amax.as_ptr(), &coding, &places) };
+        let general = unsafe { encode(staging.as_ptr(), scratch.random.as_ptr(), amax.as_ptr(), &coding, places) };
         if general != 0 {
             for v in (0..STRIP / lanes).filter(|v| general >> v & 1 == 1) {
                 for line in (v * lanes..(v + 1) * lanes).step_by(width.min(lanes)) {
@@ -621,21 +610,6 @@ impl StripWriter<'_> {
             }
         }
     }
-}
-
-/// What lines of a narrow strip have side by side, zeros behind it: eight at a time, for a call would take longer.
-#[inline]
-fn padded(from: &[f32]) -> [f32; STRIP] {
-    let mut row = [0.0; STRIP];
-    let (whole, rest) = from.as_chunks::<8>();
-    let (row_whole, row_rest) = row.split_at_mut(8 * whole.len());
-    for (to, from) in row_whole.as_chunks_mut::<8>().0.iter_mut().zip(whole) {
-        *to = *from;
-    }
-    for (to, from) in row_rest.iter_mut().zip(rest) {
-        *to = *from;
-    }
-    row
 }
 
 /// Whether a strip of f32 is encoded side by side: its lines are neighbours in memory and so are their random bits.

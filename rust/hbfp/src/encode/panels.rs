@@ -261,10 +261,6 @@ impl PanelsRef {
         // An atomic byte is laid out as a byte; it is only read here.
         Self { bytes: bytes.as_ptr(), general: general.as_ptr().cast() }
     }
-    /// No panels.
-    pub(crate) fn none() -> Self {
-        Self { bytes: std::ptr::null(), general: std::ptr::null() }
-    }
     /// Whether a panel needs the general product.
     ///
     /// # Safety

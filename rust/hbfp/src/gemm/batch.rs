@@ -20,10 +20,13 @@ use crate::mem::SharedMut;
 use crate::parallel::{Serial, for_each_task};
 use crate::rng::Seed;
 use crate::shape::FloatLines;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 /// Tasks for each thread, so that all end together.
 const TASKS_PER_WORKER: usize = 8;
+/// Matrices that are laid out in panels together, where these stay in the first-level cache: at most so many.
+const MATRICES: usize = 16;
 /// Lines that are encoded at once, in whole strips: their random bits stay in the first-level cache.
 const LINES: usize = 4 * STRIP;
 /// The second-level cache holds as many elements of both operands as [`takes`] admits so many times over.
@@ -65,22 +68,30 @@ pub(super) fn multiply(
     let workers = driver::workers(ctx, matrices * m * n * k, matrices * (m + n) * k, matrices * n * k);
     let together = if workers == 1 { matrices } else { matrices.div_ceil(TASKS_PER_WORKER * workers) };
     let out = SharedMut::new(out);
-    let one = |layout: PanelLayout| PanelLayout { matrices: 1, ..layout };
-    let tiles = Tiles::new(ctx, kernel, one(al), one(bl), out, Epilogue::default());
+    let tiles = Tiles::new(ctx, kernel, al, bl, out, Epilogue::default());
+    let a_matrix = (al.bytes() + bl.bytes()) / matrices;
+    let in_cache = (Caches::get().l1 / a_matrix).clamp(1, MATRICES);
     let straight = Straight::new(ctx, &sides, &kernel);
     for_each_task(ctx.team, workers, matrices.div_ceil(together), &|worker, task| {
         let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
         let scratch = &mut *scratch;
         scratch.reserve(al.block);
-        let mut run = || {
-            for matrix in task * together..((task + 1) * together).min(matrices) {
-                // SAFETY: a matrix of C belongs to one task; the unit is configured where there is one.
-                unsafe {
-                    let done =
-                        straight.as_ref().is_some_and(|straight| straight.run(ctx, &sides, matrix, out, scratch));
-                    if !done {
-                        by_panels(ctx, &sides, matrix, &tiles, scratch);
+        let run = task * together..((task + 1) * together).min(matrices);
+        let mut run = || match &straight {
+            Some(straight) => {
+                for matrix in run.clone() {
+                    // SAFETY: a matrix of C belongs to one task; the unit is configured.
+                    unsafe {
+                        if !straight.run(ctx, &sides, matrix, out, scratch) {
+                            by_panels(ctx, &sides, matrix..matrix + 1, &tiles, scratch);
+                        }
                     }
+                }
+            }
+            None => {
+                for first in run.clone().step_by(in_cache) {
+                    // SAFETY: a matrix of C belongs to one task.
+                    unsafe { by_panels(ctx, &sides, first..(first + in_cache).min(run.end), &tiles, scratch) };
                 }
             }
         };
@@ -220,60 +231,63 @@ fn across(side: &Side<'_>) -> Option<bool> {
     }
 }
 
-/// C of a matrix by panels.
+/// C of some matrices by panels.
 ///
 /// # Safety
-/// The matrix belongs to the calling thread.
-unsafe fn by_panels(ctx: &Context<'_>, sides: &[Side<'_>; 2], matrix: usize, tiles: &Tiles<'_>, scratch: &mut Scratch) {
-    let Tiles { al, bl, .. } = tiles;
+/// The matrices belong to the calling thread.
+unsafe fn by_panels(
+    ctx: &Context<'_>,
+    sides: &[Side<'_>; 2],
+    run: Range<usize>,
+    tiles: &Tiles<'_>,
+    scratch: &mut Scratch,
+) {
     let mut panels = std::mem::take(&mut scratch.small);
-    let mut laid_out = [PanelsRef::none(); 2];
-    for ((side, layout), (panels, laid_out)) in sides.iter().zip([al, bl]).zip(panels.iter_mut().zip(&mut laid_out)) {
-        *laid_out = lay_out(ctx, side, *layout, matrix, panels, scratch);
-    }
-    let [a, b] = laid_out;
+    let [a, b] = [0, 1].map(|i| lay_out(ctx, &sides[i], run.clone(), &mut panels[i], scratch));
+    let Tiles { al, bl, .. } = tiles;
     let (m, n) = (al.lines, bl.lines);
     let blocks_of = |of: PanelsRef, layout: &PanelLayout, panel: usize| {
+        let bytes = of.bytes.wrapping_add(panel * layout.panel_bytes());
         // SAFETY: a panel that was laid out.
-        unsafe {
-            PanelBlocks { bytes: of.bytes.wrapping_add(panel * layout.panel_bytes()), general: of.is_general(panel) }
-        }
+        PanelBlocks { bytes, general: unsafe { of.is_general(panel) } }
     };
-    let task = Task {
-        blocks: al.blocks,
-        rows: 0..al.panels,
-        columns: 0..bl.panels,
-        left: |i| {
-            let PanelBlocks { bytes, general } = blocks_of(a, al, i);
-            LeftBlocks { rows: Left::Panel(bytes), general }
-        },
-        right: |j| blocks_of(b, bl, j),
-        place: |i, j, general| Place {
-            at: (matrix * m + i * PANEL_ROWS) * n + j * bl.width,
-            stride: n,
-            height: PANEL_ROWS.min(m - i * PANEL_ROWS),
-            width: bl.width.min(n - j * bl.width),
-            column: j * bl.width,
-            first: true,
-            last: true,
-            finish: tiles.finishes(general),
-        },
-    };
-    // SAFETY: the panels were laid out with these layouts; the matrix belongs to this thread.
-    unsafe { task.run(tiles, &mut scratch.tiles) };
+    for (i_run, matrix) in run.enumerate() {
+        let task = Task {
+            blocks: al.blocks,
+            rows: 0..al.panels,
+            columns: 0..bl.panels,
+            left: |i| {
+                let PanelBlocks { bytes, general } = blocks_of(a, al, al.panel(i_run, i));
+                LeftBlocks { rows: Left::Panel(bytes), general }
+            },
+            right: |j| blocks_of(b, bl, bl.panel(i_run, j)),
+            place: |i, j, general| Place {
+                at: (matrix * m + i * PANEL_ROWS) * n + j * bl.width,
+                stride: n,
+                height: PANEL_ROWS.min(m - i * PANEL_ROWS),
+                width: bl.width.min(n - j * bl.width),
+                column: j * bl.width,
+                first: true,
+                last: true,
+                finish: tiles.finishes(general),
+            },
+        };
+        // SAFETY: the panels were laid out with these layouts; the matrix belongs to this thread.
+        unsafe { task.run(tiles, &mut scratch.tiles) };
+    }
     scratch.small = panels;
 }
 
-/// Panels of a matrix.
+/// Panels of some matrices.
 fn lay_out(
     ctx: &Context<'_>,
     side: &Side<'_>,
-    layout: PanelLayout,
-    matrix: usize,
+    run: Range<usize>,
     panels: &mut Panels,
     scratch: &mut Scratch,
 ) -> PanelsRef {
-    let x = side.x.matrix(matrix);
+    let layout = PanelLayout { matrices: run.len(), ..side.layout };
+    let x = side.x.matrices_of(run);
     let source = Source::Floats(&x, side.mode);
     let panels = panels.reserve(&layout);
     let ctx = Context { kernels: ctx.kernels, team: &Serial, threads: 1 };

@@ -514,12 +514,12 @@ pub(crate) unsafe fn quantize_row<S: Simd, const R: u8>(
     }
 }
 
-/// Copies `n` rows of `strips` full strips that lie side by side into `staging`, one strip after the other, and takes the
-/// largest |x| of every line, as bits.
+/// Copies `n` rows of `lines` lines that lie side by side into `staging`, one strip after the other, zeros after the last
+/// line, and takes the largest |x| of every line, as bits.
 ///
 /// # Safety
-/// - row k, `x + k * stride`, is valid for reading `strips * STRIP` elements, k < `n`; `strips` ≤ [`STRIPS_STAGED`];
-/// - `staging` is valid for writing `strips * between` elements, n · STRIP ≤ `between`, and `amax` for `strips * STRIP`.
+/// - row k, `x + k * stride`, is valid for reading `lines` elements, k < `n`; they make up to [`STRIPS_STAGED`] strips;
+/// - `staging` is valid for writing `between` elements a strip, n · STRIP ≤ `between`, and `amax` for `STRIP`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "a rectangle, and where it goes")]
 pub(crate) unsafe fn stage_strips<S: Simd>(
@@ -527,11 +527,12 @@ pub(crate) unsafe fn stage_strips<S: Simd>(
     x: *const f32,
     stride: isize,
     n: usize,
-    strips: usize,
+    lines: usize,
     staging: *mut f32,
     between: usize,
     amax: *mut i32,
 ) {
+    let strips = lines.div_ceil(STRIP);
     debug_assert!(strips <= STRIPS_STAGED && n * STRIP <= between);
     // SAFETY: STRIP is a multiple of LANES; all accesses are inside the rows the caller vouches for.
     unsafe {
@@ -539,15 +540,26 @@ pub(crate) unsafe fn stage_strips<S: Simd>(
         let mut m = [[s.splat(0); STRIP / 8]; STRIPS_STAGED];
         for k in 0..n {
             let row = x.offset(k as isize * stride);
-            for (strip, m) in m.iter_mut().enumerate().take(strips) {
-                let row = row.add(strip * STRIP);
-                // Those beside these come next.
-                s.prefetch(row.wrapping_add(strips * STRIP));
-                s.prefetch(row.wrapping_add(strips * STRIP + 16));
-                for (v, m) in m.iter_mut().enumerate().take(STRIP / S::LANES) {
-                    let x = s.load(row.add(v * S::LANES).cast());
-                    s.store(staging.add(strip * between + k * STRIP + v * S::LANES).cast(), x);
-                    *m = s.max_i32(*m, s.and(x, magnitude));
+            if lines.is_multiple_of(STRIP) {
+                for (strip, m) in m.iter_mut().enumerate().take(strips) {
+                    let row = row.add(strip * STRIP);
+                    // Those beside these come next.
+                    s.prefetch(row.wrapping_add(strips * STRIP));
+                    s.prefetch(row.wrapping_add(strips * STRIP + 16));
+                    for (v, m) in m.iter_mut().enumerate().take(STRIP / S::LANES) {
+                        let x = s.load(row.add(v * S::LANES).cast());
+                        s.store(staging.add(strip * between + k * STRIP + v * S::LANES).cast(), x);
+                        *m = s.max_i32(*m, s.and(x, magnitude));
+                    }
+                }
+            } else {
+                for (strip, m) in m.iter_mut().enumerate().take(strips) {
+                    for (v, m) in m.iter_mut().enumerate().take(STRIP / S::LANES) {
+                        let line = strip * STRIP + v * S::LANES;
+                        let x = load_up_to(s, row.wrapping_add(line), lines.saturating_sub(line));
+                        s.store(staging.add(strip * between + k * STRIP + v * S::LANES).cast(), x);
+                        *m = s.max_i32(*m, s.and(x, magnitude));
+                    }
                 }
             }
         }
@@ -566,7 +578,7 @@ pub(crate) unsafe fn stage_strips<S: Simd>(
 /// - `staging` and (if `R` is stochastic) `random` are valid for reading `4 * steps * STRIP` elements, rows past the
 ///   block's end are zero;
 /// - `amax` is valid for reading `STRIP` bit patterns;
-/// - each of the first STRIP / LANES `places` is valid for writing its chunks at every step, and its ends.
+/// - each of the `places`, up to STRIP / LANES, is valid for writing its chunks at every step, and its ends.
 #[inline(always)]
 pub(crate) unsafe fn encode_strip<S: Simd, const R: u8>(
     s: S,
@@ -574,7 +586,7 @@ pub(crate) unsafe fn encode_strip<S: Simd, const R: u8>(
     random: *const u16,
     amax: *const i32,
     coding: &PanelCoding,
-    places: &[BlockPlace; STRIP / 8],
+    places: &[BlockPlace],
 ) -> u32 {
     // SAFETY: the caller's word.
     unsafe {
@@ -597,7 +609,7 @@ unsafe fn strip<S: Simd, const R: u8, const SIDE: u8>(
     random: *const u16,
     amax: *const i32,
     coding: &PanelCoding,
-    places: &[BlockPlace; STRIP / 8],
+    places: &[BlockPlace],
 ) -> u32 {
     let mut general = 0;
     // SAFETY: v < STRIP and 4 t + 3 < 4 steps keep every access inside what the caller vouches for.
@@ -605,7 +617,7 @@ unsafe fn strip<S: Simd, const R: u8, const SIDE: u8>(
         let (limit, minus) =
             (s.splat(coding.limit * 0x0101_0101), s.splat(((256 - coding.limit) as u32 * 0x0101_0101) as i32));
         let minus_offset = minus_offset(s, coding);
-        for (group, place) in places.iter().enumerate().take(STRIP / S::LANES) {
+        for (group, place) in places.iter().enumerate() {
             let v = group * S::LANES;
             let scales = scales(s, s.load(amax.add(v)), coding);
             general |= u32::from(scales.general) << group;
