@@ -20,6 +20,9 @@ use std::mem::MaybeUninit;
 const PIECE_ELEMENTS: usize = 4 * PIECE;
 /// Registers of lines side by side whose largest magnitudes are taken at once.
 const SWEEP: usize = 4;
+/// Elements by which reading is ahead, where matrices follow one another: the hardware follows a run of memory no further
+/// than its page.
+const AHEAD: usize = 1024;
 /// Bits of 1.
 const ONE: i32 = 0x3F80_0000;
 
@@ -133,6 +136,7 @@ unsafe fn rows<S: MatrixUnit, const R: u8, const LEFT: bool, const FULL: bool>(
             let mut top = [s.splat(0); PANEL_ROWS];
             for at in (0..n).step_by(S::LANES) {
                 for (top, x) in top.iter_mut().zip(x) {
+                    s.prefetch(x.wrapping_add(at + AHEAD));
                     *top = s.max_i32(*top, s.and(load::<S, FULL>(s, x.add(at), n - at), magnitude));
                 }
             }
@@ -235,26 +239,19 @@ unsafe fn strip<S: MatrixUnit, const R: u8, const LEFT: bool, const FULL: bool>(
 ) -> bool {
     let n = of.n;
     let pieces = n.div_ceil(PIECE_ELEMENTS);
-    let (magnitude, limits) = (s.splat(i32::MAX), Limits::new(s, coding));
+    let limits = Limits::new(s, coding);
     for wide in (0..of.lines).step_by(SWEEP * HALF) {
         // The largest magnitudes of many lines, for long runs of memory.
         let registers = (of.lines - wide).div_ceil(HALF).min(SWEEP);
         let mut top = [s.splat(0); SWEEP];
-        // SAFETY: the caller's word: reads stay inside the rows.
+        // SAFETY: the caller's word.
         unsafe {
-            if FULL && registers == SWEEP {
-                for k in 0..n {
-                    let row = of.x.add(wide).offset(k as isize * of.stride);
-                    for (v, top) in top.iter_mut().enumerate() {
-                        *top = s.max_i32(*top, s.and(s.load(row.add(HALF * v).cast()), magnitude));
-                    }
-                }
-            } else {
-                for k in 0..n {
-                    let row = of.x.add(wide).offset(k as isize * of.stride);
+            match registers {
+                SWEEP => top = magnitudes::<S, FULL, SWEEP>(s, of, wide),
+                2 => top[..2].copy_from_slice(&magnitudes::<S, FULL, 2>(s, of, wide)),
+                _ => {
                     for (v, top) in top.iter_mut().enumerate().take(registers) {
-                        let x = load::<S, FULL>(s, row.add(HALF * v), of.lines - wide - HALF * v);
-                        *top = s.max_i32(*top, s.and(x, magnitude));
+                        [*top] = magnitudes::<S, FULL, 1>(s, of, wide + HALF * v);
                     }
                 }
             }
@@ -300,6 +297,25 @@ unsafe fn strip<S: MatrixUnit, const R: u8, const LEFT: bool, const FULL: bool>(
         }
     }
     false
+}
+
+/// The largest magnitudes of lines that lie side by side, from `first` on.
+///
+/// # Safety
+/// As for [`encode`]; there are lines in each of N registers.
+#[inline(always)]
+unsafe fn magnitudes<S: Simd, const FULL: bool, const N: usize>(s: S, of: &Lines, first: usize) -> [S::V; N] {
+    let mut top = [s.splat(0); N];
+    for k in 0..of.n {
+        let row = of.x.wrapping_add(first).wrapping_offset(k as isize * of.stride);
+        for (v, top) in top.iter_mut().enumerate() {
+            let (x, left) = (row.wrapping_add(HALF * v), of.lines - first - HALF * v);
+            s.prefetch(x.wrapping_add(AHEAD));
+            // SAFETY: the caller's word: reads stay inside the rows.
+            *top = s.max_i32(*top, s.and(unsafe { load::<S, FULL>(s, x, left) }, s.splat(i32::MAX)));
+        }
+    }
+    top
 }
 
 /// Codes of a step of lines that lie side by side, of which `left` exist, a word a line.
