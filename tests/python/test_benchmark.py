@@ -80,6 +80,7 @@ ALL_ORIENTATIONS = {f"{o}, {r}" for o in cases.ORIENTATIONS for r in ("nearest_e
         (lambda b: cases.forward(b, 5, 64, 128), OURS | TORCH),
         (lambda b: cases.few_rows(b, 2, 64, 128), {"hbfp4b64"} | TORCH),
         (lambda b: cases.cold_row(b, 64, 64, total=20_000), {"hbfp4b64"} | TORCH),
+        (lambda b: cases.batched(b, 3, 9, 17, 64), {"hbfp4b64", "torch fp32"}),
         (lambda b: cases.encode(b, 64), {name for name in ALL_ORIENTATIONS if name.startswith("right")}),
         (lambda b: cases.training_step(b, 64, 64, 64), {"hbfp4", "torch fp32", "torch bf16 autocast"}),
         (lambda b: cases.scaling(b, 64, (1, 2)), {"hbfp4b64"}),
@@ -96,6 +97,7 @@ ALL_ORIENTATIONS = {f"{o}, {r}" for o in cases.ORIENTATIONS for r in ("nearest_e
         "forward",
         "few-rows",
         "cold-row",
+        "batched",
         "encode",
         "training",
         "scaling",
@@ -344,6 +346,8 @@ def test_a_full_run_measures_every_gate(monkeypatch):
     monkeypatch.setattr(cases, "few_rows", record("few rows", matrix, every))
     monkeypatch.setattr(cases, "cold_row", record("cold row", lambda: matrix(1), every))
     monkeypatch.setattr(cases, "encode", record("encode", lambda: "1024x1024", ALL_ORIENTATIONS))
+    batch = record("batched", lambda matrices, m, n, k: f"{matrices} of {matrix(m, n, k)}", every)
+    monkeypatch.setattr(cases, "batched", batch)
     steps = ("hbfp4", "torch fp32", "torch bf16 autocast")
     monkeypatch.setattr(cases, "training_step", record("training step", matrix, steps))
     empty_and_ours = {gates.EMPTY, "hbfp.linear", "hbfp.nn.functional.linear"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from hbfp.benchmark import ceilings
-from hbfp.benchmark.cases import EMPTY, FAR_APART, ORIENTATIONS
+from hbfp.benchmark.cases import BATCHES, EMPTY, FAR_APART, ORIENTATIONS
 from hbfp.benchmark.results import NotMeasured, NotRun, Results
 
 __all__ = ["GATES", "QUICK_FLOOR", "Gate", "Outcome", "Verdict", "evaluate", "quick_failure"]
@@ -310,6 +310,10 @@ GATES: tuple[Gate, ...] = (
         share("cold row", _ROW, _H4, ceilings.DRAM),
         _bars((70, 80), (80, 92)),
         "{:.0f} %",
+    ),
+    *(
+        Gate(f"batch of products {shape} / FP32", ratio("batched", shape, _H4, _FP32), _bars(None, (1.0, 1.5)))
+        for shape in (f"{matrices} of {m}x{n}x{k}" for matrices, m, n, k in BATCHES)
     ),
     _encoder("nearest_even", (4, 5.5), (5, 6.8)),
     _encoder("stochastic", (1.6, 2.0), (2.3, 3.0)),

@@ -66,6 +66,10 @@ def plan(threads: Sequence[int], *, quick: bool = False, only: Sequence[str] = (
                 add("few-rows", f"{m} row{'s' * (m > 1)}", count, partial(cases.few_rows, m=m))
             add("cold-row", "one row, cold", count, cases.cold_row)
             add("encode", "encoders", count, cases.encode)
+        if not quick:
+            for matrices, m, n, k in cases.BATCHES:
+                work = partial(cases.batched, matrices=matrices, m=m, n=n, k=k)
+                add("batched", f"batch of {matrices} products {m}x{n}x{k}", count, work)
         add("training", "training step 1024³", count, partial(cases.training_step, m=1024, n=1024, k=1024))
         if not quick:
             add("training", "training step 256x4096²", count, partial(cases.training_step, m=256, n=4096, k=4096))
