@@ -140,6 +140,7 @@ fn epilogues_and_a_shared_matrix() {
 /// Heads of an attention, [batch, sequence, heads, 16] seen as [batch, heads, sequence, 16]: matrices whose lines lie
 /// apart, and that do not follow one another in memory.
 #[test]
+#[allow(unsafe_code, reason = "a view of every third head")]
 fn matrices_that_lie_between_one_another() {
     let [batch, sequence, heads, width] = [2, 33, 3, 16];
     let x = Fill::Plain.values(batch * sequence * heads * width, 7);

@@ -183,6 +183,7 @@ impl Straight {
                 stride: if across { x.k_stride } else { x.line_stride },
                 lines: width,
                 n: part.n,
+                pieces: steps.div_ceil(matrix_unit::PIECE),
                 random,
                 random_stride,
                 group_bytes: blocks * bytes,

@@ -39,8 +39,9 @@ pub(crate) struct Lines {
     /// Elements from a line to the next where lines are contiguous, from a row to the next where they lie side by side.
     pub(crate) stride: isize,
     pub(crate) lines: usize,
-    /// Elements of a line, not 0.
+    /// Elements of a line, not 0, and pieces that the layout has for them.
     pub(crate) n: usize,
+    pub(crate) pieces: usize,
     /// Random bits of the first element, and elements from one line's, or row's, to the next.
     pub(crate) random: *const u16,
     pub(crate) random_stride: usize,
@@ -92,7 +93,7 @@ pub(crate) unsafe fn encode<S: MatrixUnit, const R: u8, const LEFT: bool, const 
     const { assert!(S::LANES == HALF) };
     // SAFETY: the caller's word.
     unsafe {
-        match (ACROSS, of.n.is_multiple_of(PIECE_ELEMENTS), of.lines.is_multiple_of(HALF)) {
+        match (ACROSS, of.n == PIECE_ELEMENTS * of.pieces, of.lines.is_multiple_of(HALF)) {
             (false, true, _) => rows::<S, R, LEFT, true>(s, of, coding, to),
             (false, false, _) => rows::<S, R, LEFT, false>(s, of, coding, to),
             (true, true, true) => strip::<S, R, LEFT, true>(s, of, coding, to),
@@ -122,8 +123,7 @@ unsafe fn rows<S: MatrixUnit, const R: u8, const LEFT: bool, const FULL: bool>(
     coding: &PanelCoding,
     to: *mut u8,
 ) -> bool {
-    let n = of.n;
-    let pieces = n.div_ceil(PIECE_ELEMENTS);
+    let Lines { n, pieces, .. } = *of;
     let (magnitude, limits) = (s.splat(i32::MAX), Limits::new(s, coding));
     for first in (0..of.lines).step_by(PANEL_ROWS) {
         // The last line stands for those that are missing: what is made of it is not read.
@@ -154,6 +154,13 @@ unsafe fn rows<S: MatrixUnit, const R: u8, const LEFT: bool, const FULL: bool>(
             for piece in 0..pieces {
                 let to = to.add(PIECE_BYTES * piece);
                 let at = PIECE_ELEMENTS * piece;
+                if !FULL && at >= n {
+                    // What the right operand holds here meets zeros.
+                    for l in 0..if LEFT { PANEL_ROWS } else { 0 } {
+                        s.store(to.add(PIECE_ELEMENTS * (first + l)).cast(), s.splat(0));
+                    }
+                    continue;
+                }
                 // Word w of a line is the step of row w.
                 let lines = if FULL || n - at > S::LANES {
                     let mut lines = [s.splat(0); PANEL_ROWS];
@@ -237,8 +244,7 @@ unsafe fn strip<S: MatrixUnit, const R: u8, const LEFT: bool, const FULL: bool>(
     coding: &PanelCoding,
     to: *mut u8,
 ) -> bool {
-    let n = of.n;
-    let pieces = n.div_ceil(PIECE_ELEMENTS);
+    let Lines { n, pieces, .. } = *of;
     let limits = Limits::new(s, coding);
     for wide in (0..of.lines).step_by(SWEEP * HALF) {
         // The largest magnitudes of many lines, for long runs of memory.
