@@ -63,7 +63,7 @@ pub(super) fn multiply(
     let [al, bl] = sides.map(|side| side.layout);
     let (matrices, [m, n, k]) = (al.matrices, [al.lines, bl.lines, al.k]);
     assert_eq!(out.len(), matrices * m * n);
-    debug_assert!(al.blocks == bl.blocks && al.steps == bl.steps && bl.matrices == matrices && out.len() > 0);
+    debug_assert!(al.blocks == bl.blocks && al.steps == bl.steps && bl.matrices == matrices && !out.is_empty());
     reserve_scratch(ctx, scratch);
     let workers = driver::workers(ctx, matrices * m * n * k, matrices * (m + n) * k, matrices * n * k);
     let together = if workers == 1 { matrices } else { matrices.div_ceil(TASKS_PER_WORKER * workers) };

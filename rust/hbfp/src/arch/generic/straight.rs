@@ -497,7 +497,7 @@ unsafe fn add_scaled<S: MatrixUnit>(
         for row in 0..place.height {
             let ea = s.splat(a.cast::<i32>().add(row).read_unaligned());
             let from = sums.add(2 * HALF * HALF * (row / HALF) + HALF * (row % HALF));
-            for side in 0..2 {
+            for (side, &eb) in eb.iter().enumerate() {
                 if HALF * side < place.width {
                     let (c, left) = (c.add(stride * row + HALF * side).cast(), place.width - HALF * side);
                     let before = if place.block == 0 {
@@ -508,7 +508,7 @@ unsafe fn add_scaled<S: MatrixUnit>(
                         s.load_first(c, left)
                     };
                     let d = s.to_f32(s.load(from.add(HALF * HALF * side)));
-                    let sum = s.mul_add_f32(d, s.add(eb[side], ea), before);
+                    let sum = s.mul_add_f32(d, s.add(eb, ea), before);
                     if left >= HALF {
                         s.store(c, sum);
                     } else {
