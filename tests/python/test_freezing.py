@@ -492,10 +492,11 @@ def test_audit_and_watch_see_frozen_layers():
     assert all("PackedWeight" in reason for reason in watch.unobserved.values())
 
 
-def test_a_schedule_that_goes_on_reads_decoded_values():
+@pytest.mark.parametrize("format", ["hbfp6b64", "hbfp3b64", "hbfp4b16"])  # wider; other codes; other blocks
+def test_a_schedule_that_goes_on_reads_decoded_values(format):
     model, x, _ = frozen_mlp()
     for _, _, state in hbfp.policy.layer_states(model):
-        state.recipe = state.recipe.at("hbfp6b64")
+        state.recipe = state.recipe.at(format)
     thawed = copy.deepcopy(model)
     hbfp.unfreeze_(thawed)
     assert alike(model, x, run(thawed, x))
