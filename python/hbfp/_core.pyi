@@ -20,10 +20,12 @@ __all__ = [
     "FormatError",
     "GrownAttention",
     "HBFPError",
+    "KeptMatrix",
     "LevelError",
     "NonFiniteError",
     "Packed",
     "Planes",
+    "Residual",
     "ShapeError",
     "__version__",
     "attention",
@@ -37,7 +39,6 @@ __all__ = [
     "encode",
     "info",
     "keep",
-    "kept_linear",
     "kept_panels",
     "kept_planes",
     "kept_product",
@@ -236,22 +237,6 @@ def kept_panels(format: Format, lines: int, k: int) -> tuple[int, int, int] | No
 def kept_planes(kept: Any, format: Format, lines: int, k: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Exponent and mantissa plane of what `keep` gave for [lines, k]. Blocks of zeros get the exponent byte 0."""
 
-def kept_linear(
-    x: Any,
-    x_format: Format,
-    rounding: int,
-    seed: int,
-    stream: int,
-    kept: Any,
-    kept_format: Format,
-    lines: int,
-    k: int,
-    bias: Any | None,
-    threads: int,
-) -> Any | None:
-    """x [.., k] times what `keep` gave for [lines, k], plus bias, in one call that allocates: [.., lines]. None for all
-    that is not as usual, errors included."""
-
 def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: int, bias: Any | None = None) -> None:
     """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` or `keep` kept of an X [K, N] in
     `kept_format`, plus bias: the same bits as the product with that tensor."""
@@ -276,6 +261,29 @@ def attention(
 
     q [.., L, E], k [.., S, E], v [.., S, Ev], mask [.., L, S] with equal batch dimensions and any strides; formats are
     lines of at most 8 bits, `scores` those of q and k, `context` those of the softmax and v."""
+
+@final
+class KeptMatrix:
+    """What `keep` gave for a matrix [lines, k], to be multiplied by many times."""
+
+    def __new__(cls, codes: Any, format: Format, lines: int, k: int) -> KeptMatrix: ...
+    def linear(
+        self, x: Any, x_format: Format, rounding: int, seed: int, stream: int, bias: Any | None, threads: int
+    ) -> Any | None:
+        """x [.., k] times the matrix, plus bias, in one call that allocates: [.., lines]. None for all that is not as
+        usual, errors included."""
+
+@final
+class Residual:
+    """x + f(x), branch after branch, for one token x [1, 1, width].
+
+    A step of a branch is (matrix, bias, format of x, rounding), a product; (attention, heads), of what holds queries,
+    keys and values side by side; or (function, arguments behind the tensor). Branches end with a product.
+    """
+
+    def __new__(cls, branches: list[list[tuple[Any, ...]]]) -> Residual: ...
+    def __call__(self, x: Any, threads: int) -> Any | None:
+        """A new torch tensor. None, and nothing done, where x is not as usual."""
 
 @final
 class GrownAttention:

@@ -39,6 +39,7 @@ __all__ = [
     "matmul",
     "once",
     "require_plain",
+    "unseen",
 ]
 
 
@@ -483,7 +484,7 @@ def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(seen)
 
 
-def _unseen(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def unseen(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a node of autograd would be seen by nobody: no gradient is asked for, nothing traces or transforms."""
     return not (
         is_compiling()
@@ -503,7 +504,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, seed: int, stream: int, source: object = None
 ) -> Tensor:
     """x [..., in] times weightᵀ [out, in], plus bias [out]; see `hbfp.nn.functional.linear`."""
-    if recipe.backends.forward is _INTEGER and not ops.recorders and _unseen(x, weight, bias):
+    if recipe.backends.forward is _INTEGER and not ops.recorders and unseen(x, weight, bias):
         policy = recipe.forward
         quick = None
         if type(weight) is PackedWeight:

@@ -44,7 +44,7 @@ class PackedWeight(Tensor):
     format: HBFP
     axis: int
     _held: tuple[Tensor, Tensor | None]
-    _panels: ops.KeptPanels | None = None
+    _kept: ops.KeptMatrix | None = None
     """What a product reads, once there was one; None: not asked for since `_held` changed."""
     _lent: tuple[NDArray[np.uint8], ...] = ()
     """Whose memory the planes share, until they are laid out."""
@@ -158,7 +158,7 @@ class PackedWeight(Tensor):
             return
         panels = ops.panels_of_planes(exponents, codes, self.format, *self._matrix)
         if panels is not None:
-            self._held, self._panels = (panels, None), None
+            self._held, self._kept = (panels, None), None
             lent, self._lent = self._lent, ()
             for plane in lent:
                 forget(plane)
@@ -169,7 +169,7 @@ class PackedWeight(Tensor):
 
     def adopt(self, other: PackedWeight) -> None:
         """Holds what `other` holds, which has the same format, axis and shape, without copying it."""
-        self._held, self._lent, self._panels = other._held, other._lent, None
+        self._held, self._lent, self._kept = other._held, other._lent, None
 
     # --- products --------------------------------------------------------------------------------------------------
 
@@ -180,17 +180,18 @@ class PackedWeight(Tensor):
 
         Not for code that torch.compile traces.
         """
-        panels = self._panels or self._laid_out()
-        if panels is None or (formats[1] is not self.format and formats[1] != self.format):
+        matrix = self._kept or self.kept_matrix()
+        if matrix is None or (formats[1] is not self.format and formats[1] != self.format):
             return None
-        return ops.quick_packed_product(x, formats[0], rounding, seed, stream, panels, bias)
+        return ops.quick_packed_product(x, formats[0], rounding, seed, stream, matrix, bias)
 
-    def _laid_out(self) -> ops.KeptPanels | None:
+    def kept_matrix(self) -> ops.KeptMatrix | None:
+        """Panels as products of this [N, K] along K read them, laid out where they were not; None: it has none."""
         self.lay_out()
         codes, exponents = self._held
-        if exponents is None and self.axis == 1:
-            self._panels = ops.KeptPanels(codes, self.format.core, self.shape[0], self.shape[1])
-        return self._panels
+        if exponents is None and self.axis == 1 and not codes.is_meta:
+            self._kept = ops.KeptMatrix(codes, self.format.core, self.shape[0], self.shape[1])
+        return self._kept
 
     # --- what torch asks of a subclass -----------------------------------------------------------------------------
 
@@ -372,11 +373,11 @@ def _copy(func: Any, x: Tensor, source: Tensor, non_blocking: bool = False) -> A
         return x
     if isinstance(source, PackedWeight) and (source.format, source.axis) == (x.format, x.axis):
         codes, exponents = source._held
-        x._held, x._panels = (codes.clone(), None if exponents is None else exponents.clone()), None
+        x._held, x._kept = (codes.clone(), None if exponents is None else exponents.clone()), None
         x.lay_out()
     else:
         values = source.decode() if isinstance(source, PackedWeight) else source
-        x._held, x._panels = PackedWeight.of(values, x.format, x.axis)._held, None
+        x._held, x._kept = PackedWeight.of(values, x.format, x.axis)._held, None
     return x
 
 

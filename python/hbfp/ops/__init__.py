@@ -39,7 +39,8 @@ from hbfp.ops.entrance import (
     wanted,
 )
 from hbfp.ops.packed import (
-    KeptPanels,
+    KeptMatrix,
+    ResidualStream,
     bytes_in,
     bytes_of,
     decode,
@@ -66,6 +67,7 @@ from hbfp.ops.products import (
     reference_product,
 )
 from hbfp.ops.softmax_attention import (
+    GrownAttention,
     attend,
     attention,
     attention_backward,
@@ -76,11 +78,13 @@ from hbfp.ops.softmax_attention import (
 
 __all__ = [
     "Geometry",
-    "KeptPanels",
+    "GrownAttention",
+    "KeptMatrix",
     "Measured",
     "Operand",
     "Product",
     "Recorder",
+    "ResidualStream",
     "attend",
     "attention",
     "attention_backward",

@@ -80,7 +80,10 @@ def _run_softmax_backward(p: Tensor, dp: Tensor, scale: float, reuse: bool) -> T
     return out
 
 
-def grown_attention(formats: Formats, roundings: Roundings) -> _core.GrownAttention:
+GrownAttention = _core.GrownAttention
+
+
+def grown_attention(formats: Formats, roundings: Roundings) -> GrownAttention:
     """Attention over a text that grows, for `attend`: no tokens yet.
 
     Args:
@@ -90,7 +93,7 @@ def grown_attention(formats: Formats, roundings: Roundings) -> _core.GrownAttent
     return _core.GrownAttention(coding, coding)
 
 
-def attend(grown: _core.GrownAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(grown: GrownAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the next tokens to all so far, whose keys and values are kept as codes; told to no recorder.
 
     Shapes:

@@ -5,15 +5,17 @@ Every product with a weight is an `nn.Linear` and both products of attention sit
 weights of its own: a tied one would put one parameter under two formats. It has no bias, as theirs has none.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hbfp.errors import HBFPError
 from hbfp.nn import DotProductAttention, KeyValueCache
+from hbfp.nn.residual import Residual, Step, hooked
 
 HEAD_WIDTH = 64
 
@@ -71,6 +73,34 @@ class Block(nn.Module):
         mlp: Tensor = self.down(self.gelu(self.up(self.mlp_norm(x))))
         return x + mlp
 
+    def branches(self, cache: KeyValueCache) -> list[list[Step]]:
+        """The same for one token, as `hbfp.nn.residual.Residual` takes it."""
+        first, second = (
+            (torch.layer_norm, (norm.normalized_shape, norm.weight, norm.bias, norm.eps))
+            for norm in (self.attention_norm, self.mlp_norm)
+        )
+        return [
+            [first, self.qkv, (cache, self.heads), self.proj],
+            [second, self.up, (nn.functional.gelu, ()), self.down],
+        ]
+
+
+class Caches(list[KeyValueCache]):
+    """The past of a text: a cache for each block, and the way of a single token through all of them."""
+
+    def __init__(self, caches: Iterable[KeyValueCache] = (), residual: Residual | None = None) -> None:
+        super().__init__(caches)
+        # A copy of the list has caches of its own, and goes the long way.
+        self._residual = residual
+        self._of = list(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Caches":
+        return Caches(copy.deepcopy(list(self), memo))
+
+    def residual(self, x: Tensor) -> Tensor | None:
+        """What comes of a token x [1, 1, width], in one call; None where it has to go through the modules."""
+        return None if self._residual is None or self._of != self else self._residual(x)
+
 
 class GPT(nn.Module):
     """Codes [batch, time], int64, time up to the context -> scores of the next character [batch, time, vocabulary]."""
@@ -94,9 +124,18 @@ class GPT(nn.Module):
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=branch if name.endswith(("proj.weight", "down.weight")) else 0.02)
 
-    def caches(self) -> list[KeyValueCache]:
-        """An empty cache for each block, in the formats in force."""
-        return [KeyValueCache(cast(Block, block).attention) for block in self.blocks]
+    def caches(self) -> Caches:
+        """An empty cache for each block, in the formats in force.
+
+        Those of a frozen model in evaluation lead its tokens past the modules: change weights, formats or hooks, and
+        ask for new ones.
+        """
+        blocks = [cast(Block, block) for block in self.blocks]
+        caches = [KeyValueCache(block.attention) for block in blocks]
+        if any(module.training or hooked(module) for module in self.blocks.modules()):
+            return Caches(caches)
+        branches = [branch for block, cache in zip(blocks, caches, strict=True) for branch in block.branches(cache)]
+        return Caches(caches, Residual.of(branches))
 
     def forward(self, codes: Tensor) -> Tensor:
         return self._scores(codes, 0, None)
@@ -107,7 +146,10 @@ class GPT(nn.Module):
 
     def _scores(self, codes: Tensor, past: int, caches: Sequence[KeyValueCache] | None) -> Tensor:
         x = self.characters(codes) + self.positions.weight[past : past + codes.shape[-1]]
-        for number, block in enumerate(self.blocks):
-            x = block(x) if caches is None else block(x, caches[number])
-        scores: Tensor = self.head(self.norm(x))
+        out = caches.residual(x) if isinstance(caches, Caches) and x.shape[:2] == (1, 1) else None
+        if out is None:
+            out = x
+            for number, block in enumerate(self.blocks):
+                out = block(out) if caches is None else block(out, caches[number])
+        scores: Tensor = self.head(self.norm(out))
         return scores

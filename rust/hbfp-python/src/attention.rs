@@ -9,6 +9,7 @@ use crate::view::FloatView;
 use hbfp::Context;
 use hbfp::attention::{Attention, Gradients, Grown, Workspace};
 use hbfp::gemm::Coding;
+use hbfp::shape::FloatTensor;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
@@ -149,6 +150,24 @@ impl GrownAttention {
     fn held(&self) -> MutexGuard<'_, Grown> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Attention of the next tokens, in `out`.
+    pub(crate) fn take(
+        &self,
+        py: Python<'_>,
+        inputs: [&FloatTensor<'_>; 3],
+        scale: f32,
+        out: &mut [f32],
+        threads: usize,
+    ) -> PyResult<()> {
+        let shape = inputs[0].shape();
+        let rows = shape[..shape.len().saturating_sub(1)].iter().product::<usize>();
+        // A lock that is waited for is waited for without the GIL.
+        let small = self.inner.try_lock().is_ok_and(|held| rows.saturating_mul(held.length() + rows) < SMALL_SCORES);
+        let attend =
+            |ctx: &Context<'_>, workspace: &mut Workspace| self.held().attend(ctx, inputs, scale, out, workspace);
+        if small { run_here(|ctx| with_attention_workspace(ctx, attend)) } else { run_attention(py, threads, attend) }
+    }
 }
 
 #[pymethods]
@@ -181,18 +200,8 @@ impl GrownAttention {
         *last = width;
         let out = q.call_method1(intern!(py, "new_empty"), PyTuple::new(py, &shape)?)?;
         let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
-        let slice = target.as_mut_slice();
         let inputs = [&queries.tensor(), &keys.tensor(), &values.tensor()];
-        let rows = queries.count() / queries.shape().last().copied().unwrap_or(1).max(1);
-        // A lock that is waited for is waited for without the GIL.
-        let small = self.inner.try_lock().is_ok_and(|held| rows.saturating_mul(held.length() + rows) < SMALL_SCORES);
-        let attend =
-            |ctx: &Context<'_>, workspace: &mut Workspace| self.held().attend(ctx, inputs, scale, slice, workspace);
-        if small {
-            run_here(|ctx| with_attention_workspace(ctx, attend))?;
-        } else {
-            run_attention(py, threads, attend)?;
-        }
+        self.take(py, inputs, scale, target.as_mut_slice(), threads)?;
         Ok(Some(out))
     }
 

@@ -8,6 +8,7 @@ mod encode;
 mod error;
 mod format;
 mod product;
+mod residual;
 mod run;
 mod view;
 
@@ -36,9 +37,11 @@ mod _core {
     use crate::format::Format;
     #[pymodule_export]
     use crate::product::{
-        Floats, Packed, Planes, keep, kept_linear, kept_panels, kept_planes, kept_product, lay_out, prepack, product,
+        Floats, KeptMatrix, Packed, Planes, keep, kept_panels, kept_planes, kept_product, lay_out, prepack, product,
         tensor_product,
     };
+    #[pymodule_export]
+    use crate::residual::Residual;
     #[pymodule_export]
     use crate::run::info;
     #[pymodule_export]

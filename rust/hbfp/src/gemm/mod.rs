@@ -17,7 +17,7 @@ use crate::encode::relayout::planes_of_nibbles;
 use crate::encode::{Context, RoundingMode, check_size};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK, NAN_EXPONENT};
-use crate::mem::AlignedBytes;
+use crate::mem::{AlignedBytes, advise_huge};
 use crate::shape::{FloatLines, FloatTensor, PlaneLayout, element_count};
 use std::sync::Mutex;
 
@@ -245,6 +245,7 @@ pub fn keep(ctx: &Context<'_>, operand: &Operand<'_>, bytes: &mut [u8]) -> Resul
     };
     check_size("bytes to keep the operand in", bytes.len(), len)?;
     let layout = kept_layout(format, source.shape(), ctx.kernels.columns);
+    advise_huge(bytes.as_ptr(), bytes.len());
     let (bytes, general) = bytes.split_at_mut(layout.bytes());
     let panels = PanelsMut { fresh: true, ..PanelsMut::new(&mut *bytes, general) };
     fill(ctx, Job { source: &source, format, layout, panels }, &mut Vec::new())?;
