@@ -275,15 +275,20 @@ class KeptMatrix:
 
 @final
 class Residual:
-    """x + f(x), branch after branch, for one token x [1, 1, width].
+    """x + f(x), branch after branch, for one token x [1, 1, width]; then the steps of an end.
 
-    A step of a branch is (matrix, bias, format of x, rounding), a product; (attention, heads), of what holds queries,
-    keys and values side by side; or (function, arguments behind the tensor). Branches end with a product.
+    A step is (matrix, bias, format of x, rounding), a product; (attention, heads), of what holds queries, keys and
+    values side by side; or (function, arguments behind the tensor), which keeps no view of the tensor. Branches end
+    with a product, and so does an end that has steps.
     """
 
-    def __new__(cls, branches: list[list[tuple[Any, ...]]]) -> Residual: ...
+    def __new__(cls, branches: list[list[tuple[Any, ...]]], end: list[tuple[Any, ...]]) -> Residual: ...
     def __call__(self, x: Any, threads: int) -> Any | None:
-        """A new torch tensor. None, and nothing done, where x is not as usual."""
+        """A new torch tensor. None, and nothing done, where x is not as usual.
+
+        Raises:
+            HBFPError: a step behind an attention, whose cache holds the token already, gave no tensor as usual.
+        """
 
 @final
 class GrownAttention:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map
 
 from hbfp import ops
@@ -134,6 +135,16 @@ class PackedWeight(Tensor):
         values = ops.decode(*self._held, self.format, self.shape, self.axis)
         return values if self.dtype is torch.float32 else values.to(self.dtype)
 
+    def decode_as_it_lies(self) -> Tensor:
+        """The same, in memory along the blocks: of a convolution channels last, as its product reads them."""
+        codes, exponents = self._held
+        lined = self.format.block is not None and self.axis < len(self.shape) - 1 and self.dtype is torch.float32
+        if exponents is None or not lined or is_compiling():
+            return self.decode()
+        lines = [size for dimension, size in enumerate(self.shape) if dimension != self.axis]
+        values = ops.decode(codes, exponents, self.format, [*lines, self.shape[self.axis]], -1)
+        return values.movedim(-1, self.axis)
+
     @property
     def codes(self) -> Tensor:
         return self._held[0]
@@ -229,7 +240,8 @@ class PackedWeight(Tensor):
                     f"a packed weight is not changed in place, and {func} would: unfreeze the model first "
                     "(hbfp.unfreeze_), or assign new values with copy_"
                 )
-        return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs or {}))
+        decoded = _decoded_as_it_lies if func.namespace == "hbfp" else _decoded
+        return func(*tree_map(decoded, args), **tree_map(decoded, kwargs or {}))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         exponents, mantissas = self.planes()
@@ -259,6 +271,10 @@ def _has_panels(format: HBFP, shape: tuple[int, ...], axis: int) -> bool:
 
 def _decoded(value: Any) -> Any:
     return value.decode() if isinstance(value, PackedWeight) else value
+
+
+def _decoded_as_it_lies(value: Any) -> Any:
+    return value.decode_as_it_lies() if isinstance(value, PackedWeight) else value
 
 
 def _like(old: Tensor, new: PackedWeight) -> PackedWeight:

@@ -65,7 +65,7 @@ def test_generate_takes_it_and_a_context_that_is_full_begins_anew(passes, monkey
     model = gpt(context=16)
     found = list(generate(model, [1, 2, 3], 40, temperature=0))
     assert set(passes()) == {3, 8}  # the prompt, and the last half of a context
-    monkeypatch.setattr(Residual, "of", lambda branches: None)
+    monkeypatch.setattr(Residual, "of", lambda *_: None)
     assert found == list(generate(model, [1, 2, 3], 40, temperature=0))
     assert 1 in passes()
 
@@ -206,15 +206,15 @@ def test_branches_add_up_one_after_the_other():
     first = X + kept.linear(torch.relu(X), format, 0, 0, 0, torch.ones(64), 1)
     middle = matrix(32, 64).linear(first, format, 0, 0, 0, None, 1) + 0.5
     given = X.clone()
-    assert same(_core.Residual(steps)(given, 1), first + matrix(64, 32).linear(middle, format, 0, 0, 0, None, 1))
+    assert same(_core.Residual(steps, [])(given, 1), first + matrix(64, 32).linear(middle, format, 0, 0, 0, None, 1))
     assert same(given, X)
-    assert same(_core.Residual([])(X, 1), X)
+    assert same(_core.Residual([], [])(X, 1), X)
 
 
 def test_branches_end_with_a_product():
     for branch in ([], [(torch.relu, [])], [product(64, 64), (torch.relu, [])]):
         with pytest.raises(HBFPError, match="end with a product"):
-            _core.Residual([branch])
+            _core.Residual([branch], [])
 
 
 @pytest.mark.parametrize(
@@ -230,12 +230,12 @@ def test_branches_end_with_a_product():
     ],
 )
 def test_what_does_not_fit_is_left_to_the_modules(branch):
-    assert _core.Residual([branch])(X, 1) is None
+    assert _core.Residual([branch], [])(X, 1) is None
 
 
 @pytest.mark.parametrize("x", [X.double(), X[..., ::2].expand(1, 1, 32), X.to("meta"), torch.complex(X, X).conj().imag])
 def test_what_is_no_plain_token_is_left_to_the_modules(x):
-    assert _core.Residual([[product(64, 64)]])(x, 1) is None
+    assert _core.Residual([[product(64, 64)]], [])(x, 1) is None
 
 
 def test_a_step_that_fails_behind_an_attention_is_an_error():
@@ -243,5 +243,5 @@ def test_a_step_that_fails_behind_an_attention_is_an_error():
     cache = attention()
     steps = [[product(96, 64), (cache, 1), (torch.Tensor.double, []), product(64, 32)]]
     with pytest.raises(HBFPError, match="begin the text anew"):
-        _core.Residual(steps)(X, 1)
+        _core.Residual(steps, [])(X, 1)
     assert cache.length == 1

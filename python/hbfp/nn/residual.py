@@ -27,7 +27,7 @@ a function, which is given the tensor and these arguments."""
 
 
 class Residual:
-    """x + f(x), branch after branch, for one token x [1, 1, width]: the bits of the same modules, called one by one.
+    """x + f(x), branch after branch, for one token x [1, 1, width], and the steps of an end: the bits of the modules.
 
     Parameters, formats and modules are those of the time when it was made.
     """
@@ -36,16 +36,19 @@ class Residual:
         self._core = core
 
     @staticmethod
-    def of(branches: Sequence[Sequence[Step]]) -> Residual | None:
-        """Of branches that each end with a layer. None: a layer is not frozen, rounds stochastically, or has a bias of
-        another dtype; or a cache holds floats."""
+    def of(branches: Sequence[Sequence[Step]], end: Sequence[Step] = ()) -> Residual | None:
+        """Of branches that each end with a layer, and an end that does, too, or is none. Functions among the steps keep
+        nothing of what they are given.
+
+        None: a layer is not frozen, rounds stochastically, or has a bias of another dtype; or a cache holds floats.
+        """
         made: list[list[tuple[Any, ...]]] = []
-        for branch in branches:
+        for branch in (*branches, end):
             steps = [_core_step(step) for step in branch]
             if None in steps:
                 return None
             made.append([step for step in steps if step is not None])
-        return Residual(ops.ResidualStream(made))
+        return Residual(ops.ResidualStream(made[:-1], made[-1]))
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """None, and nothing done, where somebody counts, traces or differentiates, and where x is not as usual."""

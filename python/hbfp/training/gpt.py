@@ -48,6 +48,10 @@ class Norm(nn.LayerNorm):
         parameters = self._parameters
         return torch.layer_norm(input, self.normalized_shape, parameters["weight"], parameters["bias"], self.eps)
 
+    def step(self) -> Step:
+        """The same, for `hbfp.nn.residual`."""
+        return torch.layer_norm, (self.normalized_shape, self.weight, self.bias, self.eps)
+
 
 class Block(nn.Module):
     """Attention and a four times wider perceptron, each normed before and added after: [batch, time, width] to same."""
@@ -75,18 +79,14 @@ class Block(nn.Module):
 
     def branches(self, cache: KeyValueCache) -> list[list[Step]]:
         """The same for one token, as `hbfp.nn.residual.Residual` takes it."""
-        first, second = (
-            (torch.layer_norm, (norm.normalized_shape, norm.weight, norm.bias, norm.eps))
-            for norm in (self.attention_norm, self.mlp_norm)
-        )
         return [
-            [first, self.qkv, (cache, self.heads), self.proj],
-            [second, self.up, (nn.functional.gelu, ()), self.down],
+            [self.attention_norm.step(), self.qkv, (cache, self.heads), self.proj],
+            [self.mlp_norm.step(), self.up, (nn.functional.gelu, ()), self.down],
         ]
 
 
 class Caches(list[KeyValueCache]):
-    """The past of a text: a cache for each block, and the way of a single token through all of them."""
+    """The past of a text: a cache for each block, and the way of a single token through all of them to its scores."""
 
     def __init__(self, caches: Iterable[KeyValueCache] = (), residual: Residual | None = None) -> None:
         super().__init__(caches)
@@ -97,8 +97,8 @@ class Caches(list[KeyValueCache]):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Caches":
         return Caches(copy.deepcopy(list(self), memo))
 
-    def residual(self, x: Tensor) -> Tensor | None:
-        """What comes of a token x [1, 1, width], in one call; None where it has to go through the modules."""
+    def scores(self, x: Tensor) -> Tensor | None:
+        """Of a token x [1, 1, width], in one call; None where it has to go through the modules."""
         return None if self._residual is None or self._of != self else self._residual(x)
 
 
@@ -132,10 +132,11 @@ class GPT(nn.Module):
         """
         blocks = [cast(Block, block) for block in self.blocks]
         caches = [KeyValueCache(block.attention) for block in blocks]
-        if any(module.training or hooked(module) for module in self.blocks.modules()):
+        passed = [*self.blocks.modules(), self.norm, self.head]
+        if any(module.training or hooked(module) for module in passed):
             return Caches(caches)
         branches = [branch for block, cache in zip(blocks, caches, strict=True) for branch in block.branches(cache)]
-        return Caches(caches, Residual.of(branches))
+        return Caches(caches, Residual.of(branches, [self.norm.step(), self.head]))
 
     def forward(self, codes: Tensor) -> Tensor:
         return self._scores(codes, 0, None)
@@ -146,10 +147,11 @@ class GPT(nn.Module):
 
     def _scores(self, codes: Tensor, past: int, caches: Sequence[KeyValueCache] | None) -> Tensor:
         x = self.characters(codes) + self.positions.weight[past : past + codes.shape[-1]]
-        out = caches.residual(x) if isinstance(caches, Caches) and x.shape[:2] == (1, 1) else None
-        if out is None:
-            out = x
-            for number, block in enumerate(self.blocks):
-                out = block(out) if caches is None else block(out, caches[number])
-        scores: Tensor = self.head(self.norm(out))
+        if isinstance(caches, Caches) and x.shape[:2] == (1, 1):
+            quick = caches.scores(x)
+            if quick is not None:
+                return quick
+        for number, block in enumerate(self.blocks):
+            x = block(x) if caches is None else block(x, caches[number])
+        scores: Tensor = self.head(self.norm(x))
         return scores

@@ -10,9 +10,7 @@ use hbfp::Context;
 use hbfp::attention::{Attention, Gradients, Grown, Workspace};
 use hbfp::gemm::Coding;
 use hbfp::shape::FloatTensor;
-use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Format, rounding and stream of the left and the right operand of a product.
@@ -198,8 +196,7 @@ impl GrownAttention {
         let mut shape = queries.shape().to_vec();
         let (Some(last), Some(&width)) = (shape.last_mut(), values.shape().last()) else { return Ok(None) };
         *last = width;
-        let out = q.call_method1(intern!(py, "new_empty"), PyTuple::new(py, &shape)?)?;
-        let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
+        let Some((out, mut target)) = FloatView::output(q, &shape, None)? else { return Ok(None) };
         let inputs = [&queries.tensor(), &keys.tensor(), &values.tensor()];
         self.take(py, inputs, scale, target.as_mut_slice(), threads)?;
         Ok(Some(out))

@@ -216,11 +216,7 @@ pub(crate) fn tensor_product<'py>(
     keep: Option<KeepArguments<'py>>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let (Some(mut left), Some(right)) = (FloatView::plain(a)?, FloatView::plain(b)?) else { return Ok(None) };
-    let bias = match bias.map(FloatView::plain).transpose()? {
-        Some(Some(bias)) if bias.is_contiguous() => Some(bias),
-        None => None,
-        Some(_) => return Ok(None),
-    };
+    let Some(bias) = plain_or_none(bias)? else { return Ok(None) };
     // [.., lines, K] of either, whatever its axis.
     let matrix = |view: &FloatView<'_>, axis: isize| match (view.shape(), axis) {
         (&[.., lines, k], -1) | (&[.., k, lines], -2) if view.count() > 0 => Some((lines, k)),
@@ -369,29 +365,26 @@ impl KeptMatrix {
         bias: Option<&Bound<'py, PyAny>>,
         threads: usize,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let out = self.multiply(py, x, x_format.inner, mode(rounding, seed, stream)?, bias, threads)?;
-        Ok(out.map(|(out, _)| out))
+        let (Some(view), Some(bias)) = (FloatView::plain(x)?, plain_or_none(bias)?) else { return Ok(None) };
+        let (format, mode) = (x_format.inner, mode(rounding, seed, stream)?);
+        self.multiply(py, x, view, format, mode, bias, threads, None)
     }
 }
 
 impl KeptMatrix {
-    /// [`Self::linear`], and a view of the new tensor.
+    /// [`Self::linear`] of views of x and the bias; in `reused`, where that is a contiguous tensor of the result's shape.
     pub(crate) fn multiply<'py>(
         &self,
         py: Python<'py>,
         x: &Bound<'py, PyAny>,
+        view: FloatView<'py>,
         x_format: BlockFormat,
         mode: RoundingMode,
-        bias: Option<&Bound<'py, PyAny>>,
+        bias: Option<FloatView<'py>>,
         threads: usize,
-    ) -> PyResult<Option<(Bound<'py, PyAny>, FloatView<'py>)>> {
+        reused: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
         let Self { lines, k, .. } = *self;
-        let Some(view) = FloatView::plain(x)? else { return Ok(None) };
-        let bias = match bias.map(FloatView::plain).transpose()? {
-            Some(Some(bias)) if bias.is_contiguous() => Some(bias),
-            None => None,
-            Some(_) => return Ok(None),
-        };
         let mut shape = view.shape().to_vec();
         let (count, Some(last)) = (view.count(), shape.last_mut()) else { return Ok(None) };
         if std::mem::replace(last, lines) != k || count == 0 || lines == 0 || shape.len() < 2 {
@@ -404,8 +397,7 @@ impl KeptMatrix {
             flat
         };
         let bytes = BytesView::read(self.codes.bind(py), "kept")?;
-        let out = x.call_method1(intern!(py, "new_empty"), PyTuple::new(py, &shape)?)?;
-        let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
+        let Some((out, mut target)) = FloatView::output(x, &shape, reused)? else { return Ok(None) };
         let a = Operand::Floats { x: view.tensor(), axis: 1, format: x_format, mode };
         let b = Right::Kept(Kept { lines, k, format: self.format, bytes: bytes.as_slice() });
         let epilogue = Epilogue { accumulate: false, bias: bias.as_ref().map(FloatView::as_slice) };
@@ -418,8 +410,14 @@ impl KeptMatrix {
         } else {
             run_with_workspace(py, threads, multiply)?;
         }
-        Ok(Some((out, target)))
+        Ok(Some(out))
     }
+}
+
+/// A view of a contiguous bias, if there is one; None: it is not as usual.
+fn plain_or_none<'py>(bias: Option<&Bound<'py, PyAny>>) -> PyResult<Option<Option<FloatView<'py>>>> {
+    let Some(bias) = bias else { return Ok(Some(None)) };
+    Ok(FloatView::plain(bias)?.filter(FloatView::is_contiguous).map(Some))
 }
 
 /// out [M, N] = a [K, M] along its rows, or [M, K] along its columns, times what [`tensor_product`] or [`keep`] kept of an

@@ -10,11 +10,12 @@ use crate::view::FloatView;
 use hbfp::BlockFormat;
 use hbfp::encode::RoundingMode;
 use hbfp::shape::FloatTensor;
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
+use std::cell::Cell;
+use std::sync::Mutex;
 
-/// What a branch does next with its tensor.
+/// What is next done with a tensor.
 enum Step {
     /// Multiplies it by a kept matrix, and adds a bias.
     Linear { matrix: Py<KeptMatrix>, bias: Option<Py<PyAny>>, format: BlockFormat, mode: RoundingMode },
@@ -42,15 +43,31 @@ impl Step {
         })
     }
 
-    /// What comes of x; None where that is not float32 as torch lays it out, or has other sizes.
-    fn run<'py>(&self, py: Python<'py>, x: &Bound<'py, PyAny>, threads: usize) -> PyResult<Option<Bound<'py, PyAny>>> {
+    fn all(steps: Vec<StepArguments<'_>>) -> PyResult<Vec<Self>> {
+        steps.into_iter().map(Self::new).collect()
+    }
+
+    /// What comes of x, in `reused` where that fits; None where x is not float32 as torch lays it out, or has other sizes.
+    fn run<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Bound<'py, PyAny>,
+        threads: usize,
+        reused: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
         match self {
             Self::Linear { matrix, bias, format, mode } => {
-                let bias = bias.as_ref().map(|bias| bias.bind(py));
-                let out = matrix.get().multiply(py, x, *format, *mode, bias, threads)?;
-                Ok(out.map(|(out, _)| out))
+                let Some(view) = FloatView::plain(x)? else { return Ok(None) };
+                let bias = match bias {
+                    None => None,
+                    Some(bias) => match FloatView::plain(bias.bind(py))?.filter(FloatView::is_contiguous) {
+                        None => return Ok(None),
+                        bias => bias,
+                    },
+                };
+                matrix.get().multiply(py, x, view, *format, *mode, bias, threads, reused)
             }
-            Self::Attend { cache, heads } => attend(py, cache.get(), x, *heads, threads),
+            Self::Attend { cache, heads } => attend(py, cache.get(), x, *heads, threads, reused),
             Self::Call { function, arguments } => {
                 let arguments = [x].into_iter().chain(arguments.iter().map(|argument| argument.bind(py)));
                 Ok(Some(function.bind(py).call1(PyTuple::new(py, arguments.collect::<Vec<_>>())?)?))
@@ -66,15 +83,14 @@ fn attend<'py>(
     x: &Bound<'py, PyAny>,
     heads: usize,
     threads: usize,
+    reused: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let Some(view) = FloatView::plain(x)?.filter(FloatView::is_contiguous) else { return Ok(None) };
     let width = view.count() / 3;
     if view.shape() != [1, 1, 3 * width] || width == 0 || heads == 0 || !width.is_multiple_of(heads) {
         return Ok(None);
     }
-    let shape = [1, 1, width];
-    let out = x.call_method1(intern!(py, "new_empty"), PyTuple::new(py, shape)?)?;
-    let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
+    let Some((out, mut target)) = FloatView::output(x, &[1, 1, width], reused)? else { return Ok(None) };
     let parts = view.as_slice().chunks_exact(width);
     let parts: Vec<_> = parts.flat_map(|part| FloatTensor::new(part, &[1, heads, 1, width / heads])).collect();
     let [q, k, v] = &parts[..] else { return Ok(None) };
@@ -83,22 +99,27 @@ fn attend<'py>(
     Ok(Some(out))
 }
 
-/// x + f(x), branch after branch; each ends with a product, whose tensor takes the sum.
+/// x + f(x), branch after branch, each of which ends with a product, whose tensor takes the sum; then the steps of an end.
 #[pyclass(frozen, module = "hbfp._core")]
 pub(crate) struct Residual {
     branches: Vec<Vec<Step>>,
+    end: Vec<Step>,
+    /// What all steps but the last wrote the last time, to be written to again: to allocate takes a quarter of a small
+    /// product's time. Functions that are called keep no view of what they are given.
+    kept: Mutex<Vec<Option<Py<PyAny>>>>,
 }
 
 #[pymethods]
 impl Residual {
     #[new]
-    fn new(branches: Vec<Vec<StepArguments<'_>>>) -> PyResult<Self> {
-        let steps = |branch: Vec<_>| branch.into_iter().map(Step::new).collect::<PyResult<Vec<_>>>();
-        let branches = branches.into_iter().map(steps).collect::<PyResult<Vec<_>>>()?;
-        if !branches.iter().all(|branch| matches!(branch.last(), Some(Step::Linear { .. }))) {
+    fn new(branches: Vec<Vec<StepArguments<'_>>>, end: Vec<StepArguments<'_>>) -> PyResult<Self> {
+        let branches = branches.into_iter().map(Step::all).collect::<PyResult<Vec<_>>>()?;
+        let end = Step::all(end)?;
+        let multiplies = |steps: &Vec<Step>| matches!(steps.last(), Some(Step::Linear { .. }));
+        if !branches.iter().all(multiplies) || !(end.is_empty() || multiplies(&end)) {
             return Err(HBFPError::new_err("expected branches that end with a product; found another end"));
         }
-        Ok(Self { branches })
+        Ok(Self { branches, end, kept: Mutex::default() })
     }
 
     /// What comes of x, a new tensor; None, and nothing done, where x is not as usual.
@@ -108,33 +129,48 @@ impl Residual {
         x: Bound<'py, PyAny>,
         threads: usize,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let mut x = x;
-        let mut attended = false;
-        for branch in &self.branches {
-            let Some(view) = FloatView::plain(&x)?.filter(FloatView::is_contiguous) else {
-                return declined(attended);
-            };
-            let mut y = x.clone();
+        // A call beside another one has tensors of its own.
+        let mut kept = self.kept.try_lock().ok();
+        let steps = self.branches.iter().chain([&self.end]).map(Vec::len).sum::<usize>();
+        if let Some(kept) = &mut kept {
+            kept.resize_with(steps, || None);
+        }
+        let (mut number, attended) = (0, Cell::new(false));
+        let mut along = |branch: &[Step], mut x: Bound<'py, PyAny>| -> PyResult<Option<Bound<'py, PyAny>>> {
             for step in branch {
-                let Some(next) = step.run(py, &y, threads)? else { return declined(attended) };
-                attended |= matches!(step, Step::Attend { .. });
-                y = next;
+                // The last one's is the caller's.
+                let slot = kept.as_mut().and_then(|kept| kept[..steps - 1].get_mut(number));
+                number += 1;
+                let reused = slot.as_ref().and_then(|slot| slot.as_ref()).map(|tensor| tensor.bind(py).clone());
+                let Some(out) = step.run(py, &x, threads, reused)? else { return declined(&attended) };
+                attended.set(attended.get() || matches!(step, Step::Attend { .. }));
+                if let (Some(slot), false) = (slot, matches!(step, Step::Call { .. })) {
+                    *slot = Some(out.clone().unbind());
+                }
+                x = out;
             }
-            // The product that ends the branch has made its tensor just now.
-            let Some(mut sum) = FloatView::fresh(&y, view.shape()) else { return declined(attended) };
-            for (sum, x) in sum.as_mut_slice().iter_mut().zip(view.as_slice()) {
-                *sum += x;
+            Ok(Some(x))
+        };
+        let mut x = x;
+        for branch in &self.branches {
+            let Some(before) = FloatView::plain(&x)?.filter(FloatView::is_contiguous) else {
+                return declined(&attended);
+            };
+            let Some(y) = along(branch, x.clone())? else { return Ok(None) };
+            let Some(mut sum) = FloatView::fresh(&y, before.shape()) else { return declined(&attended) };
+            for (sum, before) in sum.as_mut_slice().iter_mut().zip(before.as_slice()) {
+                *sum += before;
             }
-            drop((view, sum));
+            drop((before, sum));
             x = y;
         }
-        Ok(Some(x))
+        along(&self.end, x)
     }
 }
 
 /// The caller takes another way, unless a cache holds the token already.
-fn declined<T>(attended: bool) -> PyResult<Option<T>> {
-    if attended {
+fn declined<T>(attended: &Cell<bool>) -> PyResult<Option<T>> {
+    if attended.get() {
         let text = "expected float32 tensors of the sizes that the layers have; found others behind an attention, whose \
                     cache holds the token now: begin the text anew, with new caches";
         return Err(HBFPError::new_err(text));
