@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from hbfp import ops
 from hbfp.backends import Arithmetic, arithmetic
@@ -487,7 +487,7 @@ def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
 def unseen(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a node of autograd would be seen by nobody: no gradient is asked for, nothing traces or transforms."""
     return not (
-        is_compiling()
+        is_dynamo_compiling()  # other tracers set a mode of dispatch, which every short way asks for
         or (
             is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
         )

@@ -29,6 +29,7 @@ from hbfp.array import encode as _encode
 from hbfp.errors import HBFPError, ShapeError
 from hbfp.files.container import forget
 from hbfp.format import HBFP, Rounding
+from hbfp.ops.entrance import dispatch_modes, threads
 
 __all__ = ["PackedWeight"]
 
@@ -192,9 +193,10 @@ class PackedWeight(Tensor):
         Not for code that torch.compile traces.
         """
         matrix = self._kept or self.kept_matrix()
-        if matrix is None or (formats[1] is not self.format and formats[1] != self.format):
+        if dispatch_modes() or matrix is None or (formats[1] is not self.format and formats[1] != self.format):
             return None
-        return ops.quick_packed_product(x, formats[0], rounding, seed, stream, matrix, bias)
+        out: Tensor | None = matrix.linear(x, formats[0].core, rounding, seed, stream, bias, threads())
+        return out
 
     def kept_matrix(self) -> ops.KeptMatrix | None:
         """Panels as products of this [N, K] along K read them, laid out where they were not; None: it has none."""

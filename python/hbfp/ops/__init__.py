@@ -49,7 +49,6 @@ from hbfp.ops.packed import (
     panels_of_floats,
     panels_of_planes,
     planes_of_panels,
-    quick_packed_product,
 )
 from hbfp.ops.products import (
     Measured,
@@ -118,7 +117,6 @@ __all__ = [
     "product_operands",
     "product_shape",
     "quantize",
-    "quick_packed_product",
     "quick_product",
     "recorders",
     "reference_convolution",

@@ -87,19 +87,6 @@ def planes_of_panels(panels: Tensor, format: HBFP, lines: int, k: int) -> tuple[
     return torch.from_numpy(exponents), torch.from_numpy(mantissas)
 
 
-def quick_packed_product(
-    x: Tensor, format: HBFP, rounding: int, seed: int, stream: int, matrix: KeptMatrix, bias: Tensor | None
-) -> Tensor | None:
-    """`packed_product` of panels in one call of the core; None where anything is not as usual, errors included.
-
-    Not for code that torch.compile traces.
-    """
-    if dispatch_modes():
-        return None
-    out: Tensor | None = matrix.linear(x, format.core, rounding, seed, stream, bias, threads())
-    return out
-
-
 def packed_product(
     x: Tensor,
     formats: tuple[HBFP, HBFP],
