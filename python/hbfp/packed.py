@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map
 
 from hbfp import ops
@@ -140,7 +139,7 @@ class PackedWeight(Tensor):
         """The same, in memory along the blocks: of a convolution channels last, as its product reads them."""
         codes, exponents = self._held
         lined = self.format.block is not None and self.axis < len(self.shape) - 1 and self.dtype is torch.float32
-        if exponents is None or not lined or is_compiling():
+        if exponents is None or not lined:
             return self.decode()
         lines = [size for dimension, size in enumerate(self.shape) if dimension != self.axis]
         values = ops.decode(codes, exponents, self.format, [*lines, self.shape[self.axis]], -1)
@@ -242,8 +241,7 @@ class PackedWeight(Tensor):
                     f"a packed weight is not changed in place, and {func} would: unfreeze the model first "
                     "(hbfp.unfreeze_), or assign new values with copy_"
                 )
-        decoded = _decoded_as_it_lies if func.namespace == "hbfp" else _decoded
-        return func(*tree_map(decoded, args), **tree_map(decoded, kwargs or {}))
+        return func(*tree_map(_decoded, args), **tree_map(_decoded, kwargs or {}))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         exponents, mantissas = self.planes()
@@ -273,10 +271,6 @@ def _has_panels(format: HBFP, shape: tuple[int, ...], axis: int) -> bool:
 
 def _decoded(value: Any) -> Any:
     return value.decode() if isinstance(value, PackedWeight) else value
-
-
-def _decoded_as_it_lies(value: Any) -> Any:
-    return value.decode_as_it_lies() if isinstance(value, PackedWeight) else value
 
 
 def _like(old: Tensor, new: PackedWeight) -> PackedWeight:

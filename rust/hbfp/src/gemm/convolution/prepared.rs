@@ -73,18 +73,21 @@ impl<'a> KernelCopy<'a> {
         let patch = channels * k0 * k1 * k2;
         // SAFETY: an output channel belongs to one task.
         let floats = unsafe { self.floats.part(out * patch, patch) };
-        let side_by_side = channels < 2 || self.w.at(&[0, 1, 0, 0, 0]) == self.w.at(&[0; 5]).wrapping_add(1);
+        // From a channel to the next.
+        let [first, second] = [0, 1].map(|c| self.w.at(&[0, c, 0, 0, 0]).addr());
+        let stride = (second.wrapping_sub(first) as isize) / size_of::<f32>() as isize;
         for tap in 0..k0 * k1 * k2 {
             let (i, j, k) = (tap / (k1 * k2), tap / k2 % k1, tap % k2);
+            let from = self.w.at(&[out, 0, i, j, k]);
             let to = &mut floats[tap * channels..][..channels];
-            if side_by_side {
+            if stride == 1 {
                 // SAFETY: as many elements of the tensor, one behind the other.
-                to.copy_from_slice(unsafe { std::slice::from_raw_parts(self.w.at(&[out, 0, i, j, k]), channels) });
-                continue;
-            }
-            for (c, to) in to.iter_mut().enumerate() {
-                // SAFETY: inside the tensor.
-                *to = unsafe { *self.w.at(&[out, c, i, j, k]) };
+                to.copy_from_slice(unsafe { std::slice::from_raw_parts(from, channels) });
+            } else {
+                for (c, to) in to.iter_mut().enumerate() {
+                    // SAFETY: inside the tensor.
+                    *to = unsafe { *from.wrapping_offset(c as isize * stride) };
+                }
             }
         }
         if let Some(seed) = self.seed {
