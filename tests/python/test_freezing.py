@@ -468,6 +468,17 @@ def test_gradients_pass_through_a_frozen_layer():
     assert same(*found)
 
 
+@pytest.mark.parametrize("recipe", ["hbfp4b16", "hbfp12b16"])
+@pytest.mark.parametrize("make", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
+def test_kernels_are_decoded_in_the_order_of_their_blocks(make, recipe):
+    layer = make(20, 24, 3)
+    hbfp.freeze_(layer, recipe)
+    weight = layer.weight
+    assert torch.equal(weight.decode_as_it_lies(), weight.decode())
+    assert weight.decode_as_it_lies().stride(weight.axis) == 1
+    assert weight.decode().is_contiguous()
+
+
 def test_rows_of_a_packed_matrix():
     weight = torch.randn(256, 96)
     held = PackedWeight.of(weight, hbfp.HBFP4)

@@ -139,6 +139,8 @@ def recorded():
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # forward mode's own
 def test_who_counts_or_differentiates_has_the_modules(somebody, passes):
     model = gpt()
+    for table in (model.characters, model.positions):
+        table.requires_grad_(False)  # the norms' parameters are left
     caches = model.caches()
     with torch.no_grad():
         model.extend(codes(3), caches)
