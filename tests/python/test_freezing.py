@@ -18,6 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from zoo import LAYERS, MODELS, leaves, same, values  # noqa: E402
 
 import hbfp  # noqa: E402
@@ -477,6 +478,24 @@ def test_kernels_are_decoded_in_the_order_of_their_blocks(make, recipe):
     assert torch.equal(weight.decode_as_it_lies(), weight.decode())
     assert weight.decode_as_it_lies().stride(weight.axis) == 1
     assert weight.decode().is_contiguous()
+
+
+def test_a_mode_of_dispatch_sees_the_product_of_a_frozen_layer():
+    """One that wants to replace it, as fake tensors and tracers do, would be given the result of real memory."""
+    seen = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    layer, x = hbfp.nn.Linear(64, 32), values(3, 64)
+    hbfp.freeze_(layer)
+    with torch.no_grad():
+        expected = layer(x)
+        with Noting():
+            assert torch.equal(layer(x), expected)
+    assert torch.ops.hbfp.packed_product.default in seen
 
 
 def test_rows_of_a_packed_matrix():

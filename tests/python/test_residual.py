@@ -12,6 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from test_generation import VOCABULARY, gpt  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from zoo import same  # noqa: E402
 
 import hbfp  # noqa: E402
@@ -135,7 +136,12 @@ def recorded():
         hbfp.ops.recorders.clear()
 
 
-@pytest.mark.parametrize("somebody", [torch.enable_grad, recorded, torch.autograd.forward_ad.dual_level])
+class Passing(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("somebody", [torch.enable_grad, recorded, torch.autograd.forward_ad.dual_level, Passing])
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # forward mode's own
 def test_who_counts_or_differentiates_has_the_modules(somebody, passes):
     model = gpt()
