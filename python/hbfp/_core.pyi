@@ -34,6 +34,7 @@ __all__ = [
     "convolution_input_gradient",
     "convolution_weight_gradient",
     "decode",
+    "dropout",
     "encode",
     "info",
     "keep",
@@ -267,6 +268,7 @@ def attention(
     out: Any,
     causal: bool,
     scale: float,
+    dropout: tuple[int, int] | None,
     scores: _Codings,
     context: _Codings,
     seed: int,
@@ -275,7 +277,8 @@ def attention(
     """out[.., L, Ev] = softmax(scale * q k^T + mask) v without the L x S matrix; the bits of product and softmax.
 
     q [.., L, E], k [.., S, E], v [.., S, Ev], mask [.., L, S] with equal batch dimensions and any strides; formats are
-    lines of at most 8 bits, `scores` those of q and k, `context` those of the softmax and v."""
+    lines of at most 8 bits, `scores` those of q and k, `context` those of the softmax and v. `dropout` is that of the
+    softmax, `dropped` and `seed` as in the function of that name."""
 
 @final
 class GrownAttention:
@@ -313,6 +316,7 @@ def attention_backward(
     dv: Any | None,
     causal: bool,
     scale: float,
+    dropout: tuple[int, int] | None,
     scores: _Codings,
     weights: _Codings,
     queries: _Codings,
@@ -379,6 +383,10 @@ def softmax(scores: Any, out: Any, scale: float, causal: bool, mask: Any | None,
 
 def softmax_backward(p: Any, dp: Any, out: Any, scale: float, threads: int) -> None:
     """out = scale * p * (dp - rowsum(p * dp)); `out` may be `dp`."""
+
+def dropout(x: Any, out: Any, dropped: int, seed: int, threads: int) -> None:
+    """out = x [.., columns] with `dropped` of 2^16 elements set to 0, chosen by the random bits of `seed` and stream 0,
+    and the others multiplied by 2^16 / (2^16 - dropped); `out` may be `x`."""
 
 def column_sums(x: Any, out: Any, threads: int) -> None:
     """Sums over the rows of x [rows, n] in blocks of 64 (FORMAT.md section 6: bias gradients)."""

@@ -336,3 +336,14 @@ def test_softmax(case):
         ds = np.empty_like(scores)
         _core.softmax_backward(p, floats(case["dp"], case["shape"]), ds, float(scale), 1)
         assert patterns(ds) == case["ds"]
+
+
+@cases("dropout")
+def test_dropout(case):
+    x, seed = floats(case["x"], case["shape"]), int(case["seed"], 16)
+    for threads in (1, 3):
+        out = np.empty_like(x)
+        _core.dropout(x, out, case["t"], seed, threads)
+        assert patterns(out) == case["output"]
+    _core.dropout(x, x, case["t"], seed, 1)
+    assert patterns(x) == case["output"]

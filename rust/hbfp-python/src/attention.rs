@@ -7,7 +7,7 @@ use crate::format::Format;
 use crate::run::{here, run, run_attention, run_here, with_attention_workspace};
 use crate::view::FloatView;
 use hbfp::Context;
-use hbfp::attention::{Attention, Gradients, Grown, Workspace};
+use hbfp::attention::{Attention, Dropout, Gradients, Grown, Workspace};
 use hbfp::gemm::Coding;
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -38,16 +38,28 @@ impl<'py> Inputs<'py> {
         Ok(Self { q, k, v, mask: mask.map(|mask| FloatView::read(mask, "mask")).transpose()? })
     }
 
-    fn attention(&self, causal: bool, scale: f32, scores: [Coding; 2]) -> Attention<'_> {
+    fn attention(
+        &self,
+        causal: bool,
+        scale: f32,
+        dropout: Option<(u32, u64)>,
+        scores: [Coding; 2],
+    ) -> PyResult<Attention<'_>> {
         let Self { q, k, v, mask } = self;
         let mask = mask.as_ref().map(FloatView::tensor);
-        Attention { q: q.tensor(), k: k.tensor(), v: v.tensor(), mask, causal, scale, scores }
+        let dropout = dropout.map(dropout_of).transpose()?;
+        Ok(Attention { q: q.tensor(), k: k.tensor(), v: v.tensor(), mask, causal, scale, dropout, scores })
     }
 
     fn expect_apart(&self, out: &FloatView<'_>, what: &str) -> PyResult<()> {
         let Self { q, k, v, mask } = self;
         [q, k, v].into_iter().chain(mask).try_for_each(|input| out.expect_apart(input.extent(), what))
     }
+}
+
+/// Elements of 2^16 that are dropped, and the seed that says which.
+fn dropout_of((dropped, seed): (u32, u64)) -> PyResult<Dropout> {
+    Dropout::new(dropped, seed).map_err(|e| to_python(&e))
 }
 
 /// A view of `shape` to write to, apart from the inputs.
@@ -76,6 +88,7 @@ pub(crate) fn attention(
     out: &Bound<'_, PyAny>,
     causal: bool,
     scale: f32,
+    dropout: Option<(u32, u64)>,
     scores: Codings<'_>,
     context: Codings<'_>,
     seed: u64,
@@ -85,7 +98,7 @@ pub(crate) fn attention(
     let (scores, context) = (codings(&scores, seed)?, codings(&context, seed)?);
     let width = inputs.v.shape().last().copied().unwrap_or(0);
     let mut out = result(&inputs, out, inputs.q.shape(), width, "out")?;
-    let attention = inputs.attention(causal, scale, scores);
+    let attention = inputs.attention(causal, scale, dropout, scores)?;
     let out = out.as_mut_slice();
     run_attention(py, threads, |ctx, workspace| attention.forward(ctx, context, out, workspace))
 }
@@ -104,6 +117,7 @@ pub(crate) fn attention_backward(
     dv: Option<&Bound<'_, PyAny>>,
     causal: bool,
     scale: f32,
+    dropout: Option<(u32, u64)>,
     scores: Codings<'_>,
     weights: Codings<'_>,
     queries: Codings<'_>,
@@ -123,7 +137,7 @@ pub(crate) fn attention_backward(
         }
         results.push(view);
     }
-    let attention = inputs.attention(causal, scale, codings(&scores, seed)?);
+    let attention = inputs.attention(causal, scale, dropout, codings(&scores, seed)?)?;
     let gradients = Gradients {
         output: output.tensor(),
         values: codings(&values, seed)?,
@@ -278,6 +292,23 @@ pub(crate) fn softmax_backward(
     let columns = view.shape().last().copied().unwrap_or(1);
     let grad = view.as_mut_slice();
     run(py, threads, |ctx| hbfp::attention::softmax_backward(ctx, p.as_slice(), grad, columns, scale))
+}
+
+/// out = x [.., columns] with so many of 2^16 elements set to 0, the others multiplied.
+#[pyfunction]
+pub(crate) fn dropout(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    dropped: u32,
+    seed: u64,
+    threads: usize,
+) -> PyResult<()> {
+    let mut view = in_place(x, out, "x")?;
+    let dropout = dropout_of((dropped, seed))?;
+    let columns = view.shape().last().copied().unwrap_or(1);
+    let x = view.as_mut_slice();
+    run(py, threads, |ctx| dropout.apply(ctx, x, columns))
 }
 
 /// Sums over the rows of x [rows, n] in blocks of 64.

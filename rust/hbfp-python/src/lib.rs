@@ -23,7 +23,9 @@ mod _core {
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
     #[pymodule_export]
-    use crate::attention::{GrownAttention, attention, attention_backward, column_sums, softmax, softmax_backward};
+    use crate::attention::{
+        GrownAttention, attention, attention_backward, column_sums, dropout, softmax, softmax_backward,
+    };
     #[pymodule_export]
     use crate::ceilings::{multiply_adds, read_memory};
     #[pymodule_export]

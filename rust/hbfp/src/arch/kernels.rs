@@ -108,6 +108,7 @@ pub struct Kernels {
     pub(crate) scale_row: unsafe fn(*const f32, *mut f32, usize, f32, *const f32),
     pub(crate) softmax_row: unsafe fn(*mut f32, usize),
     pub(crate) softmax_backward_row: unsafe fn(*const f32, *mut f32, usize, f32),
+    pub(crate) drop_row: unsafe fn(*const f32, *mut f32, *const u16, usize, i32, f32),
     pub(crate) peak_pairs: unsafe fn(usize, i32) -> i32,
     pub(crate) peak_dot4: unsafe fn(usize, i32) -> i32,
     pub(crate) read_words: unsafe fn(*const i32, usize) -> i32,
@@ -228,6 +229,7 @@ macro_rules! kernels {
                 scale_row,
                 softmax_row,
                 softmax_backward_row,
+                drop_row,
                 peak_pairs,
                 peak_dot4,
                 read_words,
@@ -289,6 +291,10 @@ macro_rules! kernels {
             #$attribute
             unsafe fn softmax_backward_row(p: *const f32, grad: *mut f32, n: usize, scale: f32) {
                 unsafe { softmax::softmax_backward_row($make, p, grad, n, scale) }
+            }
+            #$attribute
+            unsafe fn drop_row(x: *const f32, out: *mut f32, random: *const u16, n: usize, dropped: i32, factor: f32) {
+                unsafe { softmax::drop_row($make, x, out, random, n, dropped, factor) }
             }
             #$attribute
             unsafe fn peak_pairs(rounds: usize, seed: i32) -> i32 {

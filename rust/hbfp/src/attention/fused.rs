@@ -16,6 +16,7 @@
 //! it, and where no row of P is NaN; else the strip reads all keys.
 #![allow(unsafe_code, reason = "rows of padded buffers, and tasks that write disjoint rows")]
 
+use super::dropout::Dropout;
 use super::softmax::softmax_row;
 use crate::arch::generic::softmax::PARTIALS;
 use crate::encode::blocks::Scratch;
@@ -55,6 +56,8 @@ pub struct Attention<'a> {
     pub causal: bool,
     /// Factor of the scores, applied before the mask.
     pub scale: f32,
+    /// Of the softmax, before it is encoded.
+    pub dropout: Option<Dropout>,
     /// Encoding of Q and K, along E.
     pub scores: [Coding; 2],
 }
@@ -100,6 +103,8 @@ impl Workspace {
 pub(super) struct Buffers {
     pub(super) scratch: Scratch,
     mask: Vec<f32>,
+    /// Of some rows, where dropout draws.
+    random: Vec<u16>,
     /// Of a matrix.
     pub(super) keys: StripOperand,
     pub(super) values: StripOperand,
@@ -138,6 +143,7 @@ impl Buffers {
             + self.scratch.bytes()
             + self.unpacked.capacity()
             + 4 * self.mask.capacity()
+            + 2 * self.random.capacity()
     }
 }
 
@@ -258,6 +264,10 @@ impl Attention<'_> {
                 scores.lay_out_left(q.rows(matrix, part.clone()), &mut buffers.queries, &mut buffers.scratch);
                 self.weights(&scores, mask.as_ref(), (matrix, &part), seen, buffers);
                 let first = matrix * rows + part.start;
+                if let Some(dropout) = &self.dropout {
+                    let Buffers { scores, random, .. } = buffers;
+                    dropout.rows(ctx.kernels, None, scores, [part.len(), seen], first, random);
+                }
                 let p = buffers.scores.lines([part.len(), seen], true, first);
                 context.lay_out_left(p, &mut buffers.weights, &mut buffers.scratch);
                 context.multiply(&buffers.weights, &buffers.values, width, &mut buffers.out, true);
@@ -403,10 +413,11 @@ impl Backward<'_> {
         let mut skips = true;
         if needs_scores {
             pairs.weights.lay_out_left(self.output[0].rows(matrix, rows.clone()), &mut outputs[0], scratch);
-            // |dP| ≤ largest sum · 2^104 then, and neither it nor its distance from σ overflows.
+            // |dP| ≤ largest sum · 2^104 · factor then, and neither it nor its distance from σ overflows.
+            let factor = attention.dropout.map_or(1.0, |dropout| dropout.factor());
             skips = !outputs[0].is_general()
                 && !buffers.values.is_general()
-                && pairs.weights.largest_sum(width) < 1 << 22
+                && pairs.weights.largest_sum(width) as f32 * factor < (1 << 22) as f32
                 && attention.scale.is_finite();
         }
         if self.dv.is_some() {
@@ -428,9 +439,17 @@ impl Backward<'_> {
             attention.weights(&pairs.scores, self.mask.as_ref(), (matrix, &rows), seen, buffers);
         }
         let size = [rows.len(), seen];
-        let Buffers { scratch, values, weights, scores: p, out, backward, .. } = buffers;
+        let Buffers { scratch, values, weights, scores: p, out, backward, random, .. } = buffers;
         let BackwardBuffers { keys, queries, outputs, scores: ds, dk, dv } = backward;
+        let kernels = pairs.scores.kernels;
         if self.dv.is_some() {
+            let p = match &attention.dropout {
+                None => &*p,
+                Some(dropout) => {
+                    dropout.rows(kernels, Some(p), ds, size, first, random);
+                    &*ds
+                }
+            };
             pairs.values.lay_out_left(p.lines(size, false, first), weights, scratch);
             pairs.values.multiply(weights, &outputs[1], width, dv, false);
         }
@@ -438,12 +457,15 @@ impl Backward<'_> {
             return;
         }
         pairs.weights.multiply(&outputs[0], values, seen, ds, true);
+        if let Some(dropout) = &attention.dropout {
+            dropout.rows(kernels, None, ds, size, first, random);
+        }
         let padded = seen.next_multiple_of(PARTIALS);
         for i in 0..rows.len() {
             // Behind the columns seen P is +0.0; dP is there that of other keys or of none, and NaN only where all of
             // the row is.
             let (p, ds) = (&p.row(i)[..padded], &mut ds.row(i)[..padded]);
-            let backward = pairs.scores.kernels.softmax_backward_row;
+            let backward = kernels.softmax_backward_row;
             // SAFETY: both have `padded` elements, a multiple of PARTIALS.
             unsafe { backward(p.as_ptr(), ds.as_mut_ptr(), padded, attention.scale) };
         }
