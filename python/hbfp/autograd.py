@@ -34,6 +34,7 @@ __all__ = [
     "MatmulFunction",
     "Role",
     "attention",
+    "drawn_dropout",
     "keeps_codes",
     "linear",
     "matmul",
@@ -298,7 +299,8 @@ class AttentionFunction(torch.autograd.Function):
         mask: Tensor | None,
         causal: bool,
         scale: float,
-        dropout: float,
+        dropped: int,
+        word: Tensor | None,
         recipe: Recipe,
         seed: int,
         stream: int,
@@ -314,9 +316,8 @@ class AttentionFunction(torch.autograd.Function):
         )  # fmt: skip
         wide_mask = None if mask is None else _additive(mask).expand(scores.shape)
         p = by.softmax(scores, scale, causal, wide_mask, reuse=True)
-        keep = _kept(p, dropout)
         out = by.product(
-            _drop(p, keep, dropout), -1, _expand(v, batch), -2, policy.formats, policy.roundings, seed,
+            p if word is None else by.dropout(p, dropped, word), -1, _expand(v, batch), -2, policy.formats, policy.roundings, seed,
             (stream | _P, stream | _V),
             name="context", source=source,
         )  # fmt: skip
@@ -327,28 +328,28 @@ class AttentionFunction(torch.autograd.Function):
             k if need_q else None,
             v if need_scores else None,
             p if need_scores or need_v else None,
-            keep if need_scores or need_v else None,
+            word,
         )
         ctx.shapes = q.shape, k.shape, v.shape, None if mask is None else mask.shape
-        ctx.scale, ctx.dropout = scale, dropout
+        ctx.scale, ctx.dropped = scale, dropped
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
         return out
 
     @staticmethod
     @once
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, p, keep = ctx.saved_tensors
+        q, k, v, p, word = ctx.saved_tensors
         q_shape, k_shape, v_shape, mask_shape = ctx.shapes
         batch = do.shape[:-2]
         need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
-        scale, dropout = ctx.scale, ctx.dropout
+        scale, dropped = ctx.scale, ctx.dropped
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
         by, by_right = arithmetic(recipe.backends.input_gradient), arithmetic(recipe.backends.weight_gradient)
         towards_input, towards_right = recipe.input_gradient, recipe.weight_gradient
         dq = dk = dv = dmask = None
         if need_v:
             dv = by_right.product(
-                _drop(p, keep, dropout), -2, do, -2, towards_right.formats[::-1], towards_right.roundings[::-1], seed,
+                p if word is None else by_right.dropout(p, dropped, word), -2, do, -2, towards_right.formats[::-1], towards_right.roundings[::-1], seed,
                 (stream | _P_V, stream | _DO_V), name="gradient of V", source=source,
             )  # fmt: skip
             dv = _sum_to(dv, v_shape, by_right)
@@ -357,7 +358,8 @@ class AttentionFunction(torch.autograd.Function):
                 do, -1, _expand(v, batch), -1, towards_input.formats, towards_input.roundings, seed, (stream | _DO_P,
                 stream | _QKV), name="gradient of P", source=source,
             )  # fmt: skip
-            dp = _drop(dp, keep, dropout)
+            if word is not None:
+                dp = by.dropout(dp, dropped, word)
             if need_mask:
                 dmask = _sum_to(by.softmax_backward(p, dp, 1.0), mask_shape, by)
             if need_q or need_k:
@@ -374,14 +376,14 @@ class AttentionFunction(torch.autograd.Function):
                     (stream | _DS_K, stream | _QKV), name="gradient of K", source=source,
                 )  # fmt: skip
                 dk = _sum_to(dk, k_shape, by_right)
-        return dq, dk, dv, dmask, None, None, None, None, None, None, None
+        return dq, dk, dv, dmask, None, None, None, None, None, None, None, None
 
 
 class FusedAttentionFunction(torch.autograd.Function):
-    """The same bits without the L x S matrix: what is saved is Q, K, V and the mask, and backward computes P again.
+    """The same bits without the L x S matrix: what is saved is Q, K, V, the mask and the seed of dropout, and backward
+    computes P again.
 
-    For the integer backend and formats of at most 8 bits in lines; no dropout and no gradient of the mask (see
-    `_fuses`).
+    For the integer backend and formats of at most 8 bits in lines; no gradient of the mask (see `_fuses`).
     """
 
     @staticmethod
@@ -393,37 +395,39 @@ class FusedAttentionFunction(torch.autograd.Function):
         mask: Tensor | None,
         causal: bool,
         scale: float,
+        dropped: int,
+        word: Tensor | None,
         recipe: Recipe,
         seed: int,
         stream: int,
         source: object,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, mask)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.save_for_backward(q, k, v, mask, word)
+        ctx.causal, ctx.scale, ctx.dropped = causal, scale, dropped
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
         policy = recipe.forward
         return ops.attention(
             *_expanded(q, k, v, mask), causal, scale, policy.formats, policy.roundings, seed,
-            (stream | _Q, stream | _K, stream | _P, stream | _V), source=source,
+            (stream | _Q, stream | _K, stream | _P, stream | _V), dropped, word, source=source,
         )  # fmt: skip
 
     @staticmethod
     @once
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask = ctx.saved_tensors
+        q, k, v, mask, word = ctx.saved_tensors
         recipe, stream = ctx.recipe, ctx.stream
         policies = recipe.forward, recipe.input_gradient, recipe.weight_gradient
         (f0, f1, f2), (r0, r1, r2) = [p.formats for p in policies], [p.roundings for p in policies]
         roles = _Q, _K, _DO_P, _QKV, _DS_Q, _QKV, _DS_K, _QKV, _P_V, _DO_V
         gradients = ops.attention_backward(
             do, *_expanded(q, k, v, mask), ctx.causal, ctx.scale, (f0, f1, f2), (r0, r1, r2), ctx.seed,
-            [stream | role for role in roles], ctx.needs_input_grad[:3], source=ctx.source,
+            [stream | role for role in roles], ctx.needs_input_grad[:3], ctx.dropped, word, source=ctx.source,
         )  # fmt: skip
         dq, dk, dv = (
             None if gradient is None else _sum_to(gradient, x.shape, ops)
             for gradient, x in zip(gradients, (q, k, v), strict=True)
         )
-        return dq, dk, dv, None, None, None, None, None, None, None
+        return dq, dk, dv, None, None, None, None, None, None, None, None, None
 
 
 def _expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -434,11 +438,10 @@ def _expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Ten
     return _expand(q, batch), _expand(k, batch), _expand(v, batch), mask
 
 
-def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, recipe: Recipe) -> bool:
+def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe) -> bool:
     """Whether the core computes this attention without its matrices."""
     return (
         all(backend is _INTEGER for backend in recipe.backends)
-        and dropout == 0.0
         and not (mask is not None and mask.requires_grad and is_grad_enabled())
         and all(
             format.core.encodes_to_panels
@@ -449,15 +452,16 @@ def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
     )
 
 
-def _kept(p: Tensor, dropout: float) -> Tensor | None:
-    """Which elements dropout keeps, drawn from torch's generator as torch's own dropout is."""
-    return torch.empty_like(p).bernoulli_(1.0 - dropout).to(torch.bool) if dropout > 0.0 else None
+def drawn_dropout(p: float, like: Tensor) -> tuple[int, Tensor | None]:
+    """How many of 2^16 elements a share `p` drops, and the seed that says which, drawn from torch's generator (6.25).
 
-
-def _drop(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    if keep is None:
-        return x
-    return x * keep * (1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0)
+    Args:
+        like: of the call that drops.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise HBFPError(f"dropout is a probability; found {p}")
+    dropped = round(p * 2**16)
+    return dropped, ops.random_word(like) if dropped else None
 
 
 def _expand(x: Tensor, batch: torch.Size) -> Tensor:
@@ -556,8 +560,6 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """See `hbfp.nn.functional.scaled_dot_product_attention`."""
-    if not 0.0 <= dropout <= 1.0:
-        raise HBFPError(f"dropout is a probability; found {dropout}")
     if causal and mask is not None:
         raise HBFPError("give a mask or ask for a causal one, not both: the causal one can be made part of the mask")
     ops.require_real(q, k, v)
@@ -581,12 +583,11 @@ def attention(
             mask = mask.unflatten(-3, (1, 1) if mask.shape[-3] == 1 else scores[-4:-2])
     if scale is None:
         scale = 1.0 / sqrt(max(q.shape[-1], 1))
+    dropped, word = drawn_dropout(dropout, q)
     q, k, v = _distinct(q, k, v)
-    out: Tensor
-    if _fuses(q, k, v, mask, dropout, recipe) and not (ops.recorders and ops.observed(source, stream)):
-        out = FusedAttentionFunction.apply(q, k, v, mask, causal, scale, recipe, seed, stream, source)
-    else:
-        out = AttentionFunction.apply(q, k, v, mask, causal, scale, dropout, recipe, seed, stream, source)
+    fused = _fuses(q, k, v, mask, recipe) and not (ops.recorders and ops.observed(source, stream))
+    function = FusedAttentionFunction if fused else AttentionFunction
+    out: Tensor = function.apply(q, k, v, mask, causal, scale, dropped, word, recipe, seed, stream, source)
     return out.flatten(-4, -3) if enable_gqa else out
 
 
