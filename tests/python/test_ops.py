@@ -18,6 +18,7 @@ CASES = {
     "quantize": (values(3, 100), "hbfp4b16", -1, 3, 7, -1),
     "softmax": (values(2, 3, 9), 0.5, True, None),
     "softmax_backward": (values(2, 3, 9).softmax(-1), values(2, 3, 9, seed=1), 0.5),
+    "dropout": (values(2, 3, 9), 20000, torch.tensor(2**62 + 5)),
     "column_sums": (values(130, 7),),
     "convolution": (
         values(2, 4, 5, 6), values(6, 2, 3, 2), values(6), ["hbfp4b16", "hbfp6b16"], [0, 3], [1, -2], None, -5,
@@ -48,6 +49,7 @@ CASES["decode"] = (
     [2, 3, 70], 2,
 )  # fmt: skip
 CASES["next_step"] = (torch.tensor(2**32 - 1),)
+CASES["random_word"] = (values(1),)
 for _name in ("product", "convolution", "convolution_input_gradient", "convolution_weight_gradient"):
     CASES[f"reference_{_name}"] = CASES[_name]
 
