@@ -316,9 +316,9 @@ class AttentionFunction(torch.autograd.Function):
         )  # fmt: skip
         wide_mask = None if mask is None else _additive(mask).expand(scores.shape)
         p = by.softmax(scores, scale, causal, wide_mask, reuse=True)
+        kept = p if word is None else by.dropout(p, dropped, word)
         out = by.product(
-            p if word is None else by.dropout(p, dropped, word), -1, _expand(v, batch), -2, policy.formats, policy.roundings, seed,
-            (stream | _P, stream | _V),
+            kept, -1, _expand(v, batch), -2, policy.formats, policy.roundings, seed, (stream | _P, stream | _V),
             name="context", source=source,
         )  # fmt: skip
         need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
@@ -348,8 +348,9 @@ class AttentionFunction(torch.autograd.Function):
         towards_input, towards_right = recipe.input_gradient, recipe.weight_gradient
         dq = dk = dv = dmask = None
         if need_v:
+            kept = p if word is None else by_right.dropout(p, dropped, word)
             dv = by_right.product(
-                p if word is None else by_right.dropout(p, dropped, word), -2, do, -2, towards_right.formats[::-1], towards_right.roundings[::-1], seed,
+                kept, -2, do, -2, towards_right.formats[::-1], towards_right.roundings[::-1], seed,
                 (stream | _P_V, stream | _DO_V), name="gradient of V", source=source,
             )  # fmt: skip
             dv = _sum_to(dv, v_shape, by_right)

@@ -12,9 +12,9 @@ Two halves, of which only the first is under the contract of docs/spec.md:
   inside float32 products (`torch.backends.*.fp32_precision`, which is one setting for all threads and put back
   afterwards). Under torch.compile that setting is the caller's to make.
 
-`product`, `softmax`, `softmax_backward`, `dropout` and `column_sums` take what those of `hbfp.ops` take and tell the same
-recorders; the convolutions take what those of `hbfp.reference` take, as torch tensors. Nothing here calls the compiled
-core or leaves the device of its tensors.
+`product`, `softmax`, `softmax_backward`, `dropout` and `column_sums` take what those of `hbfp.ops` take and tell the
+same recorders; the convolutions take what those of `hbfp.reference` take, as torch tensors. Nothing here calls the
+compiled core or leaves the device of its tensors.
 """
 
 from __future__ import annotations

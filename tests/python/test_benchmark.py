@@ -358,19 +358,25 @@ def test_a_full_run_measures_every_gate(monkeypatch):
     monkeypatch.setattr(cases, "measure_ceilings", record(ceilings.CASE, lambda: "", tops))
     networks = {
         "convolution": ("convolution", lambda channels, pixels: f"32x{channels}x{pixels}x{pixels}"),
-        "attention": ("attention", lambda context: f"4x8x{context}x64"),
         "lstm": ("lstm", lambda: "100x32x512"),
         "gpt": ("gpt", lambda: "6x384, 12x256"),
         "resnet20": ("resnet20", lambda: "128x3x32x32"),
     }
     for name, (case, shape) in networks.items():
         monkeypatch.setattr(layers, name, record(case, shape, steps))
+
+    def attention(bench, context, dropout=0.0):
+        case = "attention, dropout 0.1" if dropout == 0.1 else "attention"
+        record(case, lambda: f"4x8x{context}x64", steps)(bench)
+
+    monkeypatch.setattr(layers, "attention", attention)
     for name in ("saved_activations", "peak_memory"):
         monkeypatch.setattr(layers, name, lambda bench: None)
     suite.run(results, suite.plan((1, 2)))
     amounts = ("peak memory", "saved activations")
     for count in (1, 2):
-        for case, shape in ((case, shape) for case in amounts for shape in ("attention 2048", "gpt", "linear 1024")):
+        shapes = (*memory.STEPS, "linear 1024")
+        for case, shape in ((case, shape) for case in amounts for shape in shapes):
             results.rows += [row(case, name, (1.0,), shape=shape, threads=count, unit="MiB") for name in steps]
     assert [each.gate for each in evaluate(results, (1, 2)) if each.figure is None] == []
 
@@ -383,11 +389,12 @@ def test_cases_of_layers_name_their_rows_as_the_gates_do(monkeypatch):
     layers.convolution(bench, 16, 4, batch=2)
     layers.lstm(bench, 16, 3, 2)
     layers.attention(bench, 16, 1, 2, 16)
+    layers.attention(bench, 16, 1, 2, 16, dropout=0.1)
     layers.gpt(bench, 1, 64, 16, 2)
     layers.resnet20(bench, 32)
     layers.saved_activations(bench, 1, 64, 16, 2)
     assert {row.case for row in results.rows} == {
-        "convolution", "lstm", "attention", "gpt", "resnet20", "saved activations"
+        "convolution", "lstm", "attention", "attention, dropout 0.1", "gpt", "resnet20", "saved activations"
     }  # fmt: skip
     assert results.find("saved activations", "linear 1024", "torch fp32", 1).figure == 4.0
     assert 7.0 < 4.0 / results.find("saved activations", "linear 1024", "hbfp4", 1).figure < 8.0

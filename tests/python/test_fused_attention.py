@@ -1,7 +1,8 @@
 """Attention without its L x S matrices gives the bits of the definition, which has them in memory.
 
 The bugs these hunt: a format or a stream handed to the wrong product of the core; a mask or a shared head that is read
-as another; dropout of other elements backward than forward, or at another place than before encoding; matrices that are saved or allocated after all; a call that is fused although the core can't compute it.
+as another; dropout of other elements backward than forward, or at another place than before encoding; matrices that
+are saved or allocated after all; a call that is fused although the core can't compute it.
 `tests/attention.rs` hunts those of the core itself.
 """
 

@@ -80,6 +80,9 @@ def plan(threads: Sequence[int], *, quick: bool = False, only: Sequence[str] = (
             add("layers", "ResNet20 step", count, layers.resnet20, _LAYERS)
             for context in (512, 2048):
                 add("layers", f"attention {context}", count, partial(layers.attention, context=context), _LAYERS)
+            for context in (512, 2048):
+                work = partial(layers.attention, context=context, dropout=0.1)
+                add("layers", f"attention {context}, dropout", count, work, _LAYERS)
             add("layers", "LSTM", count, layers.lstm, _LAYERS)
             for m in (1, 4, 16):
                 add("inference", f"frozen linear, {m}", count, partial(inference.frozen_linear, m=m))

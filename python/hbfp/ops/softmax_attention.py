@@ -390,8 +390,8 @@ def _attention_kernel(
 
 @operator(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
-    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, bool[] needs, Tensor[]? drawn=None, int dropped=0, Tensor? word=None) "
-    "-> (Tensor, Tensor, Tensor)"
+    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, bool[] needs, Tensor[]? drawn=None, "
+    "int dropped=0, Tensor? word=None) -> (Tensor, Tensor, Tensor)"
 )
 def _attention_backward_kernel(
     do: Tensor,
