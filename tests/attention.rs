@@ -11,6 +11,7 @@ use hbfp::attention::{Attention, Dropout, Gradients, Softmax, Workspace, softmax
 use hbfp::gemm::{self, Coding, Epilogue, Operand, Right};
 use hbfp::parallel::Pool;
 use hbfp::shape::FloatTensor;
+use hbfp::sums::column_sums;
 use hbfp::testing::{Fill, Guarded, TestRng, all_kernels, models};
 use hbfp::{BlockFormat, BlockShape, Context, Error, ExponentRule, Kernels, Rounding};
 use operands::memory::{Placement, Storage, Tensor};
@@ -146,6 +147,37 @@ impl Case {
         ]
     }
 
+    /// P (dP − σ), summed where the mask, of which the last dimension is all columns, was broadcast.
+    fn mask_gradient_by_definition(&self, shape: [usize; 4], summed: bool) -> Vec<f32> {
+        let ctx = Context::serial();
+        let whole = self.whole();
+        let [q, k, v, output] = self.tensors();
+        let mut p = multiply(&ctx, (&q, 3), (&k, 3), self.scores, whole.iter().product());
+        let mask = self.mask.as_ref().map(|mask| mask.expanded_values(&whole));
+        let (rows, columns, causal, scale) = (self.rows, self.columns, self.causal, self.scale);
+        Softmax { rows, columns, scale, causal, mask: mask.as_deref() }.apply(&ctx, &mut p).unwrap();
+        let mut ds = multiply(&ctx, (&output, 3), (&v, 3), self.weights, p.len());
+        if let Some(dropout) = &self.dropout {
+            dropout.apply(&ctx, &mut ds, columns).unwrap();
+        }
+        softmax_backward(&ctx, &p, &mut ds, columns, 1.0).unwrap();
+        if !summed {
+            return ds;
+        }
+        // The rows of each sum, in order.
+        let mut of_sum = vec![Vec::new(); shape[..3].iter().product()];
+        for (row, values) in ds.chunks_exact(columns).enumerate() {
+            let place = [row / rows / self.shared, row / rows % self.shared, row % rows];
+            let [a, b, c] = std::array::from_fn(|i| if shape[i] == 1 { 0 } else { place[i] });
+            of_sum[(a * shape[1] + b) * shape[2] + c].extend_from_slice(values);
+        }
+        let mut out = vec![0.0; of_sum.len() * columns];
+        for (rows, out) in of_sum.iter().zip(out.chunks_exact_mut(columns)) {
+            column_sums(&ctx, rows, out).unwrap();
+        }
+        out
+    }
+
     fn attention(&self) -> (Attention<'_>, Gradients<'_>) {
         let [q, k, v, output] = self.tensors();
         let mask = self.mask.as_ref().map(|mask| mask.expand(&self.whole()));
@@ -254,6 +286,59 @@ fn equals_the_definition_with_everything_drawn_at_random() {
         case.dropout = draw_dropout(&mut rng);
         let causal = case.causal;
         case.check(&levels, asked, &|| format!("seed {seed}: sizes {sizes:?}, causal {causal}, asked {asked:?}"));
+    }
+}
+
+#[test]
+fn gradients_of_masks_are_the_sums_of_the_definition() {
+    let (levels, pool) = (contexts(), Pool::new());
+    let mut workspace = Workspace::default();
+    for seed in 0..60 {
+        let mut rng = TestRng(seed);
+        let length = |rng: &mut TestRng, most: usize| 1 + rng.below(most);
+        // More than 64 matrices, so that sums have several blocks; or more rows than a segment.
+        let sizes = match rng.below(3) {
+            0 => [length(&mut rng, 3), 60 + rng.below(30), length(&mut rng, 9), length(&mut rng, 20), 8, 5],
+            1 => [length(&mut rng, 2), 1, 250 + rng.below(80), length(&mut rng, 70), 8, 5],
+            _ => [length(&mut rng, 3), length(&mut rng, 3), length(&mut rng, 70), length(&mut rng, 40), 20, 24],
+        };
+        let mut case = Case::new(sizes, line(4, 64), 1000 + seed);
+        draw_codings(&mut rng, &mut case);
+        case.causal = rng.below(3) == 0;
+        case.dropout = draw_dropout(&mut rng);
+        let mut shape = case.whole();
+        shape[..3].iter_mut().filter(|_| rng.below(2) == 0).for_each(|n| *n = 1);
+        let mut values = Fill::Plain.values(shape.iter().product(), rng.next_u64());
+        values.iter_mut().filter(|_| rng.below(5) == 0).for_each(|x| *x = f32::NEG_INFINITY);
+        case.mask = Some(Tensor::new(&values, &shape, Placement::DENSE, Storage::Poisoned));
+        let summed = shape != case.whole() || rng.below(2) == 0;
+        let expected = case.mask_gradient_by_definition(shape, summed);
+        let (attention, gradients) = case.attention();
+        let more = [2, 3].map(|threads| ("threads", Context { kernels: Kernels::best(), team: &pool, threads }));
+        for (name, ctx) in levels.iter().chain(&more) {
+            let mut out = Guarded::new(expected.len(), f32::NAN);
+            let Gradients { output, weights, .. } = &gradients;
+            attention.mask_gradient(ctx, output, *weights, &shape, summed, out.elements(), &mut workspace).unwrap();
+            let what = || format!("{name}: seed {seed}, sizes {sizes:?}, mask {shape:?}, summed {summed}");
+            assert_same_bits(out.checked(), &expected, case.columns, &what);
+        }
+    }
+}
+
+#[test]
+fn a_mask_that_does_not_fit_has_no_gradient() {
+    let (_, kernels) = all_kernels()[0];
+    let ctx = operands::serial(kernels);
+    let case = Case::new([2, 1, 6, 7, 8, 9], line(4, 64), 1);
+    let (attention, gradients) = case.attention();
+    for (shape, summed) in
+        [(&[2, 1, 6, 1][..], true), (&[2, 3, 6, 7], true), (&[2, 6, 7], true), (&[1, 1, 6, 7], false)]
+    {
+        let mut out = vec![0.0; shape.iter().product()];
+        let Gradients { output, weights, .. } = &gradients;
+        let workspace = &mut Workspace::default();
+        let error = attention.mask_gradient(&ctx, output, *weights, shape, summed, &mut out, workspace).unwrap_err();
+        assert!(error.to_string().contains("a mask of shape"), "{error}");
     }
 }
 

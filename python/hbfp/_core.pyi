@@ -28,6 +28,7 @@ __all__ = [
     "__version__",
     "attention",
     "attention_backward",
+    "attention_mask_gradient",
     "check",
     "column_sums",
     "convolution_forward",
@@ -327,6 +328,25 @@ def attention_backward(
 ) -> None:
     """The gradients that are not None, from `output`, that of the output. Codings: `scores` of q and k; `weights` of dO
     and v; `queries` of dS and k; `keys` of dS and q; `values` of P and dO."""
+
+def attention_mask_gradient(
+    output: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    out: Any,
+    summed: bool,
+    causal: bool,
+    scale: float,
+    dropout: tuple[int, int] | None,
+    scores: _Codings,
+    weights: _Codings,
+    seed: int,
+    threads: int,
+) -> None:
+    """out, the gradient of a mask of its shape: the dimensions of mask, [.., L, S], or 1 in place of any but the last,
+    where rows are then summed as by `column_sums`. summed: whether the mask was broadcast at all."""
 
 _Triple = tuple[int, int, int]
 _Sizes = tuple[int, list[_Triple]]

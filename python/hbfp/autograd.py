@@ -384,7 +384,8 @@ class FusedAttentionFunction(torch.autograd.Function):
     """The same bits without the L x S matrix: what is saved is Q, K, V, the mask and the seed of dropout, and backward
     computes P again.
 
-    For the integer backend and formats of at most 8 bits in lines; no gradient of the mask (see `_fuses`).
+    For the integer backend and formats of at most 8 bits in lines; a mask with a gradient has a value for each column
+    (see `_fuses`).
     """
 
     @staticmethod
@@ -419,16 +420,27 @@ class FusedAttentionFunction(torch.autograd.Function):
         recipe, stream = ctx.recipe, ctx.stream
         policies = recipe.forward, recipe.input_gradient, recipe.weight_gradient
         (f0, f1, f2), (r0, r1, r2) = [p.formats for p in policies], [p.roundings for p in policies]
-        roles = _Q, _K, _DO_P, _QKV, _DS_Q, _QKV, _DS_K, _QKV, _P_V, _DO_V
-        gradients = ops.attention_backward(
-            do, *_expanded(q, k, v, mask), ctx.causal, ctx.scale, (f0, f1, f2), (r0, r1, r2), ctx.seed,
-            [stream | role for role in roles], ctx.needs_input_grad[:3], ctx.dropped, word, source=ctx.source,
-        )  # fmt: skip
-        dq, dk, dv = (
-            None if gradient is None else _sum_to(gradient, x.shape, ops)
-            for gradient, x in zip(gradients, (q, k, v), strict=True)
-        )
-        return dq, dk, dv, None, None, None, None, None, None, None, None, None
+        need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
+        dropout, expanded = (ctx.dropped, word), _expanded(q, k, v, mask)
+        dq = dk = dv = dmask = None
+        if need_q or need_k or need_v:
+            roles = _Q, _K, _DO_P, _QKV, _DS_Q, _QKV, _DS_K, _QKV, _P_V, _DO_V
+            gradients = ops.attention_backward(
+                do, *expanded, ctx.causal, ctx.scale, (f0, f1, f2), (r0, r1, r2), ctx.seed,
+                [stream | role for role in roles], (need_q, need_k, need_v), *dropout, source=ctx.source,
+            )  # fmt: skip
+            dq, dk, dv = (
+                None if gradient is None else _sum_to(gradient, x.shape, ops)
+                for gradient, x in zip(gradients, (q, k, v), strict=True)
+            )
+        if need_mask:
+            q, k, v, wide_mask = expanded
+            dmask = ops.attention_mask_gradient(
+                do, q, k, v, wide_mask, mask.shape, ctx.scale, (f0, f1), (r0, r1), ctx.seed,
+                [stream | role for role in (_Q, _K, _DO_P, _QKV)], *dropout, alone=not (need_q or need_k),
+                source=ctx.source,
+            )  # fmt: skip
+        return dq, dk, dv, dmask, None, None, None, None, None, None, None, None
 
 
 def _expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -443,7 +455,13 @@ def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe)
     """Whether the core computes this attention without its matrices."""
     return (
         all(backend is _INTEGER for backend in recipe.backends)
-        and not (mask is not None and mask.requires_grad and is_grad_enabled())
+        # The sum over all columns of such a gradient, which is 0 but for roundings, is not worth a kernel.
+        and not (
+            mask is not None
+            and mask.requires_grad
+            and is_grad_enabled()
+            and (mask.dim() == 0 or mask.shape[-1] != k.shape[-2])
+        )
         and all(
             format.core.encodes_to_panels
             for policy in (recipe.forward, recipe.input_gradient, recipe.weight_gradient)

@@ -121,6 +121,90 @@ def test_no_dropout_draws_nothing(share):
     assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("recipe", ["hbfp4", "mixed"])
+@pytest.mark.parametrize("share", [0.0, 0.2])
+@pytest.mark.parametrize(
+    "shape",
+    [(66, 70), (3, 66, 70), (1, 3, 66, 70), (2, 3, 66, 70), (2, 1, 66, 70), (1, 70), (70,), (2, 1, 1, 70)],
+    ids=str,
+)
+def test_gradients_of_masks_equal_the_definition(monkeypatch, fused, shape, share, recipe):
+    def gradients():
+        torch.manual_seed(2)
+        q, k, v = (values(2, 3, n, 20, seed=i).requires_grad_() for i, n in enumerate((66, 70, 70)))
+        mask = values(*shape, seed=4).requires_grad_()
+        out = attention(q, k, v, mask, share, recipe=RECIPES[recipe], seed=5, stream=STREAM)
+        out.backward(values(*out.shape, seed=9))
+        return [out.detach(), *(x.grad for x in (q, k, v, mask))]
+
+    found = gradients()
+    assert len(fused) == 1, "the call was not fused"
+    expected = unfused(monkeypatch, gradients)
+    assert found[-1].shape == shape
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_one_mask_of_many_heads_is_summed_in_blocks(monkeypatch, fused):
+    def gradient():
+        mask = values(5, 7).requires_grad_()
+        q = values(3, 50, 5, 8)
+        attention(q, *values(2, 3, 50, 7, 8, seed=1), mask, recipe="hbfp4").square().sum().backward()
+        return mask.grad
+
+    assert same_bits(gradient(), unfused(monkeypatch, gradient))
+    assert len(fused) == 1
+
+
+@pytest.mark.parametrize("mask", ["of each head", "of all heads"])
+def test_gradients_of_masks_of_shared_heads_equal_the_definition(monkeypatch, fused, mask):
+    shape = (6, 9, 7) if mask == "of each head" else (9, 7)
+
+    def gradients():
+        x = [values(2, 6, 9, 8), *values(2, 2, 2, 7, 8, seed=1), values(*shape, seed=3)]
+        leaves = [t.requires_grad_() for t in x]
+        attention(*leaves, enable_gqa=True, recipe="emulator", stream=STREAM).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    found, expected = gradients(), unfused(monkeypatch, gradients)
+    assert len(fused) == 1
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("needs", ["m", "vm", "qm"])
+def test_a_mask_has_a_gradient_beside_those_that_are_asked_for(monkeypatch, fused, needs):
+    def gradients():
+        leaves = [values(2, 70, 16, seed=i).requires_grad_(name in needs) for i, name in enumerate("qkv")]
+        mask = values(70, 70, seed=3).bfloat16().requires_grad_()
+        seen = []
+        ops.recorders.append(seen.append)
+        try:
+            attention(*leaves, mask, recipe=MIXED, stream=STREAM).sum().backward()
+        finally:
+            ops.recorders.clear()
+        return seen, [x.grad.float() for x in (*leaves, mask) if x.grad is not None]
+
+    (told, found), (expected_told, expected) = gradients(), unfused(monkeypatch, gradients)
+    assert len(fused) == 1
+    assert told == expected_told
+    assert len(found) == len(needs)
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (4, 1, 1, 200)], ids=str)
+def test_the_gradient_of_a_broadcast_mask_takes_no_memory_of_the_scores(shape):
+    q, k, v = (values(4, 6, 200, 8, seed=i).requires_grad_() for i in range(3))
+    mask = torch.zeros(shape).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = attention(q, k, v, mask, 0.1, recipe="hbfp4")
+    assert max(x.numel() for x in saved) <= max(q.numel(), mask.numel())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out.backward(torch.ones_like(out))
+    # An event's memory is what it and those inside it keep: at most all gradients.
+    most = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < most <= 4 * (3 * q.numel() + mask.numel()) < 4 * 4 * 6 * 200 * 200
+
+
 def kept(share, heads=4, rows=512, seed=0):
     """Which elements of [heads, rows, rows] a call keeps: all scores are equal, and V is the identity."""
     torch.manual_seed(seed)
@@ -259,7 +343,8 @@ def test_each_gradient_alone_is_the_same(monkeypatch, needs, share):
 @pytest.mark.parametrize(
     ("arguments", "recipe"),
     [
-        ({"attn_mask": torch.zeros(8, 8, requires_grad=True)}, "hbfp4"),
+        ({"attn_mask": torch.zeros(8, 1, requires_grad=True)}, "hbfp4"),
+        ({"attn_mask": torch.zeros((), requires_grad=True)}, "hbfp4"),
         ({}, "hbfp4t8"),
         ({}, "hbfp4tensor"),
         ({}, "hbfp9b64"),

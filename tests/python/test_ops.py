@@ -41,6 +41,9 @@ CASES["attention_backward"] = (
     values(2, 5, 4), Q, K, V, None, True, 0.5, ["hbfp4b16", "hbfp6b16"] * 3, [0, 3] * 3, list(range(-5, 5)), -5,
     [True, False, True],
 )  # fmt: skip
+CASES["attention_mask_gradient"] = (
+    values(2, 5, 4), Q, K, V, MASK, [5, 7], 0.5, ["hbfp4b16", "hbfp6b16"] * 2, [0, 3] * 2, [1, -2, 3, -4], -5,
+)  # fmt: skip
 PANELS = PackedWeight.of(values(6, 70), "hbfp4b64")
 PLANES = hbfp.encode(values(6, 70), "hbfp6b64")
 CASES["packed_product"] = (values(5, 70), "hbfp4b64", 3, 1, PANELS.codes, None, "hbfp4b64", 6, -5, values(6))
@@ -66,6 +69,7 @@ DRAWN = {
     "quantize": 1,
     "attention": 4,
     "attention_backward": 10,
+    "attention_mask_gradient": 4,
 }
 """Operators whose streams may be tensors, as the last argument, and how many."""
 

@@ -334,6 +334,77 @@ def _run_attention_backward(
     return dq, dk, dv
 
 
+def attention_mask_gradient(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    shape: Sequence[int],
+    scale: float,
+    formats: tuple[Formats, Formats],
+    roundings: tuple[Roundings, Roundings],
+    seed: int,
+    streams: Sequence[int],
+    dropped: int = 0,
+    word: Tensor | None = None,
+    *,
+    alone: bool = False,
+    source: object = None,
+) -> Tensor:
+    """Gradient of a mask of `shape` that was broadcast to `mask`, without anything of the size of the scores.
+
+    The bits of `softmax_backward` with scale 1, summed as by `column_sums` over all that one element was added to.
+
+    Shapes: as for `attention`; do: [..., L, Ev]; shape: broadcasts to that of `mask`, and its last dimension is S.
+
+    Args:
+        formats, roundings: of the forward products; of dP = dO Vᵀ.
+        seed, streams: of Q, K (scores); dO, V (dP).
+        dropped, word: those of the forward pass.
+        alone: no other gradient has need of dP, so that the recorders have not been told of its product yet.
+
+    Raises: as `attention`.
+    """
+    if direct(do, q, k, v, mask):
+        out = _run_mask_gradient(do, q, k, v, mask, shape, scale, formats, roundings, seed, streams, dropped, word)
+    else:
+        numbers, drawn = crossing(streams)
+        out = torch.ops.hbfp.attention_mask_gradient(
+            do, q, k, v, mask, list(shape), scale, [str(format) for pair in formats for format in pair],
+            [rounding for pair in roundings for rounding in pair], numbers, signed(seed), drawn, dropped, word,
+        )  # fmt: skip
+    if alone and recorders and not is_compiling():
+        _record_attention(
+            q, k, v.shape[-1], formats[1], roundings[1], seed, streams[2:], "gradient of P", source
+        )  # fmt: skip
+    return out
+
+
+def _run_mask_gradient(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    shape: Sequence[int],
+    scale: float,
+    formats: tuple[Formats, Formats],
+    roundings: tuple[Roundings, Roundings],
+    seed: int,
+    streams: Sequence[int],
+    dropped: int,
+    word: Tensor | None,
+) -> Tensor:
+    out = torch.empty([1] * (mask.dim() - len(shape)) + list(shape), dtype=torch.float32, device="cpu")
+    scores, weights = (codings(formats[i], roundings[i], streams[2 * i : 2 * i + 2]) for i in (0, 1))
+    _core.attention_mask_gradient(
+        float32(do), float32(q), float32(k), float32(v), float32(mask), out, list(shape) != list(mask.shape), False,
+        scale, _drawn_dropout(dropped, word), scores, weights, seed, threads(),
+    )  # fmt: skip
+    return out.view(list(shape))
+
+
 # --- behind torch's dispatcher ---------------------------------------------------------------------------------------
 
 
@@ -418,6 +489,33 @@ def _attention_backward_kernel(
     return tuple(torch.empty(0) if x is None else x for x in gradients)
 
 
+@operator(
+    "attention_mask_gradient(Tensor do, Tensor q, Tensor k, Tensor v, Tensor mask, SymInt[] shape, float scale, "
+    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, Tensor[]? drawn=None, int dropped=0, "
+    "Tensor? word=None) -> Tensor"
+)
+def _mask_gradient_kernel(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    shape: list[int],
+    scale: float,
+    formats: list[str],
+    roundings: list[int],
+    streams: list[int],
+    seed: int,
+    drawn: list[Tensor] | None = None,
+    dropped: int = 0,
+    word: Tensor | None = None,
+) -> Tensor:
+    return _run_mask_gradient(
+        do, q, k, v, mask, shape, scale, pairs(map(format_of, formats)), pairs(roundings), seed & WORD,
+        crossed(streams, drawn), dropped, word,
+    )  # fmt: skip
+
+
 @torch.library.register_fake("hbfp::softmax", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _softmax_fake(scores: Tensor, scale: float, causal: bool, mask: Tensor | None) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.float32)
@@ -449,3 +547,8 @@ def _attention_backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest:
     return tuple(
         x.new_empty(x.shape if needed else 0, dtype=torch.float32) for x, needed in zip((q, k, v), needs, strict=True)
     )
+
+
+@torch.library.register_fake("hbfp::attention_mask_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _mask_gradient_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, shape: Any, *_: Any) -> Tensor:
+    return mask.new_empty(shape, dtype=torch.float32)

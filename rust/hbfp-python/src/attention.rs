@@ -150,6 +150,38 @@ pub(crate) fn attention_backward(
     run_attention(py, threads, |ctx, workspace| attention.backward(ctx, &gradients, dq, dk, dv, workspace))
 }
 
+/// Gradient of the mask, in the shape of `out`: that of the scores, or 1 where the mask was broadcast.
+#[pyfunction]
+pub(crate) fn attention_mask_gradient(
+    py: Python<'_>,
+    output: &Bound<'_, PyAny>,
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
+    mask: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    summed: bool,
+    causal: bool,
+    scale: f32,
+    dropout: Option<(u32, u64)>,
+    scores: Codings<'_>,
+    weights: Codings<'_>,
+    seed: u64,
+    threads: usize,
+) -> PyResult<()> {
+    let inputs = Inputs::new([q, k, v], Some(mask))?;
+    let output = FloatView::read(output, "output gradient")?;
+    let mut out = FloatView::write(out, "out")?;
+    inputs.expect_apart(&out, "out")?;
+    out.expect_apart(output.extent(), "out")?;
+    let attention = inputs.attention(causal, scale, dropout, codings(&scores, seed)?)?;
+    let (output, weights, shape) = (output.tensor(), codings(&weights, seed)?, out.shape().to_vec());
+    let out = out.as_mut_slice();
+    run_attention(py, threads, |ctx, workspace| {
+        attention.mask_gradient(ctx, &output, weights, &shape, summed, out, workspace)
+    })
+}
+
 /// Attention over a text that grows.
 #[pyclass(frozen, module = "hbfp._core")]
 pub(crate) struct GrownAttention {

@@ -24,7 +24,8 @@ mod _core {
 
     #[pymodule_export]
     use crate::attention::{
-        GrownAttention, attention, attention_backward, column_sums, dropout, softmax, softmax_backward,
+        GrownAttention, attention, attention_backward, attention_mask_gradient, column_sums, dropout, softmax,
+        softmax_backward,
     };
     #[pymodule_export]
     use crate::ceilings::{multiply_adds, read_memory};

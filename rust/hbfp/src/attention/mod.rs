@@ -4,6 +4,7 @@
 mod dropout;
 mod fused;
 mod grown;
+mod mask;
 mod softmax;
 
 pub use dropout::Dropout;
