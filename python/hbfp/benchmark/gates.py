@@ -359,8 +359,8 @@ GATES: tuple[Gate, ...] = (
             f"causal attention, dropout 0.1, context {context}",
             "attention, dropout 0.1",
             f"4x8x{context}x64",
-            (1.0, 1.5),
-            (1.0, 1.5),
+            (4.0, 6.0),
+            (4.0, 6.0),
         )
         for context in (512, 2048)
     ),
@@ -370,7 +370,7 @@ GATES: tuple[Gate, ...] = (
         "peak memory of attention, dropout 0.1, context 2048, of FP32's",
         "peak memory",
         "attention 2048, dropout 0.1",
-        (1.0, 0.9),
+        (0.1, 0.05),
     ),
     _memory("peak memory of a GPT step, of FP32's", "peak memory", "gpt"),
     _memory("saved activations of a linear layer, of FP32's", "saved activations", "linear 1024", (1 / 7, 1 / 7.5)),
