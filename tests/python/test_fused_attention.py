@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import hbfp  # noqa: E402
-from hbfp import autograd, ops  # noqa: E402
+from hbfp import _core, autograd, ops  # noqa: E402
 from hbfp.nn.functional import scaled_dot_product_attention as attention  # noqa: E402
 from hbfp.policy import MatmulPolicy, OperandPolicy, Recipe  # noqa: E402
 
@@ -497,3 +497,17 @@ def test_formats_that_the_kernels_cannot_encode_are_not_fused():
     narrow = Recipe(*(MatmulPolicy(OperandPolicy("hbfp4b64-e3"), OperandPolicy("hbfp4b64-e3")) for _ in range(3)))
     assert not autograd._fuses(q, q, q, None, narrow)
     assert attention(q, q, q, recipe=narrow).isfinite().all()
+
+
+def test_results_of_the_core_that_overlap_are_refused():
+    """Two threads, or one of the compiler's assumptions, would write to one place as if it were two."""
+    x, memory = values(2, 9, 8), torch.zeros(300)
+    coding = [(hbfp.HBFP4.core, 0, 0)] * 2
+    same, other = memory[:144].view(2, 9, 8), memory[143:287].view(2, 9, 8)
+    for dq, dk, dv in ((same, same, None), (same, None, other), (None, other, same)):
+        with pytest.raises(hbfp.ShapeError, match="overlap"):
+            _core.attention_backward(x, x, x, x, None, dq, dk, dv, True, 0.3, None, *[coding] * 5, 0, 1)
+    with pytest.raises(hbfp.ShapeError, match="overlap"):
+        mask = memory[:162].view(2, 9, 9)
+        _core.attention_mask_gradient(x, x, x, x, mask, mask, False, False, 0.3, None, coding, coding, 0, 1)
+    assert not memory.any()

@@ -128,12 +128,13 @@ pub(crate) fn attention_backward(
 ) -> PyResult<()> {
     let inputs = Inputs::new([q, k, v], mask)?;
     let output = FloatView::read(output, "output gradient")?;
-    let mut results = Vec::with_capacity(3);
+    let mut results: Vec<Option<FloatView<'_>>> = Vec::with_capacity(3);
     for (out, input, what) in [(dq, &inputs.q, "dq"), (dk, &inputs.k, "dk"), (dv, &inputs.v, "dv")] {
         let last = input.shape().last().copied().unwrap_or(0);
         let view = out.map(|out| result(&inputs, out, input.shape(), last, what)).transpose()?;
         if let Some(view) = &view {
-            view.expect_apart(output.extent(), what)?;
+            let others = results.iter().flatten().map(FloatView::extent);
+            others.chain([output.extent()]).try_for_each(|other| view.expect_apart(other, what))?;
         }
         results.push(view);
     }
