@@ -507,7 +507,7 @@ def test_results_of_the_core_that_overlap_are_refused():
     for dq, dk, dv in ((same, same, None), (same, None, other), (None, other, same)):
         with pytest.raises(hbfp.ShapeError, match="overlap"):
             _core.attention_backward(x, x, x, x, None, dq, dk, dv, True, 0.3, None, *[coding] * 5, 0, 1)
+    mask = memory[:162].view(2, 9, 9)
     with pytest.raises(hbfp.ShapeError, match="overlap"):
-        mask = memory[:162].view(2, 9, 9)
         _core.attention_mask_gradient(x, x, x, x, mask, mask, False, False, 0.3, None, coding, coding, 0, 1)
     assert not memory.any()
