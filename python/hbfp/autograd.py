@@ -435,6 +435,7 @@ class FusedAttentionFunction(torch.autograd.Function):
             )
         if need_mask:
             q, k, v, wide_mask = expanded
+            assert wide_mask is not None
             dmask = ops.attention_mask_gradient(
                 do, q, k, v, wide_mask, mask.shape, ctx.scale, (f0, f1), (r0, r1), ctx.seed,
                 [stream | role for role in (_Q, _K, _DO_P, _QKV)], *dropout, alone=not (need_q or need_k),

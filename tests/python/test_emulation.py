@@ -416,6 +416,16 @@ def test_dropout_is_the_cores(shape, dropped):
         assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 
+@pytest.mark.parametrize("column", [0, 8, 15, 16, 20])
+def test_an_element_whose_random_bits_are_the_bound_is_kept(column):
+    """In a register and behind the last whole one; by chance it is one of 65,536 elements."""
+    word = torch.tensor(77)
+    dropped = emulation.random_bits((2, 21), word, 0)[1, column].item()
+    for by in (emulation, ops):
+        assert by.dropout(torch.ones(2, 21), dropped, word)[1, column] > 0
+        assert by.dropout(torch.ones(2, 21), dropped + 1, word)[1, column] == 0
+
+
 def test_dropout_and_the_gradient_of_a_mask():
     recipe = replace(hbfp.recipe("hbfp16b16"), backend="emulate")
     gradients = []

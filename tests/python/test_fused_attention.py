@@ -116,8 +116,9 @@ def test_no_dropout_draws_nothing(share):
     inputs = [values(2, 20, 8, seed=i) for i in range(3)]
     found = results(inputs, recipe=MIXED, dropout_p=share)
     following = torch.rand(1)
-    expected = results(inputs, recipe=MIXED)
+    torch.manual_seed(11)
     assert torch.equal(following, torch.rand(1))
+    expected = results(inputs, recipe=MIXED)
     assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 
