@@ -1,11 +1,12 @@
 //! One table of kernels per level: the generic algorithms compiled for its instructions.
 
 use super::generic::encode::{
-    BlockPlace, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, STRIP, Scaling, TOWARD_ZERO,
+    BlockPlace, LineRun, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, STRIP, Scaling, TOWARD_ZERO,
 };
 use super::generic::matrix_unit::{PANELS, SIDE};
 use super::generic::philox::Counters;
 use super::generic::product::{Correction, Lines, Operands, Panel, Tile};
+use super::generic::unit_rows;
 use super::level::Level;
 use crate::rng::Seed;
 
@@ -17,6 +18,7 @@ type QuantizeRow = unsafe fn(*const f32, usize, Scaling, f32, *const u16, *mut f
 type RoundRow = unsafe fn(*const f32, usize, Scaling, *const u16, *mut i16);
 type StageStrips = unsafe fn(*const f32, isize, usize, usize, *mut f32, usize, *mut i32);
 type EncodeRows = unsafe fn(&[*const f32; 4], usize, &[*const u16; 4], &PanelCoding, &BlockPlace) -> bool;
+type EncodeLines = unsafe fn(&LineRun, usize, &PanelCoding) -> bool;
 type EncodeStrip = unsafe fn(*const f32, *const u16, *const i32, &PanelCoding, &[BlockPlace; STRIP / 8]) -> u32;
 
 /// A tile kernel and the products it is exact for.
@@ -54,12 +56,22 @@ pub(crate) struct MatrixUnitKernels {
     /// The function for blocks of this many steps.
     pub(crate) tile: fn(steps: usize) -> UnitTileFn,
     pub(crate) aligned: AlignedKernels,
+    pub(crate) rows: RowsKernels,
     pub(crate) peak: unsafe fn(rounds: usize),
 }
 /// Conditions as for [`super::generic::relayout::panel_of_lines`].
 pub(crate) type PanelOfLines =
     unsafe fn(lines: *const u8, row: usize, words: usize, out: *mut u8, block_bytes: usize, special: &mut [bool]);
 type LayOutRight = unsafe fn(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8);
+
+/// Kernels for rows of few columns; conditions as for the functions of the same names in
+/// [`super::generic::unit_rows`].
+#[derive(Debug)]
+pub(crate) struct RowsKernels {
+    pub(crate) lay_out_columns: LayOutColumns,
+    pub(crate) rows: unsafe fn(groups: &[unit_rows::Group<'_>], of: &unit_rows::Products),
+}
+type LayOutColumns = unsafe fn(usize, usize, usize, i32, *const u8, usize, *mut u8);
 
 /// Kernels for lines brought to one exponent; conditions as for the functions of the same names in
 /// [`super::generic::aligned`].
@@ -103,6 +115,7 @@ pub struct Kernels {
     pub(crate) quantize_row: [QuantizeRow; 4],
     pub(crate) stage_strips: StageStrips,
     pub(crate) encode_rows: [EncodeRows; 4],
+    pub(crate) encode_lines: [EncodeLines; 4],
     pub(crate) encode_strip: [EncodeStrip; 4],
     pub(crate) fill_random: unsafe fn(Seed, Counters, *mut u16),
     pub(crate) scale_row: unsafe fn(*const f32, *mut f32, usize, f32, *const f32),
@@ -223,6 +236,7 @@ macro_rules! kernels {
                 quantize_row: [quantize_row::<NEAREST_EVEN>, quantize_row::<NEAREST_AWAY>, quantize_row::<TOWARD_ZERO>, quantize_row::<STOCHASTIC>],
                 stage_strips,
                 encode_rows: [encode_rows::<NEAREST_EVEN>, encode_rows::<NEAREST_AWAY>, encode_rows::<TOWARD_ZERO>, encode_rows::<STOCHASTIC>],
+                encode_lines: [encode_lines::<NEAREST_EVEN>, encode_lines::<NEAREST_AWAY>, encode_lines::<TOWARD_ZERO>, encode_lines::<STOCHASTIC>],
                 encode_strip: [encode_strip::<NEAREST_EVEN>, encode_strip::<NEAREST_AWAY>, encode_strip::<TOWARD_ZERO>, encode_strip::<STOCHASTIC>],
                 fill_random,
                 scale_row,
@@ -267,6 +281,10 @@ macro_rules! kernels {
                 x: &[*const f32; 4], n: usize, random: &[*const u16; 4], coding: &PanelCoding, place: &BlockPlace,
             ) -> bool {
                 unsafe { encode::encode_rows::<_, R>($make, x, n, random, coding, place) }
+            }
+            #$attribute
+            unsafe fn encode_lines<const R: u8>(of: &LineRun, n: usize, coding: &PanelCoding) -> bool {
+                unsafe { encode::encode_lines::<_, R>($make, of, n, coding) }
             }
             #$attribute
             unsafe fn encode_strip<const R: u8>(
@@ -343,6 +361,7 @@ macro_rules! matrix_unit {
                         lay_out_right: [align_right::<false>, align_right::<true>],
                         tile: aligned_tile,
                     },
+                    rows: RowsKernels { lay_out_columns, rows },
                     peak,
                 }),
                 ..$base::TABLE
@@ -373,6 +392,16 @@ macro_rules! matrix_unit {
             #$attribute
             unsafe fn lay_out_right<const NIBBLES: bool>(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8) {
                 unsafe { matrix_unit::lay_out_right::<_, NIBBLES>($make, blocks, steps, offset, panel, out) }
+            }
+            #$attribute
+            unsafe fn lay_out_columns(
+                blocks: usize, steps: usize, width: usize, offset: i32, panel: *const u8, column: usize, out: *mut u8,
+            ) {
+                unsafe { unit_rows::lay_out_columns($make, blocks, steps, width, offset, panel, column, out) }
+            }
+            #$attribute
+            unsafe fn rows(groups: &[unit_rows::Group<'_>], of: &unit_rows::Products) {
+                unsafe { unit_rows::rows($make, groups, of) }
             }
             #$attribute
             unsafe fn align_left<L: crate::arch::generic::product::Left>(

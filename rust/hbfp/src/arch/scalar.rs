@@ -68,6 +68,11 @@ impl<const N: usize> Simd for Scalar<N> {
         unsafe { p.cast::<Lanes<N>>().read_unaligned() }
     }
     #[inline(always)]
+    unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V {
+        // SAFETY: the caller vouches for n words.
+        from_fn(|i| if i < n { unsafe { p.add(i).read_unaligned() as u32 } } else { 0 })
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut i32, v: Self::V) {
         // SAFETY: the caller vouches for N words.
         unsafe { p.cast::<Lanes<N>>().write_unaligned(v) }
@@ -263,6 +268,11 @@ impl<const N: usize> Simd for Scalar<N> {
     #[inline(always)]
     fn transpose_words(self, v: [Self::V; 4]) -> [Self::V; 4] {
         from_fn(|j| from_fn(|lane| v[lane % 4][lane / 4 * 4 + j]))
+    }
+    #[inline(always)]
+    fn unzip_words(self, v: Self::V) -> Self::V {
+        let chunks = N / 4;
+        from_fn(|i| v[4 * (i % chunks) + i / chunks])
     }
     #[inline(always)]
     fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2] {

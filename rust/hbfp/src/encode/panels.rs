@@ -260,10 +260,14 @@ impl Panels {
 
     /// Memory for panels of this layout.
     pub(crate) fn reserve(&mut self, layout: &PanelLayout) -> PanelsMut<'_> {
-        let len = layout.bytes();
+        self.reserve_bytes(layout.bytes(), layout.panel_count())
+    }
+
+    /// So many bytes, and flags.
+    pub(crate) fn reserve_bytes(&mut self, len: usize, flags: usize) -> PanelsMut<'_> {
         let bytes = self.bytes.reserve(len);
         self.general.clear();
-        self.general.resize_with(layout.panel_count(), AtomicU8::default);
+        self.general.resize_with(flags, AtomicU8::default);
         // SAFETY: reserved just now; `self` stays borrowed as long as this lives.
         let bytes = unsafe { SharedMut::from_raw(bytes.as_ptr(), len) };
         *self.any_general.get_mut() = false;

@@ -7,3 +7,4 @@ pub(crate) mod philox;
 pub(crate) mod product;
 pub(crate) mod relayout;
 pub(crate) mod softmax;
+pub(crate) mod unit_rows;

@@ -59,6 +59,15 @@ impl Simd for Avx2 {
         unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V {
+        const MASKS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+        // SAFETY: the token proves the level; the mask's window lies inside the table, and masked lanes are not read.
+        unsafe {
+            let mask = _mm256_loadu_si256(MASKS.as_ptr().add(8 - n.min(8)).cast());
+            _mm256_maskload_epi32(p, mask)
+        }
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut i32, v: Self::V) {
         // SAFETY: the token proves the level, the caller 32 writable bytes.
         unsafe { _mm256_storeu_si256(p.cast(), v) }
@@ -277,6 +286,10 @@ impl Simd for Avx2 {
                 _mm256_unpackhi_epi64(ab1, cd1),
             ]
         })
+    }
+    #[inline(always)]
+    fn unzip_words(self, v: Self::V) -> Self::V {
+        level!(_mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)))
     }
     #[inline(always)]
     fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2] {

@@ -51,6 +51,11 @@ impl Simd for Avx512Vnni {
         unsafe { _mm512_loadu_si512(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V {
+        // SAFETY: the token proves the level; masked lanes are not read.
+        unsafe { _mm512_maskz_loadu_epi32(((1u32 << n) - 1) as __mmask16, p) }
+    }
+    #[inline(always)]
     unsafe fn store(self, p: *mut i32, v: Self::V) {
         // SAFETY: the token proves the level, the caller 64 writable bytes.
         unsafe { _mm512_storeu_si512(p.cast(), v) }
@@ -270,6 +275,11 @@ impl Simd for Avx512Vnni {
                 _mm512_unpackhi_epi64(ab1, cd1),
             ]
         })
+    }
+    #[inline(always)]
+    fn unzip_words(self, v: Self::V) -> Self::V {
+        let from = level!(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        level!(_mm512_permutexvar_epi32(from, v))
     }
     #[inline(always)]
     fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2] {
