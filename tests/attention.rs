@@ -3,14 +3,15 @@
 //!
 //! The bugs these hunt: random bits of a strip instead of those of the whole matrix; blocks along the queries cut by
 //! strips; keys left out behind a causal mask although something there is NaN; padding of a strip that takes part;
-//! buffers that remember a larger call.
+//! buffers that remember a larger call; a backward pass that drops other elements than the forward pass did.
 
 mod operands;
 
-use hbfp::attention::{Attention, Gradients, Softmax, Workspace, softmax_backward};
+use hbfp::attention::{Attention, Dropout, Gradients, Softmax, Workspace, softmax_backward};
 use hbfp::gemm::{self, Coding, Epilogue, Operand, Right};
 use hbfp::parallel::Pool;
 use hbfp::shape::FloatTensor;
+use hbfp::sums::column_sums;
 use hbfp::testing::{Fill, Guarded, TestRng, all_kernels, models};
 use hbfp::{BlockFormat, BlockShape, Context, Error, ExponentRule, Kernels, Rounding};
 use operands::memory::{Placement, Storage, Tensor};
@@ -42,6 +43,7 @@ struct Case {
     output: Tensor,
     /// [groups, shared, rows, columns], each of them or 1.
     mask: Option<Tensor>,
+    dropout: Option<Dropout>,
     scores: [Coding; 2],
     context: [Coding; 2],
     values: [Coding; 2],
@@ -89,6 +91,7 @@ impl Case {
             v: dense([groups, 1, columns, width], Fill::Plain, seed + 2),
             output: dense([groups, shared, rows, width], Fill::Plain, seed + 3),
             mask: None,
+            dropout: None,
             scores: codings([6, 7]),
             context: codings([8, 9]),
             values: codings([14, 11]),
@@ -128,7 +131,13 @@ impl Case {
         let (rows, columns, causal, scale) = (self.rows, self.columns, self.causal, self.scale);
         Softmax { rows, columns, scale, causal, mask: mask.as_deref() }.apply(&ctx, &mut p).unwrap();
         let mut ds = multiply(&ctx, (&output, 3), (&v, 3), self.weights, p.len());
+        let mut dropped = p.clone();
+        if let Some(dropout) = &self.dropout {
+            dropout.apply(&ctx, &mut dropped, columns).unwrap();
+            dropout.apply(&ctx, &mut ds, columns).unwrap();
+        }
         softmax_backward(&ctx, &p, &mut ds, columns, scale).unwrap();
+        let p = dropped;
         let (p, ds) = (FloatTensor::new(&p, &whole).unwrap(), FloatTensor::new(&ds, &whole).unwrap());
         [
             multiply(&ctx, (&p, 3), (&v, 2), self.context, sizes[0]),
@@ -138,11 +147,45 @@ impl Case {
         ]
     }
 
+    /// P (dP − σ), summed where the mask, of which the last dimension is all columns, was broadcast.
+    fn mask_gradient_by_definition(&self, shape: [usize; 4], summed: bool) -> Vec<f32> {
+        let ctx = Context::serial();
+        let whole = self.whole();
+        let [q, k, v, output] = self.tensors();
+        let mut p = multiply(&ctx, (&q, 3), (&k, 3), self.scores, whole.iter().product());
+        let mask = self.mask.as_ref().map(|mask| mask.expanded_values(&whole));
+        let (rows, columns, causal, scale) = (self.rows, self.columns, self.causal, self.scale);
+        Softmax { rows, columns, scale, causal, mask: mask.as_deref() }.apply(&ctx, &mut p).unwrap();
+        let mut ds = multiply(&ctx, (&output, 3), (&v, 3), self.weights, p.len());
+        if let Some(dropout) = &self.dropout {
+            dropout.apply(&ctx, &mut ds, columns).unwrap();
+        }
+        softmax_backward(&ctx, &p, &mut ds, columns, 1.0).unwrap();
+        if !summed {
+            return ds;
+        }
+        // The rows of each sum, in order.
+        let mut of_sum = vec![Vec::new(); shape[..3].iter().product()];
+        for (row, values) in ds.chunks_exact(columns).enumerate() {
+            let place = [row / rows / self.shared, row / rows % self.shared, row % rows];
+            let [a, b, c] = std::array::from_fn(|i| if shape[i] == 1 { 0 } else { place[i] });
+            of_sum[(a * shape[1] + b) * shape[2] + c].extend_from_slice(values);
+        }
+        let mut out = vec![0.0; of_sum.len() * columns];
+        for (rows, out) in of_sum.iter().zip(out.chunks_exact_mut(columns)) {
+            column_sums(&ctx, rows, out).unwrap();
+        }
+        out
+    }
+
     fn attention(&self) -> (Attention<'_>, Gradients<'_>) {
         let [q, k, v, output] = self.tensors();
         let mask = self.mask.as_ref().map(|mask| mask.expand(&self.whole()));
-        let Self { causal, scale, scores, values, weights, queries, keys, .. } = *self;
-        (Attention { q, k, v, mask, causal, scale, scores }, Gradients { output, values, weights, queries, keys })
+        let Self { causal, scale, dropout, scores, values, weights, queries, keys, .. } = *self;
+        (
+            Attention { q, k, v, mask, causal, scale, dropout, scores },
+            Gradients { output, values, weights, queries, keys },
+        )
     }
 
     /// Gradients that are not asked for are empty.
@@ -175,6 +218,12 @@ impl Case {
             }
         }
     }
+}
+
+/// None, or a share between nothing and everything.
+fn draw_dropout(rng: &mut TestRng) -> Option<Dropout> {
+    let dropped = pick(rng, &[0, 0, 1, 6554, 32768, 60000, 65535, 65536]);
+    (dropped > 0).then(|| Dropout::new(dropped, rng.next_u64()).unwrap())
 }
 
 /// Formats of the operands of each product, cut alike, and roundings of each operand.
@@ -234,8 +283,62 @@ fn equals_the_definition_with_everything_drawn_at_random() {
             case.mask = Some(Tensor::new(&values, &shape, pick(&mut rng, &placements), Storage::Poisoned));
         }
         let asked = pick(&mut rng, &[ALL, ALL, ALL, [true, false, false], [false, true, false], [false, false, true]]);
+        case.dropout = draw_dropout(&mut rng);
         let causal = case.causal;
         case.check(&levels, asked, &|| format!("seed {seed}: sizes {sizes:?}, causal {causal}, asked {asked:?}"));
+    }
+}
+
+#[test]
+fn gradients_of_masks_are_the_sums_of_the_definition() {
+    let (levels, pool) = (contexts(), Pool::new());
+    let mut workspace = Workspace::default();
+    for seed in 0..60 {
+        let mut rng = TestRng(seed);
+        let length = |rng: &mut TestRng, most: usize| 1 + rng.below(most);
+        // More than 64 matrices, so that sums have several blocks; or more rows than a segment.
+        let sizes = match rng.below(3) {
+            0 => [length(&mut rng, 3), 60 + rng.below(30), length(&mut rng, 9), length(&mut rng, 20), 8, 5],
+            1 => [length(&mut rng, 2), 1, 250 + rng.below(80), length(&mut rng, 70), 8, 5],
+            _ => [length(&mut rng, 3), length(&mut rng, 3), length(&mut rng, 70), length(&mut rng, 40), 20, 24],
+        };
+        let mut case = Case::new(sizes, line(4, 64), 1000 + seed);
+        draw_codings(&mut rng, &mut case);
+        case.causal = rng.below(3) == 0;
+        case.dropout = draw_dropout(&mut rng);
+        let mut shape = case.whole();
+        shape[..3].iter_mut().filter(|_| rng.below(2) == 0).for_each(|n| *n = 1);
+        let mut values = Fill::Plain.values(shape.iter().product(), rng.next_u64());
+        values.iter_mut().filter(|_| rng.below(5) == 0).for_each(|x| *x = f32::NEG_INFINITY);
+        case.mask = Some(Tensor::new(&values, &shape, Placement::DENSE, Storage::Poisoned));
+        let summed = shape != case.whole() || rng.below(2) == 0;
+        let expected = case.mask_gradient_by_definition(shape, summed);
+        let (attention, gradients) = case.attention();
+        let more = [2, 3].map(|threads| ("threads", Context { kernels: Kernels::best(), team: &pool, threads }));
+        for (name, ctx) in levels.iter().chain(&more) {
+            let mut out = Guarded::new(expected.len(), f32::NAN);
+            let Gradients { output, weights, .. } = &gradients;
+            attention.mask_gradient(ctx, output, *weights, &shape, summed, out.elements(), &mut workspace).unwrap();
+            let what = || format!("{name}: seed {seed}, sizes {sizes:?}, mask {shape:?}, summed {summed}");
+            assert_same_bits(out.checked(), &expected, case.columns, &what);
+        }
+    }
+}
+
+#[test]
+fn a_mask_that_does_not_fit_has_no_gradient() {
+    let (_, kernels) = all_kernels()[0];
+    let ctx = operands::serial(kernels);
+    let case = Case::new([2, 1, 6, 7, 8, 9], line(4, 64), 1);
+    let (attention, gradients) = case.attention();
+    for (shape, summed) in
+        [(&[2, 1, 6, 1][..], true), (&[2, 3, 6, 7], true), (&[2, 6, 7], true), (&[1, 1, 6, 7], false)]
+    {
+        let mut out = vec![0.0; shape.iter().product()];
+        let Gradients { output, weights, .. } = &gradients;
+        let workspace = &mut Workspace::default();
+        let error = attention.mask_gradient(&ctx, output, *weights, shape, summed, &mut out, workspace).unwrap_err();
+        assert!(error.to_string().contains("a mask of shape"), "{error}");
     }
 }
 
@@ -261,6 +364,7 @@ fn one_value_that_is_not_finite_reaches_what_it_reaches_in_the_definition() {
             *x = Tensor::new(&values, x.shape(), Placement::DENSE, Storage::Poisoned);
         }
         let asked = pick(&mut rng, &[ALL, [true, false, false], [false, true, false], [false, false, true]]);
+        case.dropout = draw_dropout(&mut rng);
         case.check(&levels, asked, &|| format!("seed {seed}: {value} in tensor {which} of {n} rows, asked {asked:?}"));
     }
 }
@@ -300,6 +404,42 @@ fn sums_of_dp_that_could_overflow_keep_all_keys() {
 }
 
 #[test]
+fn what_dropout_multiplies_by_could_overflow_too() {
+    let largest = at_scale(127, 52);
+    let mut case = Case::new([1, 1, 130, 130, 16, 100], line(8, 64), 5);
+    case.v = constant([1, 1, 130, 100], |row| if row > 90 { largest } else { 1.0 });
+    case.output = constant([1, 1, 130, 100], |_| largest);
+    assert!(case.by_definition().iter().flatten().all(|x| !x.is_nan()), "without dropout no sum overflows");
+    case.dropout = Some(Dropout::new(61440, 3).unwrap());
+    assert!(case.by_definition()[1].iter().any(|x| x.is_nan()), "the case hunts nothing");
+    case.check(&contexts(), ALL, &|| "sixteen times what is kept".to_owned());
+}
+
+#[test]
+fn dropout_is_that_of_each_elements_place() {
+    // 37 columns end within a counter and within a register of every level.
+    let (rows, columns, dropped, seed) = (41, 37, 20000, 0x0123_4567_89AB_CDEF);
+    let x = Fill::Plain.values(rows * columns, 4);
+    let source = hbfp::rng::Seed { seed, stream: 0 };
+    let factor = 65536.0 / 45536.0;
+    let expected: Vec<f32> = x
+        .iter()
+        .enumerate()
+        .map(|(i, &x)| {
+            let kept = u32::from(source.bits((i / columns) as u32, i % columns)) >= dropped;
+            if kept { x * factor } else { 0.0 }
+        })
+        .collect();
+    for (name, ctx) in contexts() {
+        let mut found = Guarded::new(x.len(), 0.0);
+        found.elements().copy_from_slice(&x);
+        Dropout::new(dropped, seed).unwrap().apply(&ctx, found.elements(), columns).unwrap();
+        assert_same_bits(found.checked(), &expected, columns, &|| name.to_owned());
+    }
+    assert!(Dropout::new(65537, seed).is_err());
+}
+
+#[test]
 fn rows_that_see_nothing_are_zero() {
     for (name, ctx) in contexts() {
         let mut case = Case::new([1, 2, 70, 40, 16, 8], line(4, 64), 7);
@@ -317,6 +457,7 @@ fn threads_and_what_a_workspace_held_before_do_not_matter() {
         .into_iter()
         .map(|sizes| {
             let mut case = Case::new(sizes, line(4, 64), 21);
+            case.dropout = Some(Dropout::new(6554, 99).unwrap());
             for codings in [&mut case.scores, &mut case.context, &mut case.values] {
                 codings.iter_mut().for_each(|coding| coding.mode.rounding = Rounding::Stochastic);
             }
@@ -350,6 +491,7 @@ fn reads_nothing_beside_its_operands() {
         for turned in [false, true] {
             let mut case = Case::new([1, 2, 37, 45, 19, 21], line(4, 16), 7);
             case.mask = Some(dense([1, 2, 37, 45], Fill::Plain, 8));
+            case.dropout = Some(Dropout::new(6554, 9).unwrap());
             let Case { q, k, v, output, mask, .. } = &mut case;
             for x in [q, k, v, output, mask.as_mut().unwrap()] {
                 *x = Tensor::new(&x.values(), x.shape(), Placement { turned, ..Placement::DENSE }, storage);
@@ -362,7 +504,8 @@ fn reads_nothing_beside_its_operands() {
 #[test]
 fn a_workspace_holds_strips_and_no_matrix() {
     // L x S would be 16 MiB.
-    let case = Case::new([1, 1, 2048, 2048, 16, 16], line(4, 64), 3);
+    let mut case = Case::new([1, 1, 2048, 2048, 16, 16], line(4, 64), 3);
+    case.dropout = Some(Dropout::new(6554, 9).unwrap());
     let mut workspace = Workspace::default();
     case.fused(&Context::serial(), ALL, &mut workspace);
     assert!(workspace.bytes() < 4 << 20, "{} bytes", workspace.bytes());

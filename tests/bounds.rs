@@ -66,6 +66,34 @@ fn products_in(storages: &[Storage], cases: usize) {
     }
 }
 
+/// Batches of small products, whose lines end inside registers and tiles.
+fn batches_in(storages: &[Storage], cases: usize) {
+    let levels = levels();
+    let mut rng = TestRng(33);
+    for case in 0..cases {
+        let block = pick(&mut rng, &[5, 16, 32, 64, 128]);
+        let (m, n) = (pick(&mut rng, &[1, 3, 15, 16, 18, 33]), pick(&mut rng, &[1, 15, 16, 17, 33, 65]));
+        let k = 1 + rng.below(block + block / 2);
+        let mut operand = |lines: usize| {
+            let format = line(pick(&mut rng, &[4, 6, 8]), block);
+            let mode = mode(pick(&mut rng, &ROUNDINGS), 1);
+            let values = Fill::Plain.values(2 * lines * k, rng.next_u64());
+            TestOperand::of(&values, &[2], (lines, k), rng.below(2) == 0, format, mode)
+                .placed(Placement::DENSE, pick(&mut rng, storages))
+        };
+        let (a, b) = (operand(m), operand(n));
+        let expected = products(&a, &b, None, None);
+        let what = format!("case {case}: {m}×{n}×{k} {} by line {}, by line {}", a.format, a.by_line, b.by_line);
+        println!("{what}");
+        for (name, ctx) in &levels {
+            let mut out = vec![f32::NAN; 2 * m * n];
+            let (right, epilogue) = (Right::Operand(b.operand()), Epilogue::default());
+            hbfp::gemm::product(ctx, &a.operand(), &right, &mut out, epilogue, &mut Workspace::default()).unwrap();
+            assert_same_bits(&out, &expected, n, &|| format!("{name}: {what}"));
+        }
+    }
+}
+
 /// Encoding and quantising tensors of every placement along both axes.
 fn encoders_in(storages: &[Storage]) {
     let levels = levels();
@@ -110,6 +138,12 @@ fn products_read_inside_their_operands() {
 }
 
 #[test]
+fn batches_read_inside_their_operands() {
+    batches_in(&[Storage::FencedAfter], 150);
+    batches_in(&[Storage::FencedBefore], 50);
+}
+
+#[test]
 fn encoders_read_inside_their_tensors() {
     encoders_in(&[Storage::FencedAfter]);
     encoders_in(&[Storage::FencedBefore]);
@@ -126,6 +160,11 @@ fn memcheck_reaches_avx2() {
 #[test]
 fn memcheck_products() {
     products_in(&[Storage::Bare], 150);
+}
+
+#[test]
+fn memcheck_batches() {
+    batches_in(&[Storage::Bare], 60);
 }
 
 #[test]

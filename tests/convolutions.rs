@@ -498,6 +498,58 @@ fn passes_over_more_taps_and_pixels_than_a_cache_holds() {
 }
 
 #[test]
+fn rows_of_sixteen_pixels_and_more() {
+    // Hunted: a row that begins at the wrong line, the last sixteen of a row of pixels, which overlap those before, pixels
+    // between the steps of a stride, margins before and behind in each dimension, blocks of all lengths that a matrix unit
+    // takes and what longer ones left behind them, products more than are under way at once, and blocks among them that
+    // need the general product.
+    let levels = contexts();
+    let mut rng = TestRng(53);
+    let mut cases = Vec::new();
+    for (number, (width, stride)) in [16, 20, 32, 36].into_iter().flat_map(|w| [1, 2, 3].map(|s| (w, s))).enumerate() {
+        for (channels, groups) in
+            [([16, 16], 1), ([32, 16], 1), ([24, 32], 1), ([64, 16], 1), ([72, 32], 1), ([32, 64], 2)]
+        {
+            let kernel = pick(&mut rng, &[[1, 3, 3], [1, 3, 3], [1, 2, 3], [1, 1, 5], [2, 1, 2], [1, 1, 1]]);
+            let mut sizes = Convolution { batch: pick(&mut rng, &[1, 2, 5]), channels, groups, kernel, ..SQUARE };
+            sizes.input = [2, 2 + rng.below(3), width];
+            for (d, taps) in kernel.into_iter().enumerate() {
+                sizes.stride[d] = if d == 2 { stride } else { 1 + rng.below(2) };
+                sizes.dilation[d] = 1 + rng.below(2);
+                sizes.padding[d] = rng.below(3);
+                let reach = (taps - 1) * sizes.dilation[d] + 1;
+                // As often as not padding behind, so that Y has whole rows of sixteen, too.
+                let padded = sizes.input[d] + 2 * sizes.padding[d] + [0, stride][rng.below(2)];
+                sizes.output[d] = (padded.max(reach) - reach) / sizes.stride[d] + 1;
+            }
+            if stride == 1 {
+                (sizes.output[2], sizes.padding[2]) = (width, (kernel[2] - 1) * sizes.dilation[2] / 2);
+            }
+            let formats = [line(pick(&mut rng, &[2, 4, 8]), 64), line(pick(&mut rng, &[3, 4, 8]), 64)];
+            let mut case = plain(sizes, false, formats, pick(&mut rng, &ROUNDINGS));
+            if number % 3 > 0 {
+                let len = case.w.values().len();
+                case.x = values(&mut rng, case.x.len(), 4);
+                case.dy = values(&mut rng, case.dy.len(), 4);
+                case.w = Tensor::new(&values(&mut rng, len, 4), case.w.shape(), Placement::DENSE, Storage::Poisoned);
+            }
+            cases.push(case);
+        }
+    }
+    check_cases(&levels, cases.into_iter());
+}
+
+#[test]
+fn short_blocks_after_long_ones() {
+    // Hunted: steps behind a short block's end that still hold what an earlier call left there.
+    let sizes = Convolution { channels: [72, 72], input: [1, 3, 5], output: [1, 3, 5], ..SQUARE };
+    let long = Convolution { channels: [128, 128], ..sizes };
+    let cases = [(long, 4), (sizes, 4), (long, 8), (sizes, 8)];
+    let case = |(sizes, bits)| plain(sizes, false, [line(bits, 64); 2], Rounding::NearestEven);
+    check_cases(&contexts(), cases.map(case).into_iter());
+}
+
+#[test]
 fn teams_of_any_size_give_the_same_bits() {
     // Large enough that all of it is shared out.
     let pool = Pool::new();

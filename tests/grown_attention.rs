@@ -53,7 +53,7 @@ impl Text {
         let values = [0, 1, 2].map(|i| self.piece(i, 0, end));
         let [q, k, v] = [0, 1, 2].map(|i| FloatTensor::new(&values[i], &self.shape(i, end)).unwrap());
         let mut out = vec![0.0; self.matrices * end * self.width];
-        Attention { q, k, v, mask: None, causal: true, scale: 0.3, scores: self.scores }
+        Attention { q, k, v, mask: None, causal: true, scale: 0.3, dropout: None, scores: self.scores }
             .forward(&Context::serial(), self.context, &mut out, &mut Workspace::default())
             .unwrap();
         out.chunks_exact(end * self.width).flat_map(|matrix| matrix[begin * self.width..].to_vec()).collect()

@@ -20,24 +20,27 @@ __all__ = [
     "FormatError",
     "GrownAttention",
     "HBFPError",
+    "KeptMatrix",
     "LevelError",
     "NonFiniteError",
     "Packed",
     "Planes",
+    "Residual",
     "ShapeError",
     "__version__",
     "attention",
     "attention_backward",
+    "attention_mask_gradient",
     "check",
     "column_sums",
     "convolution_forward",
     "convolution_input_gradient",
     "convolution_weight_gradient",
     "decode",
+    "dropout",
     "encode",
     "info",
     "keep",
-    "kept_linear",
     "kept_panels",
     "kept_planes",
     "kept_product",
@@ -236,22 +239,6 @@ def kept_panels(format: Format, lines: int, k: int) -> tuple[int, int, int] | No
 def kept_planes(kept: Any, format: Format, lines: int, k: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Exponent and mantissa plane of what `keep` gave for [lines, k]. Blocks of zeros get the exponent byte 0."""
 
-def kept_linear(
-    x: Any,
-    x_format: Format,
-    rounding: int,
-    seed: int,
-    stream: int,
-    kept: Any,
-    kept_format: Format,
-    lines: int,
-    k: int,
-    bias: Any | None,
-    threads: int,
-) -> Any | None:
-    """x [.., k] times what `keep` gave for [lines, k], plus bias, in one call that allocates: [.., lines]. None for all
-    that is not as usual, errors included."""
-
 def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: int, bias: Any | None = None) -> None:
     """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` or `keep` kept of an X [K, N] in
     `kept_format`, plus bias: the same bits as the product with that tensor."""
@@ -267,6 +254,7 @@ def attention(
     out: Any,
     causal: bool,
     scale: float,
+    dropout: tuple[int, int] | None,
     scores: _Codings,
     context: _Codings,
     seed: int,
@@ -275,7 +263,36 @@ def attention(
     """out[.., L, Ev] = softmax(scale * q k^T + mask) v without the L x S matrix; the bits of product and softmax.
 
     q [.., L, E], k [.., S, E], v [.., S, Ev], mask [.., L, S] with equal batch dimensions and any strides; formats are
-    lines of at most 8 bits, `scores` those of q and k, `context` those of the softmax and v."""
+    lines of at most 8 bits, `scores` those of q and k, `context` those of the softmax and v. `dropout` is that of the
+    softmax, `dropped` and `seed` as in the function of that name."""
+
+@final
+class KeptMatrix:
+    """What `keep` gave for a matrix [lines, k], to be multiplied by many times."""
+
+    def __new__(cls, codes: Any, format: Format, lines: int, k: int) -> KeptMatrix: ...
+    def linear(
+        self, x: Any, x_format: Format, rounding: int, seed: int, stream: int, bias: Any | None, threads: int
+    ) -> Any | None:
+        """x [.., k] times the matrix, plus bias, in one call that allocates: [.., lines]. None for all that is not as
+        usual, errors included."""
+
+@final
+class Residual:
+    """x + f(x), branch after branch, for one token x [1, 1, width]; then the steps of an end.
+
+    A step is (matrix, bias, format of x, rounding), a product; (attention, heads), of what holds queries, keys and
+    values side by side; or (function, arguments behind the tensor), which keeps no view of the tensor. Branches end
+    with a product, and so does an end that has steps.
+    """
+
+    def __new__(cls, branches: list[list[tuple[Any, ...]]], end: list[tuple[Any, ...]]) -> Residual: ...
+    def __call__(self, x: Any, threads: int) -> Any | None:
+        """A new torch tensor. None, and nothing done, where x is not as usual.
+
+        Raises:
+            HBFPError: a step behind an attention, whose cache holds the token already, gave no tensor as usual.
+        """
 
 @final
 class GrownAttention:
@@ -313,6 +330,7 @@ def attention_backward(
     dv: Any | None,
     causal: bool,
     scale: float,
+    dropout: tuple[int, int] | None,
     scores: _Codings,
     weights: _Codings,
     queries: _Codings,
@@ -323,6 +341,25 @@ def attention_backward(
 ) -> None:
     """The gradients that are not None, from `output`, that of the output. Codings: `scores` of q and k; `weights` of dO
     and v; `queries` of dS and k; `keys` of dS and q; `values` of P and dO."""
+
+def attention_mask_gradient(
+    output: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    out: Any,
+    summed: bool,
+    causal: bool,
+    scale: float,
+    dropout: tuple[int, int] | None,
+    scores: _Codings,
+    weights: _Codings,
+    seed: int,
+    threads: int,
+) -> None:
+    """out, the gradient of a mask of its shape: the dimensions of mask, [.., L, S], or 1 in place of any but the last,
+    where rows are then summed as by `column_sums`. summed: whether the mask was broadcast at all."""
 
 _Triple = tuple[int, int, int]
 _Sizes = tuple[int, list[_Triple]]
@@ -379,6 +416,10 @@ def softmax(scores: Any, out: Any, scale: float, causal: bool, mask: Any | None,
 
 def softmax_backward(p: Any, dp: Any, out: Any, scale: float, threads: int) -> None:
     """out = scale * p * (dp - rowsum(p * dp)); `out` may be `dp`."""
+
+def dropout(x: Any, out: Any, dropped: int, seed: int, threads: int) -> None:
+    """out = x [.., columns] with `dropped` of 2^16 elements set to 0, chosen by the random bits of `seed` and stream 0,
+    and the others multiplied by 2^16 / (2^16 - dropped); `out` may be `x`."""
 
 def column_sums(x: Any, out: Any, threads: int) -> None:
     """Sums over the rows of x [rows, n] in blocks of 64 (FORMAT.md section 6: bias gradients)."""

@@ -1,6 +1,7 @@
 """Attention in two halves, for callers that want the softmax between them too.
 
-The bits are those of `hbfp.autograd.attention` with the same numbers: the same products with the same roles. What
+The bits are those of `hbfp.autograd.attention` with the same numbers: the same products with the same roles, and
+between the halves the same dropout. What
 reaches the softmax from elsewhere, a loss on the weights, is added to what reaches it through the output.
 """
 
@@ -15,7 +16,7 @@ from hbfp.autograd import Role, once
 from hbfp.backends import arithmetic
 from hbfp.policy import Recipe
 
-__all__ = ["ContextFunction", "WeightsFunction"]
+__all__ = ["ContextFunction", "DropoutFunction", "WeightsFunction"]
 
 
 class WeightsFunction(torch.autograd.Function):
@@ -73,6 +74,22 @@ class WeightsFunction(torch.autograd.Function):
                 (stream | Role.DS_FOR_DK, stream | Role.QKV_BACKWARD), name="gradient of K", source=source,
             )  # fmt: skip
         return dq, dk, dmask, None, None, None, None, None
+
+
+class DropoutFunction(torch.autograd.Function):
+    """P [..., L, S] with the elements dropped that attention drops; see `hbfp.autograd.drawn_dropout`."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, dropped: int, word: Tensor, recipe: Recipe) -> Tensor:
+        ctx.save_for_backward(word)
+        ctx.dropped, ctx.recipe = dropped, recipe
+        return arithmetic(recipe.backends.forward).dropout(p, dropped, word)
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dp: Tensor) -> tuple[Tensor | None, ...]:
+        (word,) = ctx.saved_tensors
+        return arithmetic(ctx.recipe.backends.input_gradient).dropout(dp, ctx.dropped, word), None, None, None
 
 
 class ContextFunction(torch.autograd.Function):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from hbfp import ops
 from hbfp.backends import Arithmetic, arithmetic
@@ -34,11 +34,13 @@ __all__ = [
     "MatmulFunction",
     "Role",
     "attention",
+    "drawn_dropout",
     "keeps_codes",
     "linear",
     "matmul",
     "once",
     "require_plain",
+    "unseen",
 ]
 
 
@@ -298,7 +300,8 @@ class AttentionFunction(torch.autograd.Function):
         mask: Tensor | None,
         causal: bool,
         scale: float,
-        dropout: float,
+        dropped: int,
+        word: Tensor | None,
         recipe: Recipe,
         seed: int,
         stream: int,
@@ -314,10 +317,9 @@ class AttentionFunction(torch.autograd.Function):
         )  # fmt: skip
         wide_mask = None if mask is None else _additive(mask).expand(scores.shape)
         p = by.softmax(scores, scale, causal, wide_mask, reuse=True)
-        keep = _kept(p, dropout)
+        kept = p if word is None else by.dropout(p, dropped, word)
         out = by.product(
-            _drop(p, keep, dropout), -1, _expand(v, batch), -2, policy.formats, policy.roundings, seed,
-            (stream | _P, stream | _V),
+            kept, -1, _expand(v, batch), -2, policy.formats, policy.roundings, seed, (stream | _P, stream | _V),
             name="context", source=source,
         )  # fmt: skip
         need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
@@ -327,28 +329,29 @@ class AttentionFunction(torch.autograd.Function):
             k if need_q else None,
             v if need_scores else None,
             p if need_scores or need_v else None,
-            keep if need_scores or need_v else None,
+            word,
         )
         ctx.shapes = q.shape, k.shape, v.shape, None if mask is None else mask.shape
-        ctx.scale, ctx.dropout = scale, dropout
+        ctx.scale, ctx.dropped = scale, dropped
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
         return out
 
     @staticmethod
     @once
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, p, keep = ctx.saved_tensors
+        q, k, v, p, word = ctx.saved_tensors
         q_shape, k_shape, v_shape, mask_shape = ctx.shapes
         batch = do.shape[:-2]
         need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
-        scale, dropout = ctx.scale, ctx.dropout
+        scale, dropped = ctx.scale, ctx.dropped
         recipe, seed, stream, source = ctx.recipe, ctx.seed, ctx.stream, ctx.source
         by, by_right = arithmetic(recipe.backends.input_gradient), arithmetic(recipe.backends.weight_gradient)
         towards_input, towards_right = recipe.input_gradient, recipe.weight_gradient
         dq = dk = dv = dmask = None
         if need_v:
+            kept = p if word is None else by_right.dropout(p, dropped, word)
             dv = by_right.product(
-                _drop(p, keep, dropout), -2, do, -2, towards_right.formats[::-1], towards_right.roundings[::-1], seed,
+                kept, -2, do, -2, towards_right.formats[::-1], towards_right.roundings[::-1], seed,
                 (stream | _P_V, stream | _DO_V), name="gradient of V", source=source,
             )  # fmt: skip
             dv = _sum_to(dv, v_shape, by_right)
@@ -357,7 +360,8 @@ class AttentionFunction(torch.autograd.Function):
                 do, -1, _expand(v, batch), -1, towards_input.formats, towards_input.roundings, seed, (stream | _DO_P,
                 stream | _QKV), name="gradient of P", source=source,
             )  # fmt: skip
-            dp = _drop(dp, keep, dropout)
+            if word is not None:
+                dp = by.dropout(dp, dropped, word)
             if need_mask:
                 dmask = _sum_to(by.softmax_backward(p, dp, 1.0), mask_shape, by)
             if need_q or need_k:
@@ -374,14 +378,15 @@ class AttentionFunction(torch.autograd.Function):
                     (stream | _DS_K, stream | _QKV), name="gradient of K", source=source,
                 )  # fmt: skip
                 dk = _sum_to(dk, k_shape, by_right)
-        return dq, dk, dv, dmask, None, None, None, None, None, None, None
+        return dq, dk, dv, dmask, None, None, None, None, None, None, None, None
 
 
 class FusedAttentionFunction(torch.autograd.Function):
-    """The same bits without the L x S matrix: what is saved is Q, K, V and the mask, and backward computes P again.
+    """The same bits without the L x S matrix: what is saved is Q, K, V, the mask and the seed of dropout, and backward
+    computes P again.
 
-    For the integer backend and formats of at most 8 bits in lines; no dropout and no gradient of the mask (see
-    `_fuses`).
+    For the integer backend and formats of at most 8 bits in lines; a mask with a gradient has a value for each column
+    (see `_fuses`).
     """
 
     @staticmethod
@@ -393,37 +398,51 @@ class FusedAttentionFunction(torch.autograd.Function):
         mask: Tensor | None,
         causal: bool,
         scale: float,
+        dropped: int,
+        word: Tensor | None,
         recipe: Recipe,
         seed: int,
         stream: int,
         source: object,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, mask)
-        ctx.causal, ctx.scale = causal, scale
+        ctx.save_for_backward(q, k, v, mask, word)
+        ctx.causal, ctx.scale, ctx.dropped = causal, scale, dropped
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
         policy = recipe.forward
         return ops.attention(
             *_expanded(q, k, v, mask), causal, scale, policy.formats, policy.roundings, seed,
-            (stream | _Q, stream | _K, stream | _P, stream | _V), source=source,
+            (stream | _Q, stream | _K, stream | _P, stream | _V), dropped, word, source=source,
         )  # fmt: skip
 
     @staticmethod
     @once
     def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask = ctx.saved_tensors
+        q, k, v, mask, word = ctx.saved_tensors
         recipe, stream = ctx.recipe, ctx.stream
         policies = recipe.forward, recipe.input_gradient, recipe.weight_gradient
         (f0, f1, f2), (r0, r1, r2) = [p.formats for p in policies], [p.roundings for p in policies]
-        roles = _Q, _K, _DO_P, _QKV, _DS_Q, _QKV, _DS_K, _QKV, _P_V, _DO_V
-        gradients = ops.attention_backward(
-            do, *_expanded(q, k, v, mask), ctx.causal, ctx.scale, (f0, f1, f2), (r0, r1, r2), ctx.seed,
-            [stream | role for role in roles], ctx.needs_input_grad[:3], source=ctx.source,
-        )  # fmt: skip
-        dq, dk, dv = (
-            None if gradient is None else _sum_to(gradient, x.shape, ops)
-            for gradient, x in zip(gradients, (q, k, v), strict=True)
-        )
-        return dq, dk, dv, None, None, None, None, None, None, None
+        need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
+        dropout, expanded = (ctx.dropped, word), _expanded(q, k, v, mask)
+        dq = dk = dv = dmask = None
+        if need_q or need_k or need_v:
+            roles = _Q, _K, _DO_P, _QKV, _DS_Q, _QKV, _DS_K, _QKV, _P_V, _DO_V
+            gradients = ops.attention_backward(
+                do, *expanded, ctx.causal, ctx.scale, (f0, f1, f2), (r0, r1, r2), ctx.seed,
+                [stream | role for role in roles], (need_q, need_k, need_v), *dropout, source=ctx.source,
+            )  # fmt: skip
+            dq, dk, dv = (
+                None if gradient is None else _sum_to(gradient, x.shape, ops)
+                for gradient, x in zip(gradients, (q, k, v), strict=True)
+            )
+        if need_mask:
+            q, k, v, wide_mask = expanded
+            assert wide_mask is not None
+            dmask = ops.attention_mask_gradient(
+                do, q, k, v, wide_mask, mask.shape, ctx.scale, (f0, f1), (r0, r1), ctx.seed,
+                [stream | role for role in (_Q, _K, _DO_P, _QKV)], *dropout, alone=not (need_q or need_k),
+                source=ctx.source,
+            )  # fmt: skip
+        return dq, dk, dv, dmask, None, None, None, None, None, None, None, None
 
 
 def _expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -434,12 +453,17 @@ def _expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Ten
     return _expand(q, batch), _expand(k, batch), _expand(v, batch), mask
 
 
-def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, recipe: Recipe) -> bool:
+def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe) -> bool:
     """Whether the core computes this attention without its matrices."""
     return (
         all(backend is _INTEGER for backend in recipe.backends)
-        and dropout == 0.0
-        and not (mask is not None and mask.requires_grad and is_grad_enabled())
+        # The sum over all columns of such a gradient, which is 0 but for roundings, is not worth a kernel.
+        and not (
+            mask is not None
+            and mask.requires_grad
+            and is_grad_enabled()
+            and (mask.dim() == 0 or mask.shape[-1] != k.shape[-2])
+        )
         and all(
             format.core.encodes_to_panels
             for policy in (recipe.forward, recipe.input_gradient, recipe.weight_gradient)
@@ -449,15 +473,16 @@ def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float,
     )
 
 
-def _kept(p: Tensor, dropout: float) -> Tensor | None:
-    """Which elements dropout keeps, drawn from torch's generator as torch's own dropout is."""
-    return torch.empty_like(p).bernoulli_(1.0 - dropout).to(torch.bool) if dropout > 0.0 else None
+def drawn_dropout(p: float, like: Tensor) -> tuple[int, Tensor | None]:
+    """How many of 2^16 elements a share `p` drops, and the seed that says which, drawn from torch's generator (6.25).
 
-
-def _drop(x: Tensor, keep: Tensor | None, dropout: float) -> Tensor:
-    if keep is None:
-        return x
-    return x * keep * (1.0 / (1.0 - dropout) if dropout < 1.0 else 0.0)
+    Args:
+        like: of the call that drops.
+    """
+    if not 0.0 <= p <= 1.0:
+        raise HBFPError(f"dropout is a probability; found {p}")
+    dropped = round(p * 2**16)
+    return dropped, ops.random_word(like) if dropped else None
 
 
 def _expand(x: Tensor, batch: torch.Size) -> Tensor:
@@ -466,6 +491,10 @@ def _expand(x: Tensor, batch: torch.Size) -> Tensor:
 
 
 def _batch_of(*tensors: Tensor) -> torch.Size:
+    first, *others = (x.shape[:-2] for x in tensors)
+    # Mostly they are equal, and torch takes as long for its answer as a batch of small products.
+    if all(batch == first for batch in others):
+        return first
     try:
         return torch.Size(torch.broadcast_shapes(*(x.shape[:-2] for x in tensors)))
     except RuntimeError:
@@ -483,10 +512,10 @@ def _distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(seen)
 
 
-def _unseen(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def unseen(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether a node of autograd would be seen by nobody: no gradient is asked for, nothing traces or transforms."""
     return not (
-        is_compiling()
+        is_dynamo_compiling()  # other tracers set a mode of dispatch, which every short way asks for
         or (
             is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
         )
@@ -503,7 +532,7 @@ def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, seed: int, stream: int, source: object = None
 ) -> Tensor:
     """x [..., in] times weightᵀ [out, in], plus bias [out]; see `hbfp.nn.functional.linear`."""
-    if recipe.backends.forward is _INTEGER and not ops.recorders and _unseen(x, weight, bias):
+    if recipe.backends.forward is _INTEGER and not ops.recorders and unseen(x, weight, bias):
         policy = recipe.forward
         quick = None
         if type(weight) is PackedWeight:
@@ -529,6 +558,13 @@ def linear(
 
 def matmul(a: Tensor, b: Tensor, recipe: Recipe, seed: int, stream: int, source: object = None) -> Tensor:
     """a [..., M, K] times b [..., K, N]; see `hbfp.nn.functional.matmul`."""
+    if recipe.backends.forward is _INTEGER and not ops.recorders and a.dim() > 1 < b.dim() and unseen(a, b, None):
+        policy = recipe.forward
+        quick = ops.quick_product(
+            a, -1, b, -2, policy.formats, policy.roundings, seed, (stream | _X, stream | _W), None
+        )
+        if quick is not None:
+            return quick
     ops.require_real(a, b)
     require_plain(a, b)
     if a.dim() < 2 or b.dim() < 2 or a.shape[-1] != b.shape[-2]:
@@ -556,8 +592,6 @@ def attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """See `hbfp.nn.functional.scaled_dot_product_attention`."""
-    if not 0.0 <= dropout <= 1.0:
-        raise HBFPError(f"dropout is a probability; found {dropout}")
     if causal and mask is not None:
         raise HBFPError("give a mask or ask for a causal one, not both: the causal one can be made part of the mask")
     ops.require_real(q, k, v)
@@ -581,12 +615,11 @@ def attention(
             mask = mask.unflatten(-3, (1, 1) if mask.shape[-3] == 1 else scores[-4:-2])
     if scale is None:
         scale = 1.0 / sqrt(max(q.shape[-1], 1))
+    dropped, word = drawn_dropout(dropout, q)
     q, k, v = _distinct(q, k, v)
-    out: Tensor
-    if _fuses(q, k, v, mask, dropout, recipe) and not (ops.recorders and ops.observed(source, stream)):
-        out = FusedAttentionFunction.apply(q, k, v, mask, causal, scale, recipe, seed, stream, source)
-    else:
-        out = AttentionFunction.apply(q, k, v, mask, causal, scale, dropout, recipe, seed, stream, source)
+    fused = _fuses(q, k, v, mask, recipe) and not (ops.recorders and ops.observed(source, stream))
+    function = FusedAttentionFunction if fused else AttentionFunction
+    out: Tensor = function.apply(q, k, v, mask, causal, scale, dropped, word, recipe, seed, stream, source)
     return out.flatten(-4, -3) if enable_gqa else out
 
 

@@ -1,4 +1,4 @@
-"""What the backend of a product stands for: four functions with one signature each, whoever computes them.
+"""What the backend of a product stands for: five functions with one signature each, whoever computes them.
 
 Layers ask here and do not know who answers.
 """
@@ -41,6 +41,8 @@ class Arithmetic(Protocol):
 
     def softmax_backward(self, p: Tensor, dp: Tensor, scale: float, *, reuse: bool = ...) -> Tensor: ...
 
+    def dropout(self, x: Tensor, dropped: int, word: Tensor) -> Tensor: ...
+
     def column_sums(self, x: Tensor) -> Tensor: ...
 
 
@@ -50,6 +52,7 @@ class _Oracle:
     product = staticmethod(ops.reference_product)
     softmax = staticmethod(ops.softmax)
     softmax_backward = staticmethod(ops.softmax_backward)
+    dropout = staticmethod(ops.dropout)
     column_sums = staticmethod(ops.column_sums)
 
 

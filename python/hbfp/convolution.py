@@ -2,8 +2,7 @@
 
 The three products are those of docs/spec.md, 6.14 to 6.19; a transposed convolution has them with the parts exchanged.
 Each operand adds its role to the stream, as in `hbfp.autograd`. Of X an ordinary convolution keeps its codes along the
-batch. Tensors may lie in memory as they like; results have
-the channels of one pixel together.
+batch. Tensors may lie in memory as they like; results have the channels of one pixel together.
 """
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from hbfp import emulation, ops
 from hbfp.autograd import Role, keeps_codes, once, require_plain
 from hbfp.backends import arithmetic
 from hbfp.errors import FormatError, HBFPError, ShapeError
 from hbfp.ops import Geometry
+from hbfp.packed import PackedWeight
 from hbfp.policy import Backend, Recipe
 
 __all__ = [
@@ -237,6 +238,7 @@ def convolution(
     ops.require_real(x, weight, bias)
     require_plain(x, weight, bias)
     require_lines(recipe)
+    weight = _floats(weight)
     _check(x, weight, bias, rank, groups, transposed=False)
     kernel = tuple(weight.shape[2:])
     strides, dilations = _sizes(stride, rank, "stride", 1), _sizes(dilation, rank, "dilation", 1)
@@ -272,6 +274,7 @@ def transposed_convolution(
     ops.require_real(x, weight, bias)
     require_plain(x, weight, bias)
     require_lines(recipe)
+    weight = _floats(weight)
     _check(x, weight, bias, rank, groups, transposed=True)
     kernel = tuple(weight.shape[2:])
     strides, dilations = _sizes(stride, rank, "stride", 1), _sizes(dilation, rank, "dilation", 1)
@@ -327,6 +330,11 @@ def require_lines(recipe: Recipe) -> None:
                     f"expected formats whose blocks are lines, as convolutions have no tiles and no whole tensors; "
                     f"found {format} ({product}): choose one such as hbfp{format.bits}b64"
                 )
+
+
+def _floats(weight: Tensor) -> Tensor:
+    """A weight as the core reads it: of codes, their values, here and not behind torch's dispatcher, which is slow."""
+    return weight.decode_as_it_lies() if type(weight) is PackedWeight and not is_compiling() else weight
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, groups: int, *, transposed: bool) -> None:

@@ -12,9 +12,9 @@ Two halves, of which only the first is under the contract of docs/spec.md:
   inside float32 products (`torch.backends.*.fp32_precision`, which is one setting for all threads and put back
   afterwards). Under torch.compile that setting is the caller's to make.
 
-`product`, `softmax`, `softmax_backward` and `column_sums` take what those of `hbfp.ops` take and tell the same
-recorders; the convolutions take what those of `hbfp.reference` take, as torch tensors. Nothing here calls the compiled
-core or leaves the device of its tensors.
+`product`, `softmax`, `softmax_backward`, `dropout` and `column_sums` take what those of `hbfp.ops` take and tell the
+same recorders; the convolutions take what those of `hbfp.reference` take, as torch tensors. Nothing here calls the
+compiled core or leaves the device of its tensors.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ __all__ = [
     "convolution_input_gradient",
     "convolution_weight_gradient",
     "decode",
+    "dropout",
     "emulating",
     "encode",
     "multiply",
@@ -179,7 +180,9 @@ def _values(codes: Tensor, c: Tensor) -> Tensor:
 # --- random bits -----------------------------------------------------------------------------------------------------
 
 
-def random_bits(shape: Sequence[int], seed: int, stream: int, device: torch.device | str | None = None) -> Tensor:
+def random_bits(
+    shape: Sequence[int], seed: int | Tensor, stream: int | Tensor, device: torch.device | str | None = None
+) -> Tensor:
     """The 16 random bits of each element of a tensor of `shape`, as int64: Philox4x32-10 (spec 3.8, 3.9).
 
     J. Salmon, M. Moraes, R. Dror and D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
@@ -188,10 +191,10 @@ def random_bits(shape: Sequence[int], seed: int, stream: int, device: torch.devi
         HBFPError: seed or stream is no 64-bit word. ShapeError: more than 2^32 rows.
     """
     for name, word in (("seed", seed), ("stream", stream)):
-        if isinstance(word, Tensor):  # of a graph, in whose place a number would serve for one step
-            stream = word.to(device)
-        elif not 0 <= word < 2**64:
+        if not isinstance(word, Tensor) and not 0 <= word < 2**64:
             raise HBFPError(f"{name} must lie in 0 ... {2**64 - 1}; found {word}")
+    # Tensors are those of a graph, in whose place a number would serve for one step.
+    seed, stream = (word.to(device) if isinstance(word, Tensor) else word for word in (seed, stream))
     columns = shape[-1] if len(shape) else 1
     rows = prod(shape[:-1])
     if rows > 2**32:
@@ -201,7 +204,7 @@ def random_bits(shape: Sequence[int], seed: int, stream: int, device: torch.devi
     c1: Tensor | int = torch.arange(rows, device=device).unsqueeze(1)
     c2: Tensor | int = stream & _WORD
     c3: Tensor | int = stream >> 32 & _WORD
-    k0, k1 = seed & _WORD, seed >> 32
+    k0, k1 = seed & _WORD, seed >> 32 & _WORD
     for _ in range(10):
         # Products of 32 bits wrap round in int64, which loses none of their 64 bits.
         p, q = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -447,6 +450,13 @@ def softmax_backward(p: Tensor, dp: Tensor, scale: float, *, reuse: bool = False
     """Gradient of `softmax` for its scores: scale * p * (dp - rowsum(p * dp))."""
     p, dp = p.to(torch.float32), dp.to(torch.float32)
     return (dp - (p * dp).sum(-1, keepdim=True)).mul_(p).mul_(scale)
+
+
+def dropout(x: Tensor, dropped: int, word: Tensor) -> Tensor:
+    """The bits of `ops.dropout`, on the tensor's device."""
+    x = x.to(torch.float32)
+    kept = random_bits(x.shape, word, 0, x.device) >= dropped
+    return torch.where(kept, x * (2**16 / (2**16 - dropped) if dropped < 2**16 else 0.0), 0.0)
 
 
 def column_sums(x: Tensor) -> Tensor:

@@ -238,8 +238,8 @@ def unfreeze_(model: nn.Module) -> None:
         for name, weight in packed_weights(module).items():
             entry = entries.get(name, _Frozen(False, None))
             if id(weight) not in floats:
-                values = weight.decode() if entry.tied is None else entry.tied
-                floats[id(weight)] = nn.Parameter(values, entry.requires_grad) if entry.tied is None else entry.tied
+                tied = entry.tied
+                floats[id(weight)] = nn.Parameter(weight.decode(), entry.requires_grad) if tied is None else tied
             module._parameters[name] = floats[id(weight)]
         for hooks, hook in (
             (module._state_dict_hooks, _write_planes),

@@ -28,6 +28,7 @@ from hbfp.array import encode as _encode
 from hbfp.errors import HBFPError, ShapeError
 from hbfp.files.container import forget
 from hbfp.format import HBFP, Rounding
+from hbfp.ops.entrance import dispatch_modes, threads
 
 __all__ = ["PackedWeight"]
 
@@ -44,7 +45,7 @@ class PackedWeight(Tensor):
     format: HBFP
     axis: int
     _held: tuple[Tensor, Tensor | None]
-    _panels: ops.KeptPanels | None = None
+    _kept: ops.KeptMatrix | None = None
     """What a product reads, once there was one; None: not asked for since `_held` changed."""
     _lent: tuple[NDArray[np.uint8], ...] = ()
     """Whose memory the planes share, until they are laid out."""
@@ -134,6 +135,16 @@ class PackedWeight(Tensor):
         values = ops.decode(*self._held, self.format, self.shape, self.axis)
         return values if self.dtype is torch.float32 else values.to(self.dtype)
 
+    def decode_as_it_lies(self) -> Tensor:
+        """The same, in memory along the blocks: of a convolution channels last, as its product reads them."""
+        codes, exponents = self._held
+        lined = self.format.block is not None and self.axis < len(self.shape) - 1 and self.dtype is torch.float32
+        if exponents is None or not lined:
+            return self.decode()
+        lines = [size for dimension, size in enumerate(self.shape) if dimension != self.axis]
+        values = ops.decode(codes, exponents, self.format, [*lines, self.shape[self.axis]], -1)
+        return values.movedim(-1, self.axis)
+
     @property
     def codes(self) -> Tensor:
         return self._held[0]
@@ -158,7 +169,7 @@ class PackedWeight(Tensor):
             return
         panels = ops.panels_of_planes(exponents, codes, self.format, *self._matrix)
         if panels is not None:
-            self._held, self._panels = (panels, None), None
+            self._held, self._kept = (panels, None), None
             lent, self._lent = self._lent, ()
             for plane in lent:
                 forget(plane)
@@ -169,7 +180,7 @@ class PackedWeight(Tensor):
 
     def adopt(self, other: PackedWeight) -> None:
         """Holds what `other` holds, which has the same format, axis and shape, without copying it."""
-        self._held, self._lent, self._panels = other._held, other._lent, None
+        self._held, self._lent, self._kept = other._held, other._lent, None
 
     # --- products --------------------------------------------------------------------------------------------------
 
@@ -180,17 +191,19 @@ class PackedWeight(Tensor):
 
         Not for code that torch.compile traces.
         """
-        panels = self._panels or self._laid_out()
-        if panels is None or (formats[1] is not self.format and formats[1] != self.format):
+        matrix = self._kept or self.kept_matrix()
+        if dispatch_modes() or matrix is None or (formats[1] is not self.format and formats[1] != self.format):
             return None
-        return ops.quick_packed_product(x, formats[0], rounding, seed, stream, panels, bias)
+        out: Tensor | None = matrix.linear(x, formats[0].core, rounding, seed, stream, bias, threads())
+        return out
 
-    def _laid_out(self) -> ops.KeptPanels | None:
+    def kept_matrix(self) -> ops.KeptMatrix | None:
+        """Panels as products of this [N, K] along K read them, laid out where they were not; None: it has none."""
         self.lay_out()
         codes, exponents = self._held
-        if exponents is None and self.axis == 1:
-            self._panels = ops.KeptPanels(codes, self.format.core, self.shape[0], self.shape[1])
-        return self._panels
+        if exponents is None and self.axis == 1 and not codes.is_meta:
+            self._kept = ops.KeptMatrix(codes, self.format.core, self.shape[0], self.shape[1])
+        return self._kept
 
     # --- what torch asks of a subclass -----------------------------------------------------------------------------
 
@@ -372,11 +385,11 @@ def _copy(func: Any, x: Tensor, source: Tensor, non_blocking: bool = False) -> A
         return x
     if isinstance(source, PackedWeight) and (source.format, source.axis) == (x.format, x.axis):
         codes, exponents = source._held
-        x._held, x._panels = (codes.clone(), None if exponents is None else exponents.clone()), None
+        x._held, x._kept = (codes.clone(), None if exponents is None else exponents.clone()), None
         x.lay_out()
     else:
         values = source.decode() if isinstance(source, PackedWeight) else source
-        x._held, x._panels = PackedWeight.of(values, x.format, x.axis)._held, None
+        x._held, x._kept = PackedWeight.of(values, x.format, x.axis)._held, None
     return x
 
 

@@ -539,7 +539,8 @@ class LayerState:
         low = self.site + part << 12 | (index & 0xFF) << 4
         if is_dynamo_compiling() and not is_exporting():
             return cast(int, self.root.clock << 32 | low)
-        return self.root.step << 32 | low
+        step = self.root._step  # as it is almost always: a property takes a call
+        return (self.root.step if step is None else step) << 32 | low
 
 
 def solo_state(value: str | HBFP | Recipe, seed: int, site: int, sites: int = 1) -> LayerState:

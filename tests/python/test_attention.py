@@ -4,6 +4,7 @@ The bugs these hunt: a mask applied before the scale, causality off by one, a gr
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -139,18 +140,52 @@ def test_backward_computes_only_what_is_asked_for(needs, products):
     assert [t.grad is not None for t in (q, k, v, mask)] == [name in needs for name in "qkvm"]
 
 
-def test_dropout_is_torchs_generator_and_scales_both_ways():
-    q, v = values(4, 6, 8), values(4, 6, 8, seed=1).requires_grad_()
+@pytest.mark.parametrize("backend", ["integer", "reference"])
+@pytest.mark.parametrize("share", [0.25, 0.1, 0.9])
+def test_dropout_is_that_of_the_oracle_by_a_seed_of_torchs_generator(share, backend):
+    q, k, v = (values(4, 6, 8, seed=i).requires_grad_() for i in range(3))
     torch.manual_seed(1)
-    out = attention(q, q, v, dropout_p=0.25, recipe=NEAREST)
+    torch.rand(3)
+    out = attention(q, k, v, dropout_p=share, recipe=replace(NEAREST, backend=backend))
+    following = torch.rand(1)
     torch.manual_seed(1)
-    keep = torch.empty(4, 6, 6).bernoulli_(0.75)
-    p = ops.softmax(product(q, -1, q, -1), 1 / math.sqrt(8)) * keep * (1.0 / 0.75)
-    assert torch.equal(out, product(p, -1, v, -2))
+    torch.rand(3)
+    word = torch.empty((), dtype=torch.int64).random_().item()
+    assert torch.equal(following, torch.rand(1)), "one draw a call"
+
+    def dropped(x):
+        return torch.from_numpy(reference.dropout(np.from_dlpack(x), share, word))
+
+    scale = 1 / math.sqrt(8)
+    p = ops.softmax(product(q, -1, k, -1), scale)
+    assert torch.equal(out, product(dropped(p), -1, v, -2))
     do = values(*out.shape, seed=3)
     out.backward(do)
-    assert torch.equal(v.grad, product(p, -2, do, -2))
-    assert not attention(q, q, v, dropout_p=1.0, recipe=NEAREST).any()
+    ds = ops.softmax_backward(p, dropped(product(do, -1, v, -1)), scale)
+    assert torch.equal(v.grad, product(dropped(p), -2, do, -2))
+    assert torch.equal(q.grad, product(ds, -1, k, -2))
+    assert torch.equal(k.grad, product(ds, -2, q, -2))
+
+
+def test_the_gradient_with_dropout_is_that_of_torchs_operations():
+    """A factor left out of the gradient of P; by wide formats, and torch's derivative of the same mask."""
+    q, k, v = (values(2, 9, 8, seed=i) for i in range(3))
+    torch.manual_seed(5)
+    word = torch.empty((), dtype=torch.int64).random_()
+    factor = ops.dropout(torch.ones(2, 9, 9), round(0.3 * 2**16), word)
+    assert set(factor.unique().tolist()) == {0.0, float(np.float32(2**16 / (2**16 - round(0.3 * 2**16))))}
+
+    def gradients(function):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        function(*leaves).sin().sum().backward()
+        return [x.grad for x in leaves]
+
+    torch.manual_seed(5)
+    ours = gradients(lambda *x: attention(*x, dropout_p=0.3, recipe="hbfp16b64"))
+    theirs = gradients(lambda q, k, v: (q @ k.mT / math.sqrt(8)).softmax(-1) * factor @ v)
+    for a, b in zip(ours, theirs, strict=True):
+        # A comparison with FP32 arithmetic: 16-bit mantissas leave about 2^-15 of the largest value of a block.
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
 
 
 def test_learned_masks_and_broadcast_heads_get_torchs_gradients():
@@ -174,6 +209,8 @@ def test_learned_masks_and_broadcast_heads_get_torchs_gradients():
     [
         {"attn_mask": torch.ones(5, 5, dtype=torch.bool), "is_causal": True},
         {"dropout_p": 1.5},
+        {"dropout_p": -0.1},
+        {"dropout_p": float("nan")},
         {"attn_mask": torch.ones(4, 5)},
         {"attn_mask": torch.ones(5, 5, dtype=torch.int32)},
         {"stream": 3},

@@ -80,6 +80,7 @@ ALL_ORIENTATIONS = {f"{o}, {r}" for o in cases.ORIENTATIONS for r in ("nearest_e
         (lambda b: cases.forward(b, 5, 64, 128), OURS | TORCH),
         (lambda b: cases.few_rows(b, 2, 64, 128), {"hbfp4b64"} | TORCH),
         (lambda b: cases.cold_row(b, 64, 64, total=20_000), {"hbfp4b64"} | TORCH),
+        (lambda b: cases.batched(b, 3, 9, 17, 64), {"hbfp4b64", "torch fp32"}),
         (lambda b: cases.encode(b, 64), {name for name in ALL_ORIENTATIONS if name.startswith("right")}),
         (lambda b: cases.training_step(b, 64, 64, 64), {"hbfp4", "torch fp32", "torch bf16 autocast"}),
         (lambda b: cases.scaling(b, 64, (1, 2)), {"hbfp4b64"}),
@@ -96,6 +97,7 @@ ALL_ORIENTATIONS = {f"{o}, {r}" for o in cases.ORIENTATIONS for r in ("nearest_e
         "forward",
         "few-rows",
         "cold-row",
+        "batched",
         "encode",
         "training",
         "scaling",
@@ -344,6 +346,8 @@ def test_a_full_run_measures_every_gate(monkeypatch):
     monkeypatch.setattr(cases, "few_rows", record("few rows", matrix, every))
     monkeypatch.setattr(cases, "cold_row", record("cold row", lambda: matrix(1), every))
     monkeypatch.setattr(cases, "encode", record("encode", lambda: "1024x1024", ALL_ORIENTATIONS))
+    batch = record("batched", lambda matrices, m, n, k: f"{matrices} of {matrix(m, n, k)}", every)
+    monkeypatch.setattr(cases, "batched", batch)
     steps = ("hbfp4", "torch fp32", "torch bf16 autocast")
     monkeypatch.setattr(cases, "training_step", record("training step", matrix, steps))
     empty_and_ours = {gates.EMPTY, "hbfp.linear", "hbfp.nn.functional.linear"}
@@ -358,19 +362,25 @@ def test_a_full_run_measures_every_gate(monkeypatch):
     monkeypatch.setattr(cases, "measure_ceilings", record(ceilings.CASE, lambda: "", tops))
     networks = {
         "convolution": ("convolution", lambda channels, pixels: f"32x{channels}x{pixels}x{pixels}"),
-        "attention": ("attention", lambda context: f"4x8x{context}x64"),
         "lstm": ("lstm", lambda: "100x32x512"),
         "gpt": ("gpt", lambda: "6x384, 12x256"),
         "resnet20": ("resnet20", lambda: "128x3x32x32"),
     }
     for name, (case, shape) in networks.items():
         monkeypatch.setattr(layers, name, record(case, shape, steps))
+
+    def attention(bench, context, dropout=0.0):
+        case = "attention, dropout 0.1" if dropout == 0.1 else "attention"
+        record(case, lambda: f"4x8x{context}x64", steps)(bench)
+
+    monkeypatch.setattr(layers, "attention", attention)
     for name in ("saved_activations", "peak_memory"):
         monkeypatch.setattr(layers, name, lambda bench: None)
     suite.run(results, suite.plan((1, 2)))
     amounts = ("peak memory", "saved activations")
     for count in (1, 2):
-        for case, shape in ((case, shape) for case in amounts for shape in ("attention 2048", "gpt", "linear 1024")):
+        shapes = (*memory.STEPS, "linear 1024")
+        for case, shape in ((case, shape) for case in amounts for shape in shapes):
             results.rows += [row(case, name, (1.0,), shape=shape, threads=count, unit="MiB") for name in steps]
     assert [each.gate for each in evaluate(results, (1, 2)) if each.figure is None] == []
 
@@ -383,11 +393,12 @@ def test_cases_of_layers_name_their_rows_as_the_gates_do(monkeypatch):
     layers.convolution(bench, 16, 4, batch=2)
     layers.lstm(bench, 16, 3, 2)
     layers.attention(bench, 16, 1, 2, 16)
+    layers.attention(bench, 16, 1, 2, 16, dropout=0.1)
     layers.gpt(bench, 1, 64, 16, 2)
     layers.resnet20(bench, 32)
     layers.saved_activations(bench, 1, 64, 16, 2)
     assert {row.case for row in results.rows} == {
-        "convolution", "lstm", "attention", "gpt", "resnet20", "saved activations"
+        "convolution", "lstm", "attention", "attention, dropout 0.1", "gpt", "resnet20", "saved activations"
     }  # fmt: skip
     assert results.find("saved activations", "linear 1024", "torch fp32", 1).figure == 4.0
     assert 7.0 < 4.0 / results.find("saved activations", "linear 1024", "hbfp4", 1).figure < 8.0

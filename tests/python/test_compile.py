@@ -14,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch._dynamo.utils import counters  # noqa: E402
-from zoo import LAYERS, MODELS, gradients, leaves, same, values  # noqa: E402
+from zoo import LAYERS, MODELS, Dropping, gradients, leaves, same, values  # noqa: E402
 
 import hbfp  # noqa: E402
 from hbfp import ops  # noqa: E402
@@ -88,6 +88,27 @@ def compare(name, backend):
 @pytest.mark.parametrize("name", MODELS)
 def test_ten_steps_with_a_change_of_phase_have_eagers_bits_and_two_graphs(name):
     compare(name, "aot_eager")
+
+
+@pytest.mark.parametrize("backend", ["integer", "emulate"])
+def test_dropout_of_attention_draws_anew_at_each_call_and_as_eager_code(backend):
+    torch.manual_seed(0)
+    eager = Dropping()
+    hbfp.convert_(eager, hbfp.recipe("hbfp4", backend=backend))
+    twin = copy.deepcopy(eager)
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    x = values(3, 5, 8)
+    found = []
+    for model, call in ((eager, eager), (twin, compiled)):
+        torch.manual_seed(7)
+        results = [gradients(model, [x], call)]
+        first = graphs()
+        results += [gradients(model, [x], call) for _ in range(2)]
+        found.append(results)
+    assert graphs() == first
+    for expected, drawn in zip(*found, strict=True):
+        assert all(same(a, b) for a, b in zip(expected, drawn, strict=True))
+    assert not same(found[1][0][0], found[1][1][0])
 
 
 class Mixed(torch.nn.Module):

@@ -407,6 +407,25 @@ def test_functions_stay_on_the_device_of_their_tensors():
     assert emulation.decode(encoded).is_meta
 
 
+@pytest.mark.parametrize("dropped", [1, 6554, 65535, 65536])
+@pytest.mark.parametrize("shape", [(9,), (2, 3, 5, 21)])
+def test_dropout_is_the_cores(shape, dropped):
+    x = values(*shape)
+    for word in (0, 2**63 - 1, 2**40 + 12345):
+        found, expected = (by.dropout(x, dropped, torch.tensor(word)) for by in (emulation, ops))
+        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+
+
+@pytest.mark.parametrize("column", [0, 8, 15, 16, 20])
+def test_an_element_whose_random_bits_are_the_bound_is_kept(column):
+    """In a register and behind the last whole one; by chance it is one of 65,536 elements."""
+    word = torch.tensor(77)
+    dropped = emulation.random_bits((2, 21), word, 0)[1, column].item()
+    for by in (emulation, ops):
+        assert by.dropout(torch.ones(2, 21), dropped, word)[1, column] > 0
+        assert by.dropout(torch.ones(2, 21), dropped + 1, word)[1, column] == 0
+
+
 def test_dropout_and_the_gradient_of_a_mask():
     recipe = replace(hbfp.recipe("hbfp16b16"), backend="emulate")
     gradients = []

@@ -18,6 +18,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from zoo import LAYERS, MODELS, leaves, same, values  # noqa: E402
 
 import hbfp  # noqa: E402
@@ -468,6 +469,35 @@ def test_gradients_pass_through_a_frozen_layer():
     assert same(*found)
 
 
+@pytest.mark.parametrize("recipe", ["hbfp4b16", "hbfp12b16"])
+@pytest.mark.parametrize("make", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
+def test_kernels_are_decoded_in_the_order_of_their_blocks(make, recipe):
+    layer = make(20, 24, 3)
+    hbfp.freeze_(layer, recipe)
+    weight = layer.weight
+    assert torch.equal(weight.decode_as_it_lies(), weight.decode())
+    assert weight.decode_as_it_lies().stride(weight.axis) == 1
+    assert weight.decode().is_contiguous()
+
+
+def test_a_mode_of_dispatch_sees_the_product_of_a_frozen_layer():
+    """One that wants to replace it, as fake tensors and tracers do, would be given the result of real memory."""
+    seen = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    layer, x = hbfp.nn.Linear(64, 32), values(3, 64)
+    hbfp.freeze_(layer)
+    with torch.no_grad():
+        expected = layer(x)
+        with Noting():
+            assert torch.equal(layer(x), expected)
+    assert any(func.namespace == "hbfp" for func in seen)
+
+
 def test_rows_of_a_packed_matrix():
     weight = torch.randn(256, 96)
     held = PackedWeight.of(weight, hbfp.HBFP4)
@@ -492,10 +522,11 @@ def test_audit_and_watch_see_frozen_layers():
     assert all("PackedWeight" in reason for reason in watch.unobserved.values())
 
 
-def test_a_schedule_that_goes_on_reads_decoded_values():
+@pytest.mark.parametrize("format", ["hbfp6b64", "hbfp3b64", "hbfp4b16"])  # wider; other codes; other blocks
+def test_a_schedule_that_goes_on_reads_decoded_values(format):
     model, x, _ = frozen_mlp()
     for _, _, state in hbfp.policy.layer_states(model):
-        state.recipe = state.recipe.at("hbfp6b64")
+        state.recipe = state.recipe.at(format)
     thawed = copy.deepcopy(model)
     hbfp.unfreeze_(thawed)
     assert alike(model, x, run(thawed, x))

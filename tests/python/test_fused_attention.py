@@ -1,7 +1,8 @@
 """Attention without its L x S matrices gives the bits of the definition, which has them in memory.
 
 The bugs these hunt: a format or a stream handed to the wrong product of the core; a mask or a shared head that is read
-as another; matrices that are saved or allocated after all; a call that is fused although the core can't compute it.
+as another; dropout of other elements backward than forward, or at another place than before encoding; matrices that
+are saved or allocated after all; a call that is fused although the core can't compute it.
 `tests/attention.rs` hunts those of the core itself.
 """
 
@@ -14,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import hbfp  # noqa: E402
-from hbfp import autograd, ops  # noqa: E402
+from hbfp import _core, autograd, ops  # noqa: E402
 from hbfp.nn.functional import scaled_dot_product_attention as attention  # noqa: E402
 from hbfp.policy import MatmulPolicy, OperandPolicy, Recipe  # noqa: E402
 
@@ -39,6 +40,7 @@ def same_bits(a, b):
 
 def results(inputs, **arguments):
     """Output and gradients, the loss weighing every element differently."""
+    torch.manual_seed(11)
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     out = attention(*leaves, seed=5, stream=STREAM, **arguments)
     out.backward(values(*out.shape, seed=9))
@@ -93,6 +95,149 @@ def test_equals_the_definition(monkeypatch, fused, recipe, mask, rows, columns):
     compare(monkeypatch, fused, inputs, recipe=RECIPES[recipe], **MASKS[mask](rows, columns))
 
 
+@pytest.mark.parametrize("recipe", ["hbfp4", "emulator", "mixed"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("rows", "columns", "share"), [(70, 70, 0.1), (5, 130, 0.5), (131, 66, 0.9)])
+def test_dropout_equals_the_definition(monkeypatch, fused, recipe, mask, rows, columns, share):
+    inputs = values(2, 3, rows, 20), values(2, 3, columns, 20, seed=1), values(2, 3, columns, 33, seed=2)
+    compare(monkeypatch, fused, inputs, recipe=RECIPES[recipe], dropout_p=share, **MASKS[mask](rows, columns))
+
+
+@pytest.mark.parametrize("share", [1.0, 1 - 2**-18, 65535 / 65536, 2**-16])
+def test_the_ends_of_dropout_equal_the_definition(monkeypatch, fused, share):
+    inputs = [values(2, 90, 20, seed=i) for i in range(3)]
+    compare(monkeypatch, fused, inputs, recipe=MIXED, dropout_p=share, is_causal=True)
+    if share > 65535.5 / 65536:
+        assert all((x == 0).all() for x in results(inputs, recipe=MIXED, dropout_p=share))
+
+
+@pytest.mark.parametrize("share", [0.0, 2**-18])
+def test_no_dropout_draws_nothing(share):
+    inputs = [values(2, 20, 8, seed=i) for i in range(3)]
+    found = results(inputs, recipe=MIXED, dropout_p=share)
+    following = torch.rand(1)
+    torch.manual_seed(11)
+    assert torch.equal(following, torch.rand(1))
+    expected = results(inputs, recipe=MIXED)
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["hbfp4", "mixed"])
+@pytest.mark.parametrize("share", [0.0, 0.2])
+@pytest.mark.parametrize(
+    "shape",
+    [(66, 70), (3, 66, 70), (1, 3, 66, 70), (2, 3, 66, 70), (2, 1, 66, 70), (1, 70), (70,), (2, 1, 1, 70)],
+    ids=str,
+)
+def test_gradients_of_masks_equal_the_definition(monkeypatch, fused, shape, share, recipe):
+    def gradients():
+        torch.manual_seed(2)
+        q, k, v = (values(2, 3, n, 20, seed=i).requires_grad_() for i, n in enumerate((66, 70, 70)))
+        mask = values(*shape, seed=4)
+        mask = mask.masked_fill_(mask > 1, float("-inf")).requires_grad_()  # zeros of either sign
+        out = attention(q, k, v, mask, share, recipe=RECIPES[recipe], seed=5, stream=STREAM)
+        out.backward(values(*out.shape, seed=9))
+        return [out.detach(), *(x.grad for x in (q, k, v, mask))]
+
+    found = gradients()
+    assert len(fused) == 1, "the call was not fused"
+    expected = unfused(monkeypatch, gradients)
+    assert found[-1].shape == shape
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_one_mask_of_many_heads_is_summed_in_blocks(monkeypatch, fused):
+    def gradient():
+        mask = values(5, 7).requires_grad_()
+        q = values(3, 50, 5, 8)
+        attention(q, *values(2, 3, 50, 7, 8, seed=1), mask, recipe="hbfp4").square().sum().backward()
+        return mask.grad
+
+    assert same_bits(gradient(), unfused(monkeypatch, gradient))
+    assert len(fused) == 1
+
+
+@pytest.mark.parametrize("mask", ["of each head", "of all heads"])
+def test_gradients_of_masks_of_shared_heads_equal_the_definition(monkeypatch, fused, mask):
+    shape = (6, 9, 7) if mask == "of each head" else (9, 7)
+
+    def gradients():
+        x = [values(2, 6, 9, 8), *values(2, 2, 2, 7, 8, seed=1), values(*shape, seed=3)]
+        leaves = [t.requires_grad_() for t in x]
+        attention(*leaves, enable_gqa=True, recipe="emulator", stream=STREAM).square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    found, expected = gradients(), unfused(monkeypatch, gradients)
+    assert len(fused) == 1
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("needs", ["m", "vm", "qm"])
+def test_a_mask_has_a_gradient_beside_those_that_are_asked_for(monkeypatch, fused, needs):
+    def gradients():
+        leaves = [values(2, 70, 16, seed=i).requires_grad_(name in needs) for i, name in enumerate("qkv")]
+        mask = values(70, 70, seed=3).bfloat16().requires_grad_()
+        seen = []
+        ops.recorders.append(seen.append)
+        try:
+            attention(*leaves, mask, recipe=MIXED, stream=STREAM).sum().backward()
+        finally:
+            ops.recorders.clear()
+        return seen, [x.grad.float() for x in (*leaves, mask) if x.grad is not None]
+
+    (told, found), (expected_told, expected) = gradients(), unfused(monkeypatch, gradients)
+    assert len(fused) == 1
+    assert told == expected_told
+    assert len(found) == len(needs)
+    assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(200, 200), (4, 1, 1, 200)], ids=str)
+def test_the_gradient_of_a_broadcast_mask_takes_no_memory_of_the_scores(shape):
+    q, k, v = (values(4, 6, 200, 8, seed=i).requires_grad_() for i in range(3))
+    mask = torch.zeros(shape).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        out = attention(q, k, v, mask, 0.1, recipe="hbfp4")
+    assert max(x.numel() for x in saved) <= max(q.numel(), mask.numel())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out.backward(torch.ones_like(out))
+    # An event's memory is what it and those inside it keep: at most all gradients.
+    most = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < most <= 4 * (3 * q.numel() + mask.numel()) < 4 * 4 * 6 * 200 * 200
+
+
+def kept(share, heads=4, rows=512, seed=0):
+    """Which elements of [heads, rows, rows] a call keeps: all scores are equal, and V is the identity."""
+    torch.manual_seed(seed)
+    q = torch.zeros(heads, rows, 8)
+    return attention(q, q, torch.eye(rows).expand(heads, rows, rows), dropout_p=share, recipe="hbfp8") != 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.75])
+def test_dropout_keeps_its_share_and_elements_are_independent(share):
+    mask = kept(share)
+    assert torch.equal(mask, kept(share))
+    above = torch.ones_like(mask).triu(1)
+    others = {
+        "the next column": (mask[..., 1:], mask[..., :-1]),
+        "eight columns on, the next counter": (mask[..., 8:], mask[..., :-8]),
+        "the next row": (mask[:, 1:], mask[:, :-1]),
+        "the next head": (mask[1:], mask[:-1]),
+        "the transpose": (mask[above], mask.mT[above]),
+        "the next call's": (mask, kept(share, seed=1)),
+    }
+    # Sums of independent draws lie within five standard deviations but once in two million; the seeds are fixed.
+    deviation = (share * (1 - share)) ** 0.5
+    assert abs(mask.double().mean() - (1 - share)) < 5 * deviation / mask.numel() ** 0.5
+    for dim in (-1, -2):
+        means = mask.double().mean(dim)
+        assert (means - (1 - share)).abs().max() < 5 * deviation / mask.shape[dim] ** 0.5
+    for name, (a, b) in others.items():
+        product = ((a.double() - (1 - share)) * (b.double() - (1 - share))).mean()
+        assert abs(product) < 5 * deviation**2 / a.numel() ** 0.5, name
+
+
 @pytest.mark.parametrize(
     "shapes",
     [
@@ -126,7 +271,7 @@ def test_other_floats_are_cast(dtype):
     assert all(same_bits(x.grad.float(), y.grad.to(dtype).float()) for x, y in zip(inputs, plain, strict=True))
 
 
-@pytest.mark.parametrize("mask", ["none", "causal", "of all heads", "by head", "by batch"])
+@pytest.mark.parametrize("mask", ["none", "causal", "of all heads", "by head", "by batch", "dropout"])
 @pytest.mark.parametrize("recipe", ["hbfp4", "emulator"])
 def test_shared_heads_equal_repeated_ones(fused, recipe, mask):
     batch, heads, groups, rows, columns = 2, 6, 2, 70, 40
@@ -137,6 +282,7 @@ def test_shared_heads_equal_repeated_ones(fused, recipe, mask):
         "of all heads": {"attn_mask": values(rows, columns, seed=3)},
         "by head": {"attn_mask": values(heads, rows, columns, seed=3)},
         "by batch": {"attn_mask": values(batch, 1, 1, columns, seed=3) > 0},
+        "dropout": {"is_causal": True, "dropout_p": 0.2},
     }.get(mask, {})
     out, dq, dk, dv = results((q, k, v), enable_gqa=True, recipe=recipe, **arguments)
     repeated = [x.repeat_interleave(heads // groups, -3) for x in (k, v)]
@@ -182,11 +328,13 @@ def test_a_causal_mask_counts_from_the_first_column_as_torchs(monkeypatch, fused
         assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize("needs", ["q", "k", "v", "qk", "kv"])
-def test_each_gradient_alone_is_the_same(monkeypatch, needs):
+def test_each_gradient_alone_is_the_same(monkeypatch, needs, share):
     def gradients():
+        torch.manual_seed(3)
         q, k, v = (values(2, 70, 16, seed=i).requires_grad_(name in needs) for i, name in enumerate("qkv"))
-        attention(q, k, v, is_causal=True, recipe=MIXED, stream=STREAM).sum().backward()
+        attention(q, k, v, None, share, is_causal=True, recipe=MIXED, stream=STREAM).sum().backward()
         return [x.grad for x in (q, k, v) if x.grad is not None]
 
     found, expected = gradients(), unfused(monkeypatch, gradients)
@@ -197,8 +345,8 @@ def test_each_gradient_alone_is_the_same(monkeypatch, needs):
 @pytest.mark.parametrize(
     ("arguments", "recipe"),
     [
-        ({"dropout_p": 0.5}, "hbfp4"),
-        ({"attn_mask": torch.zeros(8, 8, requires_grad=True)}, "hbfp4"),
+        ({"attn_mask": torch.zeros(8, 1, requires_grad=True)}, "hbfp4"),
+        ({"attn_mask": torch.zeros((), requires_grad=True)}, "hbfp4"),
         ({}, "hbfp4t8"),
         ({}, "hbfp4tensor"),
         ({}, "hbfp9b64"),
@@ -218,17 +366,20 @@ def test_empty_dimensions_go_by_the_definition(fused, shape):
     assert not fused
 
 
-def test_nothing_of_the_size_of_the_scores_is_saved_or_allocated():
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_nothing_of_the_size_of_the_scores_is_saved_or_allocated(share):
     rows, depth = 700, 16
     q, k, v = (values(1, 2, rows, depth, seed=i).requires_grad_() for i in range(3))
     mask = torch.ones(rows, dtype=torch.bool)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        out = attention(q, k, v, mask, recipe="hbfp4")
+        out = attention(q, k, v, mask, share, recipe="hbfp4")
+    if share > 0.0:
+        assert saved.pop().shape == (), "the seed of dropout"
     assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in (q, k, v, mask)}
     # An event's memory is what it and those inside it keep: at most all three gradients.
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        attention(q, k, v, is_causal=True, recipe="hbfp4")
+        attention(q, k, v, None, share, is_causal=True, recipe="hbfp4")
         out.backward(torch.ones_like(out))
     allocations = [event.cpu_memory_usage for event in profile.events()]
     assert max(allocations) > 0, "the profiler saw no memory"
@@ -244,7 +395,7 @@ def test_the_cores_buffers_are_strips_and_are_reported():
         # On a thread that has no buffers yet, and with nobody to share the strips with.
         torch.set_num_threads(1)
         held.append(hbfp.info()["workspace_bytes"])
-        attention(q, k, v, recipe="hbfp4")
+        attention(q, k, v, None, 0.1, recipe="hbfp4")
         held.append(hbfp.info()["workspace_bytes"])
 
     threads = torch.get_num_threads()
@@ -254,7 +405,7 @@ def test_the_cores_buffers_are_strips_and_are_reported():
     torch.set_num_threads(threads)
     before, after = held
     assert after - before > 4 * 32 * columns / 2, "the strip of scores is not counted"
-    # 32 rows of scores in float32 and as codes, and the panels of K and V.
+    # 32 rows of scores in float32 and as codes, the random bits of 4, and the panels of K and V.
     assert after - before < 8 * 32 * columns + 64 * columns
 
 
@@ -281,9 +432,10 @@ def test_recorders_hear_of_the_same_products(monkeypatch, lane):
     assert found == unfused(monkeypatch, recorded)
 
 
-def test_both_lanes_give_the_same_bits():
+@pytest.mark.parametrize("share", [0.0, 0.1])
+def test_both_lanes_give_the_same_bits(share):
     inputs = [values(2, 70, 16, seed=i) for i in range(3)]
-    expected = results(inputs, attn_mask=values(70, 70), recipe=MIXED)
+    expected = results(inputs, attn_mask=values(70, 70), dropout_p=share, recipe=MIXED)
 
     class Lane(torch.utils._python_dispatch.TorchDispatchMode):
         seen = ()
@@ -293,7 +445,7 @@ def test_both_lanes_give_the_same_bits():
             return function(*arguments, **(keywords or {}))
 
     with Lane() as lane:
-        found = results(inputs, attn_mask=values(70, 70), recipe=MIXED)
+        found = results(inputs, attn_mask=values(70, 70), dropout_p=share, recipe=MIXED)
     assert {"hbfp.attention.default", "hbfp.attention_backward.default"} <= set(lane.seen)
     assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -302,16 +454,19 @@ ARGUMENTS = (True, 0.3, ["hbfp4b16", "hbfp6b16"], [3, 0], [2**62, -1, 0, 1], -5)
 PAIRS = (True, 0.3, ["hbfp4b16", "hbfp6b16"] * 3, [3, 0] * 3, [-1] * 10, 7)
 
 
+DROPOUT = (None, 9000, torch.tensor(2**60 + 12345))
+
+
 @pytest.mark.parametrize("operator", ["attention", "attention_backward", "attention_backward of q and v"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck's own
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered.*:UserWarning")
 def test_opcheck(operator):
     q, k, v, do = (values(2, 9, n, seed=n) for n in (8, 8, 5, 5))
     if operator == "attention":
-        torch.library.opcheck(torch.ops.hbfp.attention.default, (q, k, v, values(2, 9, 9), *ARGUMENTS))
+        torch.library.opcheck(torch.ops.hbfp.attention.default, (q, k, v, values(2, 9, 9), *ARGUMENTS, *DROPOUT))
     else:
         needs = [True, "of q" not in operator, True]
-        arguments = (do, q, k, v, None, *PAIRS, needs)
+        arguments = (do, q, k, v, None, *PAIRS, needs, *DROPOUT)
         torch.library.opcheck(torch.ops.hbfp.attention_backward.default, arguments)
 
 
@@ -322,16 +477,17 @@ def test_a_second_derivative_is_refused():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1])
 @pytest.mark.parametrize("threads", [2, 3])
-def test_bits_do_not_depend_on_threads(threads):
+def test_bits_do_not_depend_on_threads(threads, share):
     before = torch.get_num_threads()
     for shape in [(1, 130, 16), (5, 66, 16)]:
         inputs = [values(*shape, seed=i) for i in range(3)]
         try:
             torch.set_num_threads(1)
-            expected = results(inputs, is_causal=True, recipe="emulator")
+            expected = results(inputs, dropout_p=share, is_causal=True, recipe="emulator")
             torch.set_num_threads(threads)
-            found = results(inputs, is_causal=True, recipe="emulator")
+            found = results(inputs, dropout_p=share, is_causal=True, recipe="emulator")
         finally:
             torch.set_num_threads(before)
         assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
@@ -341,5 +497,19 @@ def test_formats_that_the_kernels_cannot_encode_are_not_fused():
     # A narrow exponent needs values clamped before they are rounded: the fused core refuses it, and so must the choice.
     q = 1000 * values(1, 2, 8, 16)
     narrow = Recipe(*(MatmulPolicy(OperandPolicy("hbfp4b64-e3"), OperandPolicy("hbfp4b64-e3")) for _ in range(3)))
-    assert not autograd._fuses(q, q, q, None, 0.0, narrow)
+    assert not autograd._fuses(q, q, q, None, narrow)
     assert attention(q, q, q, recipe=narrow).isfinite().all()
+
+
+def test_results_of_the_core_that_overlap_are_refused():
+    """Two threads, or one of the compiler's assumptions, would write to one place as if it were two."""
+    x, memory = values(2, 9, 8), torch.zeros(300)
+    coding = [(hbfp.HBFP4.core, 0, 0)] * 2
+    same, other = memory[:144].view(2, 9, 8), memory[143:287].view(2, 9, 8)
+    for dq, dk, dv in ((same, same, None), (same, None, other), (None, other, same)):
+        with pytest.raises(hbfp.ShapeError, match="overlap"):
+            _core.attention_backward(x, x, x, x, None, dq, dk, dv, True, 0.3, None, *[coding] * 5, 0, 1)
+    mask = memory[:162].view(2, 9, 9)
+    with pytest.raises(hbfp.ShapeError, match="overlap"):
+        _core.attention_mask_gradient(x, x, x, x, mask, mask, False, False, 0.3, None, coding, coding, 0, 1)
+    assert not memory.any()

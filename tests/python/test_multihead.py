@@ -213,6 +213,26 @@ def test_dropout_only_in_training():
         assert same(model(q, k, v, need_weights=need)[0], by_definition(model, q, k, v))
 
 
+def test_weights_that_are_asked_for_are_dropped_and_change_no_bit(monkeypatch):
+    fused = []
+    original = ops.attention
+    monkeypatch.setattr(ops, "attention", lambda *x, **y: fused.append(x) or original(*x, **y))
+    model = converted("emulator", dropout=0.25, batch_first=True)
+    mask = torch.zeros(6, 6).masked_fill_(torch.ones(6, 6, dtype=torch.bool).triu(1), float("-inf"))
+    found = []
+    for need in (False, True):
+        x = values(2, 6, WIDTH).requires_grad_()
+        model.zero_grad()
+        torch.manual_seed(3)
+        out, weights = model(x, x, x, need_weights=need, attn_mask=mask, average_attn_weights=False)
+        out.square().sum().backward()
+        found.append([out, x.grad, *(parameter.grad for parameter in model.parameters())])
+    assert all(same(a, b) for a, b in zip(*found, strict=True))
+    assert len(fused) == 1, "without weights, training is fused"
+    seen = weights[(mask == 0).expand_as(weights)]
+    assert 0 < (seen == 0).sum() < seen.numel() / 2
+
+
 @pytest.mark.parametrize("heads", [2, 3])
 def test_inference_takes_no_fused_path(heads):
     """torch's is taken for an even number of heads, with the batch first, in evaluation and without gradients."""

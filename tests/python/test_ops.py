@@ -18,6 +18,7 @@ CASES = {
     "quantize": (values(3, 100), "hbfp4b16", -1, 3, 7, -1),
     "softmax": (values(2, 3, 9), 0.5, True, None),
     "softmax_backward": (values(2, 3, 9).softmax(-1), values(2, 3, 9, seed=1), 0.5),
+    "dropout": (values(2, 3, 9), 20000, torch.tensor(2**62 + 5)),
     "column_sums": (values(130, 7),),
     "convolution": (
         values(2, 4, 5, 6), values(6, 2, 3, 2), values(6), ["hbfp4b16", "hbfp6b16"], [0, 3], [1, -2], None, -5,
@@ -40,6 +41,9 @@ CASES["attention_backward"] = (
     values(2, 5, 4), Q, K, V, None, True, 0.5, ["hbfp4b16", "hbfp6b16"] * 3, [0, 3] * 3, list(range(-5, 5)), -5,
     [True, False, True],
 )  # fmt: skip
+CASES["attention_mask_gradient"] = (
+    values(2, 5, 4), Q, K, V, MASK, [5, 7], 0.5, ["hbfp4b16", "hbfp6b16"] * 2, [0, 3] * 2, [1, -2, 3, -4], -5,
+)  # fmt: skip
 PANELS = PackedWeight.of(values(6, 70), "hbfp4b64")
 PLANES = hbfp.encode(values(6, 70), "hbfp6b64")
 CASES["packed_product"] = (values(5, 70), "hbfp4b64", 3, 1, PANELS.codes, None, "hbfp4b64", 6, -5, values(6))
@@ -48,6 +52,7 @@ CASES["decode"] = (
     [2, 3, 70], 2,
 )  # fmt: skip
 CASES["next_step"] = (torch.tensor(2**32 - 1),)
+CASES["random_word"] = (values(1),)
 for _name in ("product", "convolution", "convolution_input_gradient", "convolution_weight_gradient"):
     CASES[f"reference_{_name}"] = CASES[_name]
 
@@ -64,6 +69,7 @@ DRAWN = {
     "quantize": 1,
     "attention": 4,
     "attention_backward": 10,
+    "attention_mask_gradient": 4,
 }
 """Operators whose streams may be tensors, as the last argument, and how many."""
 

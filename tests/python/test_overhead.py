@@ -59,7 +59,16 @@ def test_a_call_without_gradients_stays_short():
     with torch.no_grad():
         linear(X), module(X)  # the first call reads recipes
         assert len(calls_within(lambda: linear(X))) <= 6
-        assert len(calls_within(lambda: module(X))) <= 6
+        assert len(calls_within(lambda: module(X))) <= 5
+
+
+def test_a_call_of_a_frozen_layer_stays_short():
+    """One of 4096 x 4096 has pushed Python out of the second-level cache: each function then takes a microsecond."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    hbfp.freeze_(model)
+    with torch.no_grad():
+        model[0](X)
+        assert len(calls_within(lambda: model[0](X))) <= 5
 
 
 def test_a_call_with_gradients_stays_short():

@@ -215,6 +215,19 @@ def test_one_array_in_two_shards(path, index):
         hbfp.load(index)
 
 
+def test_a_tensor_in_two_shards(index):
+    """The index names one of them; which one is right, nobody knows."""
+    first, second = (index.with_name(name) for name in SHARDS[:2])
+    second.write_bytes(first.read_bytes())
+    edited(index, lambda w: [w["weight_map"].pop(n) for n, file in [*w["weight_map"].items()] if file == SHARDS[1]])
+    edited(index, lambda w: w["weight_map"].update({PLANE: SHARDS[1]}))
+    message = (
+        f"tensor '{PLANE}': weight_map: expected {SHARDS[0]}, which holds a tensor of that name; found '{SHARDS[1]}'"
+    )
+    with pytest.raises(FileError, match=message):
+        hbfp.load(index)
+
+
 @pytest.mark.parametrize("size", [0, -1, 1.5, "5GB", True])
 def test_shard_sizes_are_bytes(path, size):
     with pytest.raises(FileError, match="max_shard_size must be a number of bytes from 1"):

@@ -71,7 +71,7 @@ def test_the_vectors_are_not_stale():
 
 def test_a_changed_a_missing_and_a_strange_file_are_found(tmp_path):
     """The guard itself: a check that is never red guards nothing."""
-    assert len(vectors.generate(tmp_path)) == 8
+    assert len(vectors.generate(tmp_path)) == 9
     assert vectors.check(tmp_path) == []
     philox = tmp_path / "philox.json"
     philox.write_text(philox.read_text(encoding="utf-8").replace("6627e8d5", "6627e8d6"), encoding="utf-8")
@@ -336,3 +336,14 @@ def test_softmax(case):
         ds = np.empty_like(scores)
         _core.softmax_backward(p, floats(case["dp"], case["shape"]), ds, float(scale), 1)
         assert patterns(ds) == case["ds"]
+
+
+@cases("dropout")
+def test_dropout(case):
+    x, seed = floats(case["x"], case["shape"]), int(case["seed"], 16)
+    for threads in (1, 3):
+        out = np.empty_like(x)
+        _core.dropout(x, out, case["t"], seed, threads)
+        assert patterns(out) == case["output"]
+    _core.dropout(x, x, case["t"], seed, 1)
+    assert patterns(x) == case["output"]

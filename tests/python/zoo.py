@@ -42,6 +42,23 @@ LAYERS = {
 """Name of the class in `hbfp.nn` -> how to make torch's, and the shapes of its inputs."""
 
 
+class Dropping(nn.Module):
+    """All that drops elements of a softmax: [batch, length, 8] -> the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.functional = hbfp.nn.DotProductAttention()
+        self.plain = nn.MultiheadAttention(8, 2, 0.25, batch_first=True)
+        self.with_weights = nn.MultiheadAttention(8, 2, 0.25, batch_first=True)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True)
+
+    def forward(self, x):
+        x = self.functional(x, x, x, None, 0.25, True)
+        x = self.plain(x, x, x, need_weights=False)[0]
+        x, weights = self.with_weights(x, x, x)
+        return self.layer(x) + weights.sum((1, 2), keepdim=True)
+
+
 class LSTMModel(nn.Module):
     """Scores of the next of 11 codes: codes [time, batch] -> [time, batch, 11]."""
 

@@ -11,6 +11,7 @@ CASES = (
     "forward",
     "few-rows",
     "cold-row",
+    "batched",
     "encode",
     "training",
     "scaling",

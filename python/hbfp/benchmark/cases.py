@@ -20,10 +20,12 @@ from hbfp.benchmark.timing import FULL, Call, Effort, interleave, seconds_per_ca
 from hbfp.format import HBFP
 
 __all__ = [
+    "BATCHES",
     "COLD_BYTES",
     "FAR_APART",
     "ORIENTATIONS",
     "Bench",
+    "batched",
     "cold_row",
     "encode",
     "few_rows",
@@ -37,6 +39,9 @@ __all__ = [
 
 COLD_BYTES = 190 << 20
 """Weights that a rotation holds together at least: several times the L3 of known CPUs."""
+
+BATCHES = ((96, 64, 64, 64), (384, 32, 32, 64), (48, 128, 128, 64))
+"""Matrices, M, N and K of batches as attention makes them: operands and results of 5 to 7 MB."""
 
 ORIENTATIONS = ("left by row", "right by row", "left transposed", "right transposed")
 
@@ -232,6 +237,24 @@ def cold_row(bench: Bench, n: int = 4096, k: int = 4096, total: int = COLD_BYTES
         Row("cold row", _name(1, n, k), name, bench.threads, size, "GB/s", times[name], "bytes of weights")
         for name, (size, _) in rotations.items()
     ]
+
+
+def batched(bench: Bench, matrices: int, m: int, n: int, k: int) -> None:
+    """A batch of small products, a [B, M, K] times b [B, K, N], beside torch's own; both allocate."""
+    generator = torch.Generator().manual_seed(_SEED)
+    a, b = (torch.randn(matrices, *shape, generator=generator) for shape in ((m, k), (k, n)))
+    format, recipe = hbfp.HBFP4, hbfp.recipe("hbfp4")
+    contestants: dict[str, Call] = {
+        str(format): lambda: hbfp.nn.functional.bmm(a, b, recipe=recipe),
+        "torch fp32": lambda: torch.bmm(a, b),
+    }
+    out = hbfp.nn.functional.bmm(a, b, recipe=recipe)
+    for i in sorted({0, matrices // 2, matrices - 1}):
+        exact(f"{format}, matrix {i}", out[i], (a[i], b[i]), (format, format), (-1, -2))
+    notes = {str(format): "both operands encoded inside"}
+    with torch.no_grad():
+        work = 2 * matrices * m * n * k
+        bench.measure("batched", f"{matrices} of {_name(m, n, k)}", work, "GOP/s", contestants, notes)
 
 
 def _rotation(calls: Sequence[Call]) -> Call:

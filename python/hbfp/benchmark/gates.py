@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from hbfp.benchmark import ceilings
-from hbfp.benchmark.cases import EMPTY, FAR_APART, ORIENTATIONS
+from hbfp.benchmark.cases import BATCHES, EMPTY, FAR_APART, ORIENTATIONS
 from hbfp.benchmark.results import NotMeasured, NotRun, Results
 
 __all__ = ["GATES", "QUICK_FLOOR", "Gate", "Outcome", "Verdict", "evaluate", "quick_failure"]
@@ -311,6 +311,10 @@ GATES: tuple[Gate, ...] = (
         _bars((70, 80), (80, 92)),
         "{:.0f} %",
     ),
+    *(
+        Gate(f"batch of products {shape} / FP32", ratio("batched", shape, _H4, _FP32), _bars(None, (1.0, 1.5)))
+        for shape in (f"{matrices} of {m}x{n}x{k}" for matrices, m, n, k in BATCHES)
+    ),
     _encoder("nearest_even", (4, 5.5), (5, 6.8)),
     _encoder("stochastic", (1.6, 2.0), (2.3, 3.0)),
     *(
@@ -354,8 +358,24 @@ GATES: tuple[Gate, ...] = (
     _layer("ResNet20 step", "resnet20", "128x3x32x32", (1.1, 1.5), (1.3, 1.8)),
     _layer("causal attention, context 512", "attention", "4x8x512x64", (1.0, 1.5), (1.0, 1.5)),
     _layer("causal attention, context 2048", "attention", "4x8x2048x64", (1.0, 1.5), (1.0, 1.5)),
+    *(
+        _layer(
+            f"causal attention, dropout 0.1, context {context}",
+            "attention, dropout 0.1",
+            f"4x8x{context}x64",
+            (4.0, 6.0),
+            (4.0, 6.0),
+        )
+        for context in (512, 2048)
+    ),
     _layer("LSTM 512, 100 steps", "lstm", "100x32x512", (1.0, 1.5), (1.0, 1.5)),
     _memory("peak memory of attention, context 2048, of FP32's", "peak memory", "attention 2048", (1.0, 0.9)),
+    _memory(
+        "peak memory of attention, dropout 0.1, context 2048, of FP32's",
+        "peak memory",
+        "attention 2048, dropout 0.1",
+        (0.1, 0.05),
+    ),
     _memory("peak memory of a GPT step, of FP32's", "peak memory", "gpt"),
     _memory("saved activations of a linear layer, of FP32's", "saved activations", "linear 1024", (1 / 7, 1 / 7.5)),
     _memory("saved activations of a GPT, of FP32's", "saved activations", "gpt"),

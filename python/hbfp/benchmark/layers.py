@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hbfp
+from hbfp import autograd, ops
 from hbfp.benchmark import memory
 from hbfp.benchmark.cases import Bench
 from hbfp.benchmark.checks import WrongAnswer
@@ -116,27 +117,44 @@ def lstm(bench: Bench, width: int = 512, steps: int = 100, batch: int = 32) -> N
     _layer_case(bench, "lstm", f"{steps}x{batch}x{width}", work, nn.LSTM(width, width), x, lambda y: y[0])
 
 
-def attention(bench: Bench, context: int, batch: int = 4, heads: int = 8, width: int = 64) -> None:
-    """Causal attention, forward and backward, against torch's own (flash) routine."""
+def attention(
+    bench: Bench, context: int, batch: int = 4, heads: int = 8, width: int = 64, *, dropout: float = 0.0
+) -> None:
+    """Causal attention, forward and backward, against torch's own routine: flash, or with dropout one of matrices."""
     generator = torch.Generator().manual_seed(_SEED)
     q, k, v, dy = (torch.randn(batch, heads, context, width, generator=generator) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
+    def gradients(y: Tensor) -> tuple[Tensor, ...]:
+        return (y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype)))
+
     def step(name: str) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=name == _BF16):
             if name == _OURS:
-                y = hbfp.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, recipe="hbfp4")
+                y = hbfp.nn.functional.scaled_dot_product_attention(q, k, v, None, dropout, True, recipe="hbfp4")
             elif name == _BF16:
                 narrow = q.bfloat16(), k.bfloat16(), v.bfloat16()
-                y = nn.functional.scaled_dot_product_attention(*narrow, None, 0.0, True)
+                y = nn.functional.scaled_dot_product_attention(*narrow, None, dropout, True)
             else:
-                y = nn.functional.scaled_dot_product_attention(q, k, v, None, 0.0, True)
-        return (y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype)))
+                y = nn.functional.scaled_dot_product_attention(q, k, v, None, dropout, True)
+        return gradients(y)
+
+    def results(name: str) -> tuple[Tensor, ...]:
+        torch.manual_seed(_SEED)
+        if name == _OURS or dropout == 0.0:
+            return step(name)
+        # torch drops others: its operations, with the elements that ours drops.
+        dropped, word = autograd.drawn_dropout(dropout, q)
+        assert word is not None
+        hidden = torch.ones(context, context, dtype=torch.bool).triu_(1)
+        p = (q @ k.mT / width**0.5).masked_fill(hidden, float("-inf")).softmax(-1)
+        return gradients(p * ops.dropout(torch.ones_like(p), dropped, word) @ v)
 
     # Six products of the lower triangle, and the scores once more backward.
     work = 7 * batch * heads * context**2 * width
     shape = f"{batch}x{heads}x{context}x{width}"
-    _measure(bench, "attention", shape, work, step, lambda name: lambda: step(name))
+    case = f"attention, dropout {dropout}" if dropout > 0.0 else "attention"
+    _measure(bench, case, shape, work, results, lambda name: lambda: step(name))
 
 
 def _training(

@@ -1,6 +1,6 @@
 """Loads a packed model in a process of its own, and tells how long it took and how much memory.
 
-    python -m hbfp.benchmark.loading FILE LAYERS THREADS
+    python -m hbfp.benchmark.loading FILE LAYERS THREADS WIDTH
 
 The file is mapped: loading reads its header. Laying the weights out for the kernels reads the planes, weight by weight,
 from the page cache, and gives their pages back.

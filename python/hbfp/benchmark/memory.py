@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from hbfp.benchmark.results import NotRun
@@ -19,7 +20,7 @@ _STEPS = 2  # an optimizer's state is there from the second on
 CONTESTANTS = ("hbfp4", "torch fp32")
 
 
-def _attention(contestant: str) -> Callable[[], object]:
+def _attention(contestant: str, dropout: float = 0.0) -> Callable[[], object]:
     import torch
 
     import hbfp
@@ -29,9 +30,9 @@ def _attention(contestant: str) -> Callable[[], object]:
 
     def step() -> object:
         if contestant == "hbfp4":
-            out = hbfp.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, recipe="hbfp4")
+            out = hbfp.nn.functional.scaled_dot_product_attention(q, k, v, None, dropout, True, recipe="hbfp4")
         else:
-            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, None, dropout, True)
         return torch.autograd.grad(out, (q, k, v), dy)
 
     return step
@@ -58,7 +59,11 @@ def _gpt(contestant: str) -> Callable[[], object]:
     return step
 
 
-STEPS = {"attention 2048": _attention, "gpt": _gpt}
+STEPS: dict[str, Callable[[str], Callable[[], object]]] = {
+    "attention 2048": _attention,
+    "attention 2048, dropout 0.1": partial(_attention, dropout=0.1),
+    "gpt": _gpt,
+}
 
 
 def peak(case: str, contestant: str, threads: int) -> float:

@@ -66,6 +66,10 @@ def plan(threads: Sequence[int], *, quick: bool = False, only: Sequence[str] = (
                 add("few-rows", f"{m} row{'s' * (m > 1)}", count, partial(cases.few_rows, m=m))
             add("cold-row", "one row, cold", count, cases.cold_row)
             add("encode", "encoders", count, cases.encode)
+        if not quick:
+            for matrices, m, n, k in cases.BATCHES:
+                work = partial(cases.batched, matrices=matrices, m=m, n=n, k=k)
+                add("batched", f"batch of {matrices} products {m}x{n}x{k}", count, work)
         add("training", "training step 1024³", count, partial(cases.training_step, m=1024, n=1024, k=1024))
         if not quick:
             add("training", "training step 256x4096²", count, partial(cases.training_step, m=256, n=4096, k=4096))
@@ -80,6 +84,9 @@ def plan(threads: Sequence[int], *, quick: bool = False, only: Sequence[str] = (
             add("layers", "ResNet20 step", count, layers.resnet20, _LAYERS)
             for context in (512, 2048):
                 add("layers", f"attention {context}", count, partial(layers.attention, context=context), _LAYERS)
+            for context in (512, 2048):
+                work = partial(layers.attention, context=context, dropout=0.1)
+                add("layers", f"attention {context}, dropout", count, work, _LAYERS)
             add("layers", "LSTM", count, layers.lstm, _LAYERS)
             for m in (1, 4, 16):
                 add("inference", f"frozen linear, {m}", count, partial(inference.frozen_linear, m=m))

@@ -64,6 +64,11 @@ class KeyValueCache:
         """Bytes of all keys and values held."""
         return self._held.nbytes
 
+    @property
+    def grown(self) -> ops.GrownAttention | None:
+        """The core's part of it; None where floats are held."""
+        return self._held.grown if isinstance(self._held, _Codes) else None
+
     def truncate(self, length: int) -> None:
         """Forgets all tokens from number `length` on.
 
@@ -161,18 +166,18 @@ class _Codes:
 
     def __init__(self, policy: MatmulPolicy) -> None:
         self.block = policy.right.format.block or 1
-        self._grown = ops.grown_attention(policy.formats, policy.roundings)
+        self.grown = ops.grown_attention(policy.formats, policy.roundings)
 
     @property
     def length(self) -> int:
-        return self._grown.length
+        return self.grown.length
 
     @property
     def nbytes(self) -> int:
-        return self._grown.nbytes
+        return self.grown.nbytes
 
     def truncate(self, length: int) -> None:
-        self._grown.truncate(length)
+        self.grown.truncate(length)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ops.attend(self._grown, q, k, v)
+        return ops.attend(self.grown, q, k, v)

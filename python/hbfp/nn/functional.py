@@ -381,15 +381,17 @@ def scaled_dot_product_attention(
     """softmax(scale · query · keyᵀ + mask) · value: both products in fixed point, the softmax in float32.
 
     The scores [..., L, S] are never in memory as a whole, forward or backward, and nothing but the inputs is kept for
-    backward; except with dropout, where the mask requires a gradient, and for formats of tiles, of whole tensors or of
-    more than 8 bits. The bits are the same either way.
+    backward; except for formats of tiles, of whole tensors or of more than 8 bits, and for a mask with a gradient but
+    only one value a row. The bits are the same either way.
 
     Args:
         query, key, value: [..., L, E], [..., S, E], [..., S, Ev]; batch dimensions broadcast.
         attn_mask: broadcasts to [..., L, S]; boolean (True takes part) or floats that are added to the scores. A float
-            mask may require a gradient.
-        dropout_p: share of the softmax's elements set to 0, drawn from torch's generator. As in torch it applies
-            whenever it is not 0: pass 0.0 in evaluation.
+            mask may require a gradient, which is summed on the fly where the mask was broadcast.
+        dropout_p: share of the softmax's elements set to 0, in steps of 2^-16; the others are multiplied by the inverse
+            of the share that is kept. Which ones says a seed that each call draws from torch's generator of the CPU, so
+            `torch.manual_seed` repeats them, on every device. As in torch it applies whenever it is not 0: pass 0.0 in
+            evaluation.
         is_causal: row i sees columns 0 … i. Not together with a mask.
         scale: 1/√E if None.
         enable_gqa: key and value [..., G, S, …] have fewer heads than query [..., H, L, E]; each serves H / G heads of

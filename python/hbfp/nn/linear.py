@@ -59,11 +59,11 @@ class Linear(nn.Linear):
         if state.solo and self.training:
             state.root.advance()
         try:  # here `self.weight` looks last of all, a matter of a microsecond
-            weight: Tensor | None = self._parameters["weight"]
+            weight: Any = self._parameters["weight"]
             bias: Tensor | None = self._parameters["bias"]
         except KeyError:  # pruned, or parametrized
             weight, bias = self.weight, self.bias
-        out = autograd.linear(input, cast(Tensor, weight), bias, state.recipe, state.root.seed, state.stream(), state)
+        out = autograd.linear(input, weight, bias, state.recipe, state.root.seed, state.stream(), state)
         return out if input.dtype is torch.float32 else as_wide_as(input, out)
 
     def extra_repr(self) -> str:

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout, pad
+from torch.nn.functional import pad
 
 from hbfp import autograd, ops
-from hbfp.attention import ContextFunction, WeightsFunction
+from hbfp.attention import ContextFunction, DropoutFunction, WeightsFunction
 from hbfp.errors import HBFPError, ShapeError
 from hbfp.format import HBFP
 from hbfp.nn.functional import RecipeLike
@@ -111,7 +111,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights: Tensor | None = None
         if need_weights:
             weights = WeightsFunction.apply(q, k, mask, 1.0 / sqrt(self.head_dim), *numbers)
-            weights = dropout(weights, p) if p > 0.0 else weights
+            dropped, word = autograd.drawn_dropout(p, q)
+            weights = weights if word is None else DropoutFunction.apply(weights, dropped, word, state.recipe)
             context = ContextFunction.apply(weights, v, *numbers)
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights.squeeze(0)

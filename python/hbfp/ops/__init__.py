@@ -39,7 +39,8 @@ from hbfp.ops.entrance import (
     wanted,
 )
 from hbfp.ops.packed import (
-    KeptPanels,
+    KeptMatrix,
+    ResidualStream,
     bytes_in,
     bytes_of,
     decode,
@@ -48,7 +49,6 @@ from hbfp.ops.packed import (
     panels_of_floats,
     panels_of_planes,
     planes_of_panels,
-    quick_packed_product,
 )
 from hbfp.ops.products import (
     Measured,
@@ -66,24 +66,31 @@ from hbfp.ops.products import (
     reference_product,
 )
 from hbfp.ops.softmax_attention import (
+    GrownAttention,
     attend,
     attention,
     attention_backward,
+    attention_mask_gradient,
+    dropout,
     grown_attention,
+    random_word,
     softmax,
     softmax_backward,
 )
 
 __all__ = [
     "Geometry",
-    "KeptPanels",
+    "GrownAttention",
+    "KeptMatrix",
     "Measured",
     "Operand",
     "Product",
     "Recorder",
+    "ResidualStream",
     "attend",
     "attention",
     "attention_backward",
+    "attention_mask_gradient",
     "bytes_in",
     "bytes_of",
     "channels_together",
@@ -94,6 +101,7 @@ __all__ = [
     "convolution_keeping",
     "convolution_weight_gradient",
     "decode",
+    "dropout",
     "forward_operands",
     "grown_attention",
     "input_gradient_operands",
@@ -114,8 +122,8 @@ __all__ = [
     "product_operands",
     "product_shape",
     "quantize",
-    "quick_packed_product",
     "quick_product",
+    "random_word",
     "recorders",
     "reference_convolution",
     "reference_convolution_input_gradient",

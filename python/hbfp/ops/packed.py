@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +32,13 @@ from hbfp.ops.entrance import (
     signed,
     threads,
 )
+
+KeptMatrix = _core.KeptMatrix
+"""Panels of a matrix [lines, k], and what they are: `KeptMatrix(panels, format.core, lines, k)`."""
+
+
+ResidualStream = _core.Residual
+"""What `hbfp.nn.residual.Residual` calls."""
 
 
 def bytes_of(plane: NDArray[np.uint8]) -> Tensor:
@@ -78,28 +85,6 @@ def planes_of_panels(panels: Tensor, format: HBFP, lines: int, k: int) -> tuple[
     """Exponent and mantissa plane of a matrix [lines, k] in panels. Blocks of zeros get the exponent byte 0."""
     exponents, mantissas = _core.kept_planes(panels, format.core, lines, k)
     return torch.from_numpy(exponents), torch.from_numpy(mantissas)
-
-
-class KeptPanels(NamedTuple):
-    """Panels of a matrix [lines, k], and what they are."""
-
-    codes: Tensor
-    format: _core.Format
-    lines: int
-    k: int
-
-
-def quick_packed_product(
-    x: Tensor, format: HBFP, rounding: int, seed: int, stream: int, panels: KeptPanels, bias: Tensor | None
-) -> Tensor | None:
-    """`packed_product` of panels in one call of the core; None where anything is not as usual, errors included.
-
-    Not for code that torch.compile traces.
-    """
-    if dispatch_modes():
-        return None
-    out: Tensor | None = _core.kept_linear(x, format.core, rounding, seed, stream, *panels, bias, threads())
-    return out
 
 
 def packed_product(
@@ -157,9 +142,9 @@ def _packed_product_kernel(
 ) -> Tensor:
     (stream,) = crossed((x_stream,), streams)
     if exponents is None:
-        panels = KeptPanels(codes, format_of(format).core, lines, x.shape[-1])
-        quick: Tensor | None = _core.kept_linear(
-            x, format_of(x_format).core, x_rounding, seed & WORD, stream, *panels, bias, threads()
+        matrix = KeptMatrix(codes, format_of(format).core, lines, x.shape[-1])
+        quick: Tensor | None = matrix.linear(
+            x, format_of(x_format).core, x_rounding, seed & WORD, stream, bias, threads()
         )
         if quick is not None:
             return quick

@@ -80,7 +80,45 @@ def _run_softmax_backward(p: Tensor, dp: Tensor, scale: float, reuse: bool) -> T
     return out
 
 
-def grown_attention(formats: Formats, roundings: Roundings) -> _core.GrownAttention:
+def random_word(like: Tensor) -> Tensor:
+    """63 bits from torch's generator of the CPU, as an int64 without dimensions: the seed of one call's dropout.
+
+    Args:
+        like: tells torch that there is something to do; not read.
+    """
+    out: Tensor = torch.ops.hbfp.random_word(like)
+    return out
+
+
+def dropout(x: Tensor, dropped: int, word: Tensor) -> Tensor:
+    """`x` with `dropped` of 2^16 elements set to 0, and the others times 2^16 / (2^16 - dropped) (spec 6.25).
+
+    Args:
+        x: [..., rows, columns].
+        word: of `random_word`; the same word drops the same elements.
+    """
+    if direct(x) and direct(word):
+        return _run_dropout(x, dropped, word)
+    out: Tensor = torch.ops.hbfp.dropout(x, dropped, word)
+    return out
+
+
+def _run_dropout(x: Tensor, dropped: int, word: Tensor) -> Tensor:
+    x = float32(x).contiguous()
+    out = torch.empty(x.shape, dtype=torch.float32, device="cpu")
+    _core.dropout(x, out, dropped, int(word), threads())
+    return out
+
+
+def _drawn_dropout(dropped: int, word: Tensor | None) -> tuple[int, int] | None:
+    """As the core takes it."""
+    return None if word is None else (dropped, int(word))
+
+
+GrownAttention = _core.GrownAttention
+
+
+def grown_attention(formats: Formats, roundings: Roundings) -> GrownAttention:
     """Attention over a text that grows, for `attend`: no tokens yet.
 
     Args:
@@ -90,7 +128,7 @@ def grown_attention(formats: Formats, roundings: Roundings) -> _core.GrownAttent
     return _core.GrownAttention(coding, coding)
 
 
-def attend(grown: _core.GrownAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def attend(grown: GrownAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the next tokens to all so far, whose keys and values are kept as codes; told to no recorder.
 
     Shapes:
@@ -140,6 +178,8 @@ def attention(
     roundings: Roundings,
     seed: int,
     streams: Sequence[int],
+    dropped: int = 0,
+    word: Tensor | None = None,
     *,
     source: object = None,
 ) -> Tensor:
@@ -154,6 +194,7 @@ def attention(
         causal: row i sees columns 0 … i.
         formats, roundings: of Q and P on the left, of K and V on the right; lines of at most 8 bits.
         seed, streams: of Q, K, P and V.
+        dropped, word: as for `dropout`, which is applied to the softmax; no word: nothing is dropped.
         source: told to the recorders, no part of the result.
 
     Raises:
@@ -161,12 +202,12 @@ def attention(
         DTypeError: a tensor is not real, dense and on the CPU.
     """
     if direct(q, k, v) and (mask is None or direct(mask)):
-        out = _run_attention(q, k, v, mask, causal, scale, formats, roundings, seed, streams)
+        out = _run_attention(q, k, v, mask, causal, scale, formats, roundings, seed, streams, dropped, word)
     else:
         numbers, drawn = crossing(streams)
         out = torch.ops.hbfp.attention(
             q, k, v, mask, causal, scale, [str(format) for format in formats], list(roundings), numbers, signed(seed),
-            drawn,
+            drawn, dropped, word,
         )  # fmt: skip
     if recorders and not is_compiling():
         _record_attention(q, k, q.shape[-1], formats, roundings, seed, streams[:2], "scores", source)
@@ -185,6 +226,8 @@ def _run_attention(
     roundings: Roundings,
     seed: int,
     streams: Sequence[int],
+    dropped: int,
+    word: Tensor | None,
 ) -> Tensor:
     q, k, v = float32(q), float32(k), float32(v)
     out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32, device="cpu")
@@ -197,6 +240,7 @@ def _run_attention(
         out,
         causal,
         scale,
+        _drawn_dropout(dropped, word),
         scores,
         context,
         seed,
@@ -218,6 +262,8 @@ def attention_backward(
     seed: int,
     streams: Sequence[int],
     needs: tuple[bool, bool, bool],
+    dropped: int = 0,
+    word: Tensor | None = None,
     *,
     source: object = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -228,16 +274,20 @@ def attention_backward(
     Args:
         formats, roundings: of the forward products; of dP = dO Vᵀ and dQ = dS K; of dK = dSᵀ Q and of dV = (dOᵀ P)ᵀ.
         seed, streams: of Q, K (scores); dO, V (dP); dS, K (dQ); dS, Q (dK); P, dO (dV).
+        dropped, word: those of the forward pass.
 
     Raises: as `attention`.
     """
     if direct(do, q, k, v) and (mask is None or direct(mask)):
-        out = _run_attention_backward(do, q, k, v, mask, causal, scale, formats, roundings, seed, streams, needs)
+        out = _run_attention_backward(
+            do, q, k, v, mask, causal, scale, formats, roundings, seed, streams, needs, dropped, word
+        )
     else:
         numbers, drawn = crossing(streams)
         found = torch.ops.hbfp.attention_backward(
             do, q, k, v, mask, causal, scale, [str(format) for pair in formats for format in pair],
             [rounding for pair in roundings for rounding in pair], numbers, signed(seed), list(needs), drawn,
+            dropped, word,
         )  # fmt: skip
         dq, dk, dv = (x if needed else None for x, needed in zip(found, needs, strict=True))
         out = dq, dk, dv
@@ -268,6 +318,8 @@ def _run_attention_backward(
     seed: int,
     streams: Sequence[int],
     needs: tuple[bool, bool, bool],
+    dropped: int,
+    word: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     do, q, k, v = float32(do), float32(q), float32(k), float32(v)
     dq, dk, dv = (
@@ -279,10 +331,81 @@ def _run_attention_backward(
         codings(*pair, streams[2 * i : 2 * i + 2]) for i, pair in enumerate(chosen)
     )
     _core.attention_backward(
-        do, q, k, v, None if mask is None else float32(mask), dq, dk, dv, causal, scale,
+        do, q, k, v, None if mask is None else float32(mask), dq, dk, dv, causal, scale, _drawn_dropout(dropped, word),
         scores, weights, queries, keys, values, seed, threads(),
     )  # fmt: skip
     return dq, dk, dv
+
+
+def attention_mask_gradient(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    shape: Sequence[int],
+    scale: float,
+    formats: tuple[Formats, Formats],
+    roundings: tuple[Roundings, Roundings],
+    seed: int,
+    streams: Sequence[int],
+    dropped: int = 0,
+    word: Tensor | None = None,
+    *,
+    alone: bool = False,
+    source: object = None,
+) -> Tensor:
+    """Gradient of a mask of `shape` that was broadcast to `mask`, without anything of the size of the scores.
+
+    The bits of `softmax_backward` with scale 1, summed as by `column_sums` over all that one element was added to.
+
+    Shapes: as for `attention`; do: [..., L, Ev]; shape: broadcasts to that of `mask`, and its last dimension is S.
+
+    Args:
+        formats, roundings: of the forward products; of dP = dO Vᵀ.
+        seed, streams: of Q, K (scores); dO, V (dP).
+        dropped, word: those of the forward pass.
+        alone: no other gradient has need of dP, so that the recorders have not been told of its product yet.
+
+    Raises: as `attention`.
+    """
+    if direct(do, q, k, v, mask):
+        out = _run_mask_gradient(do, q, k, v, mask, shape, scale, formats, roundings, seed, streams, dropped, word)
+    else:
+        numbers, drawn = crossing(streams)
+        out = torch.ops.hbfp.attention_mask_gradient(
+            do, q, k, v, mask, list(shape), scale, [str(format) for pair in formats for format in pair],
+            [rounding for pair in roundings for rounding in pair], numbers, signed(seed), drawn, dropped, word,
+        )  # fmt: skip
+    if alone and recorders and not is_compiling():
+        _record_attention(
+            q, k, v.shape[-1], formats[1], roundings[1], seed, streams[2:], "gradient of P", source
+        )  # fmt: skip
+    return out
+
+
+def _run_mask_gradient(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    shape: Sequence[int],
+    scale: float,
+    formats: tuple[Formats, Formats],
+    roundings: tuple[Roundings, Roundings],
+    seed: int,
+    streams: Sequence[int],
+    dropped: int,
+    word: Tensor | None,
+) -> Tensor:
+    out = torch.empty([1] * (mask.dim() - len(shape)) + list(shape), dtype=torch.float32, device="cpu")
+    scores, weights = (codings(formats[i], roundings[i], streams[2 * i : 2 * i + 2]) for i in (0, 1))
+    _core.attention_mask_gradient(
+        float32(do), float32(q), float32(k), float32(v), float32(mask), out, list(shape) != list(mask.shape), False,
+        scale, _drawn_dropout(dropped, word), scores, weights, seed, threads(),
+    )  # fmt: skip
+    return out.view(list(shape))
 
 
 # --- behind torch's dispatcher ---------------------------------------------------------------------------------------
@@ -298,9 +421,25 @@ def _softmax_backward_kernel(p: Tensor, dp: Tensor, scale: float) -> Tensor:
     return _run_softmax_backward(p, dp, scale, False)
 
 
+@operator("dropout(Tensor x, int dropped, Tensor word) -> Tensor")
+def _dropout_kernel(x: Tensor, dropped: int, word: Tensor) -> Tensor:
+    return _run_dropout(x, dropped, word)
+
+
+# Random, so that no compiler computes it again or once for two; of the CPU's generator on every device.
+LIBRARY.define("random_word(Tensor like) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+
+
+def _random_word_kernel(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu").random_()
+
+
+LIBRARY.impl("random_word", _random_word_kernel, "CompositeExplicitAutograd")
+
+
 @operator(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, str[] formats, int[] roundings, "
-    "SymInt[] streams, SymInt seed, Tensor[]? drawn=None) -> Tensor"
+    "SymInt[] streams, SymInt seed, Tensor[]? drawn=None, int dropped=0, Tensor? word=None) -> Tensor"
 )
 def _attention_kernel(
     q: Tensor,
@@ -314,17 +453,19 @@ def _attention_kernel(
     streams: list[int],
     seed: int,
     drawn: list[Tensor] | None = None,
+    dropped: int = 0,
+    word: Tensor | None = None,
 ) -> Tensor:
     return _run_attention(
         q, k, v, mask, causal, scale, pairs(map(format_of, formats))[0], pairs(roundings)[0], seed & WORD,
-        crossed(streams, drawn),
+        crossed(streams, drawn), dropped, word,
     )  # fmt: skip
 
 
 @operator(
     "attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, "
-    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, bool[] needs, Tensor[]? drawn=None) "
-    "-> (Tensor, Tensor, Tensor)"
+    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, bool[] needs, Tensor[]? drawn=None, "
+    "int dropped=0, Tensor? word=None) -> (Tensor, Tensor, Tensor)"
 )
 def _attention_backward_kernel(
     do: Tensor,
@@ -340,13 +481,42 @@ def _attention_backward_kernel(
     seed: int,
     needs: list[bool],
     drawn: list[Tensor] | None = None,
+    dropped: int = 0,
+    word: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     gradients = _run_attention_backward(
         do, q, k, v, mask, causal, scale, pairs(map(format_of, formats)), pairs(roundings), seed & WORD,
-        crossed(streams, drawn), (needs[0], needs[1], needs[2]),
+        crossed(streams, drawn), (needs[0], needs[1], needs[2]), dropped, word,
     )  # fmt: skip
     # A schema has no optional results.
     return tuple(torch.empty(0) if x is None else x for x in gradients)
+
+
+@operator(
+    "attention_mask_gradient(Tensor do, Tensor q, Tensor k, Tensor v, Tensor mask, SymInt[] shape, float scale, "
+    "str[] formats, int[] roundings, SymInt[] streams, SymInt seed, Tensor[]? drawn=None, int dropped=0, "
+    "Tensor? word=None) -> Tensor"
+)
+def _mask_gradient_kernel(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    shape: list[int],
+    scale: float,
+    formats: list[str],
+    roundings: list[int],
+    streams: list[int],
+    seed: int,
+    drawn: list[Tensor] | None = None,
+    dropped: int = 0,
+    word: Tensor | None = None,
+) -> Tensor:
+    return _run_mask_gradient(
+        do, q, k, v, mask, shape, scale, pairs(map(format_of, formats)), pairs(roundings), seed & WORD,
+        crossed(streams, drawn), dropped, word,
+    )  # fmt: skip
 
 
 @torch.library.register_fake("hbfp::softmax", lib=LIBRARY)  # type: ignore[untyped-decorator]
@@ -357,6 +527,16 @@ def _softmax_fake(scores: Tensor, scale: float, causal: bool, mask: Tensor | Non
 @torch.library.register_fake("hbfp::softmax_backward", lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _softmax_backward_fake(p: Tensor, dp: Tensor, scale: float) -> Tensor:
     return dp.new_empty(dp.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::dropout", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _dropout_fake(x: Tensor, dropped: int, word: Tensor) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("hbfp::random_word", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _random_word_fake(like: Tensor) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.register_fake("hbfp::attention", lib=LIBRARY)  # type: ignore[untyped-decorator]
@@ -370,3 +550,8 @@ def _attention_backward_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest:
     return tuple(
         x.new_empty(x.shape if needed else 0, dtype=torch.float32) for x, needed in zip((q, k, v), needs, strict=True)
     )
+
+
+@torch.library.register_fake("hbfp::attention_mask_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _mask_gradient_fake(do: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, shape: Any, *_: Any) -> Tensor:
+    return mask.new_empty(shape, dtype=torch.float32)

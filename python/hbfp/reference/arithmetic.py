@@ -1061,3 +1061,30 @@ def softmax_backward(p: ArrayLike, dp: ArrayLike, scale: float = 1) -> NDArray[n
             for a, b in zip(weights, gradients, strict=True)
         ]
     return _floats(result.reshape(shape))
+
+
+# --- dropout (6.25) --------------------------------------------------------------------------------------------------
+
+_DROPOUT_STEPS = 2**16
+
+
+def dropout_step(p: Fraction | float) -> tuple[int, int]:
+    """How many of 2^16 elements a share p drops, and the pattern of what the others are multiplied by."""
+    dropped = _round_half_even(Fraction(p) * _DROPOUT_STEPS)
+    kept = _DROPOUT_STEPS - dropped
+    return dropped, round_to_float32(Fraction(_DROPOUT_STEPS, kept)) if kept else 0
+
+
+def dropout(x: ArrayLike, p: Fraction | float, seed: int = 0) -> NDArray[np.float32]:
+    """x [.., columns], float32, with a share p of its elements set to 0 and the others multiplied."""
+    patterns = _float32_patterns(x)
+    dropped, factor = dropout_step(p)
+    result = np.zeros(patterns.shape, np.uint32)
+    for index, pattern in _items(patterns):
+        if random_bits(*row_and_column(index, patterns.shape), seed) < dropped:
+            continue
+        if _is_finite(pattern):
+            result[index] = float32_multiply(pattern, factor)
+        else:
+            result[index] = CANONICAL_NAN if _is_nan(pattern) else pattern
+    return _floats(result)

@@ -40,6 +40,7 @@ FLAGS = {
     "CanonicalNaN": "A NaN result is 0x7FC00000 whatever NaN went in (1.8, 5.9).",
     "Convolution": "Taps in the kernel's own order, blocks that restart at each tap, group and pixel, random bits of "
     "the tensors as they are held (6.14, 6.17, 6.19).",
+    "Dropout": "Which elements are dropped, and the one rounding of those that are kept (6.25).",
     "EmptyReduction": "K = 0: the result is +0.0 or the given C, plus the bias (5.10).",
     "ExponentClamp": "The scale exponent is outside the exponent field and is clamped to it (1.4, 2.6).",
     "FlattenedPatch": "Few channels in a group: forward blocks run over the patch, whose padding is encoded (6.16).",
@@ -1011,6 +1012,44 @@ def _softmax_case(name: str, flags: list[str], words: NDArray[np.uint32]) -> Cas
     return case
 
 
+# ------------------------------------------------------------------------------------------------------------ dropout
+
+
+def _dropout() -> Iterator[Case]:
+    for name, p, shape in (
+        ("a-tenth", 0.1, (3, 20)),
+        ("half", 0.5, (1, 17)),
+        ("nothing", 0.0, (2, 3)),
+        ("everything", 1.0, (2, 9)),
+        ("all-but-one-of-65536", 65535 / 65536, (2, 8)),
+        ("tie-to-even-down", 0.5 / 65536, (1, 8)),
+        ("tie-to-even-up", 1.5 / 65536, (1, 8)),
+        ("nearly-all", 1 - 2.0**-20, (1, 8)),
+    ):
+        yield _dropout_case(name, ["Dropout"], p, _Draw(f"dropout/{name}").patterns(shape, -8, 0))
+    rows = _Draw("dropout/rows").patterns((2, 3, 5, 11), -8, 0)
+    yield _dropout_case("rows-of-all-leading-dimensions", ["Dropout", "OddRows"], 0.25, rows)
+    yield _dropout_case("one-dimension", ["Dropout"], 0.25, _Draw("dropout/line").patterns((9,), -8, 0))
+    ends = np.array([[0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7FFFFF, 0x80000000, 0, 1, 0x00800000] * 2], np.uint32)
+    yield _dropout_case("ends-of-the-range", ["CanonicalNaN", "Dropout", "NegZero", "Subnormal"], 0.3, ends)
+
+
+def _dropout_case(name: str, flags: list[str], p: float, words: NDArray[np.uint32]) -> Case:
+    seed = 0x1234567_89ABCDEF
+    dropped, factor = reference.dropout_step(p)
+    return {
+        "name": name,
+        "flags": flags,
+        "shape": list(words.shape),
+        "p": p,
+        "seed": hex(seed),
+        "x": _hex(words),
+        "t": dropped,
+        "f": _hex(np.array([factor], np.uint32)),
+        "output": _hex(reference.dropout(words.view(np.float32), p, seed)),
+    }
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 _TOPICS: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
@@ -1028,6 +1067,7 @@ _TOPICS: dict[str, tuple[str, Callable[[], Iterator[Case]]]] = {
         _convolution,
     ),
     "softmax.json": ("p = softmax(scores · scale) by rows, and ds from dp.", _softmax),
+    "dropout.json": ("Elements of x that dropout keeps, multiplied by f; +0.0 in place of the others.", _dropout),
 }
 
 

@@ -82,9 +82,9 @@ def _generate(
     context = model.shape.context
     half = max(1, context // 2)
     begin = 0 if len(codes) <= context else len(codes) - half
+    model.eval()
     caches = model.caches()
     block = math.lcm(*(cache.block for cache in caches)) if exact else 1
-    model.eval()
     try:
         for _ in range(count):
             if model.training:  # set by who took the last code

@@ -5,15 +5,17 @@ Every product with a weight is an `nn.Linear` and both products of attention sit
 weights of its own: a tied one would put one parameter under two formats. It has no bias, as theirs has none.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hbfp.errors import HBFPError
 from hbfp.nn import DotProductAttention, KeyValueCache
+from hbfp.nn.residual import Residual, Step, hooked
 
 HEAD_WIDTH = 64
 
@@ -46,6 +48,10 @@ class Norm(nn.LayerNorm):
         parameters = self._parameters
         return torch.layer_norm(input, self.normalized_shape, parameters["weight"], parameters["bias"], self.eps)
 
+    def step(self) -> Step:
+        """The same, for `hbfp.nn.residual`."""
+        return torch.layer_norm, (self.normalized_shape, self.weight, self.bias, self.eps)
+
 
 class Block(nn.Module):
     """Attention and a four times wider perceptron, each normed before and added after: [batch, time, width] to same."""
@@ -71,6 +77,30 @@ class Block(nn.Module):
         mlp: Tensor = self.down(self.gelu(self.up(self.mlp_norm(x))))
         return x + mlp
 
+    def branches(self, cache: KeyValueCache) -> list[list[Step]]:
+        """The same for one token, as `hbfp.nn.residual.Residual` takes it."""
+        return [
+            [self.attention_norm.step(), self.qkv, (cache, self.heads), self.proj],
+            [self.mlp_norm.step(), self.up, (nn.functional.gelu, ()), self.down],
+        ]
+
+
+class Caches(list[KeyValueCache]):
+    """The past of a text: a cache for each block, and the way of a single token through all of them to its scores."""
+
+    def __init__(self, caches: Iterable[KeyValueCache] = (), residual: Residual | None = None) -> None:
+        super().__init__(caches)
+        # A copy of the list has caches of its own, and goes the long way.
+        self._residual = residual
+        self._of = list(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Caches":
+        return Caches(copy.deepcopy(list(self), memo))
+
+    def scores(self, x: Tensor) -> Tensor | None:
+        """Of a token x [1, 1, width], in one call; None where it has to go through the modules."""
+        return None if self._residual is None or self._of != self else self._residual(x)
+
 
 class GPT(nn.Module):
     """Codes [batch, time], int64, time up to the context -> scores of the next character [batch, time, vocabulary]."""
@@ -94,9 +124,19 @@ class GPT(nn.Module):
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=branch if name.endswith(("proj.weight", "down.weight")) else 0.02)
 
-    def caches(self) -> list[KeyValueCache]:
-        """An empty cache for each block, in the formats in force."""
-        return [KeyValueCache(cast(Block, block).attention) for block in self.blocks]
+    def caches(self) -> Caches:
+        """An empty cache for each block, in the formats in force.
+
+        Those of a frozen model in evaluation lead its tokens past the modules: change weights, formats or hooks, and
+        ask for new ones.
+        """
+        blocks = [cast(Block, block) for block in self.blocks]
+        caches = [KeyValueCache(block.attention) for block in blocks]
+        passed = [*self.blocks.modules(), self.norm, self.head]
+        if any(module.training or hooked(module) for module in passed):
+            return Caches(caches)
+        branches = [branch for block, cache in zip(blocks, caches, strict=True) for branch in block.branches(cache)]
+        return Caches(caches, Residual.of(branches, [self.norm.step(), self.head]))
 
     def forward(self, codes: Tensor) -> Tensor:
         return self._scores(codes, 0, None)
@@ -107,6 +147,10 @@ class GPT(nn.Module):
 
     def _scores(self, codes: Tensor, past: int, caches: Sequence[KeyValueCache] | None) -> Tensor:
         x = self.characters(codes) + self.positions.weight[past : past + codes.shape[-1]]
+        if isinstance(caches, Caches) and x.shape[:2] == (1, 1):
+            quick = caches.scores(x)
+            if quick is not None:
+                return quick
         for number, block in enumerate(self.blocks):
             x = block(x) if caches is None else block(x, caches[number])
         scores: Tensor = self.head(self.norm(x))

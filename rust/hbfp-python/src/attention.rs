@@ -7,11 +7,10 @@ use crate::format::Format;
 use crate::run::{here, run, run_attention, run_here, with_attention_workspace};
 use crate::view::FloatView;
 use hbfp::Context;
-use hbfp::attention::{Attention, Gradients, Grown, Workspace};
+use hbfp::attention::{Attention, Dropout, Gradients, Grown, Workspace};
 use hbfp::gemm::Coding;
-use pyo3::intern;
+use hbfp::shape::FloatTensor;
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Format, rounding and stream of the left and the right operand of a product.
@@ -38,16 +37,28 @@ impl<'py> Inputs<'py> {
         Ok(Self { q, k, v, mask: mask.map(|mask| FloatView::read(mask, "mask")).transpose()? })
     }
 
-    fn attention(&self, causal: bool, scale: f32, scores: [Coding; 2]) -> Attention<'_> {
+    fn attention(
+        &self,
+        causal: bool,
+        scale: f32,
+        dropout: Option<(u32, u64)>,
+        scores: [Coding; 2],
+    ) -> PyResult<Attention<'_>> {
         let Self { q, k, v, mask } = self;
         let mask = mask.as_ref().map(FloatView::tensor);
-        Attention { q: q.tensor(), k: k.tensor(), v: v.tensor(), mask, causal, scale, scores }
+        let dropout = dropout.map(dropout_of).transpose()?;
+        Ok(Attention { q: q.tensor(), k: k.tensor(), v: v.tensor(), mask, causal, scale, dropout, scores })
     }
 
     fn expect_apart(&self, out: &FloatView<'_>, what: &str) -> PyResult<()> {
         let Self { q, k, v, mask } = self;
         [q, k, v].into_iter().chain(mask).try_for_each(|input| out.expect_apart(input.extent(), what))
     }
+}
+
+/// Elements of 2^16 that are dropped, and the seed that says which.
+fn dropout_of((dropped, seed): (u32, u64)) -> PyResult<Dropout> {
+    Dropout::new(dropped, seed).map_err(|e| to_python(&e))
 }
 
 /// A view of `shape` to write to, apart from the inputs.
@@ -76,6 +87,7 @@ pub(crate) fn attention(
     out: &Bound<'_, PyAny>,
     causal: bool,
     scale: f32,
+    dropout: Option<(u32, u64)>,
     scores: Codings<'_>,
     context: Codings<'_>,
     seed: u64,
@@ -85,7 +97,7 @@ pub(crate) fn attention(
     let (scores, context) = (codings(&scores, seed)?, codings(&context, seed)?);
     let width = inputs.v.shape().last().copied().unwrap_or(0);
     let mut out = result(&inputs, out, inputs.q.shape(), width, "out")?;
-    let attention = inputs.attention(causal, scale, scores);
+    let attention = inputs.attention(causal, scale, dropout, scores)?;
     let out = out.as_mut_slice();
     run_attention(py, threads, |ctx, workspace| attention.forward(ctx, context, out, workspace))
 }
@@ -104,6 +116,7 @@ pub(crate) fn attention_backward(
     dv: Option<&Bound<'_, PyAny>>,
     causal: bool,
     scale: f32,
+    dropout: Option<(u32, u64)>,
     scores: Codings<'_>,
     weights: Codings<'_>,
     queries: Codings<'_>,
@@ -114,16 +127,17 @@ pub(crate) fn attention_backward(
 ) -> PyResult<()> {
     let inputs = Inputs::new([q, k, v], mask)?;
     let output = FloatView::read(output, "output gradient")?;
-    let mut results = Vec::with_capacity(3);
+    let mut results: Vec<Option<FloatView<'_>>> = Vec::with_capacity(3);
     for (out, input, what) in [(dq, &inputs.q, "dq"), (dk, &inputs.k, "dk"), (dv, &inputs.v, "dv")] {
         let last = input.shape().last().copied().unwrap_or(0);
         let view = out.map(|out| result(&inputs, out, input.shape(), last, what)).transpose()?;
         if let Some(view) = &view {
-            view.expect_apart(output.extent(), what)?;
+            let others = results.iter().flatten().map(FloatView::extent);
+            others.chain([output.extent()]).try_for_each(|other| view.expect_apart(other, what))?;
         }
         results.push(view);
     }
-    let attention = inputs.attention(causal, scale, codings(&scores, seed)?);
+    let attention = inputs.attention(causal, scale, dropout, codings(&scores, seed)?)?;
     let gradients = Gradients {
         output: output.tensor(),
         values: codings(&values, seed)?,
@@ -134,6 +148,38 @@ pub(crate) fn attention_backward(
     let [dq, dk, dv] = &mut results[..] else { unreachable!("three were pushed") };
     let [dq, dk, dv] = [dq, dk, dv].map(|view| view.as_mut().map(FloatView::as_mut_slice));
     run_attention(py, threads, |ctx, workspace| attention.backward(ctx, &gradients, dq, dk, dv, workspace))
+}
+
+/// Gradient of the mask, in the shape of `out`: that of the scores, or 1 where the mask was broadcast.
+#[pyfunction]
+pub(crate) fn attention_mask_gradient(
+    py: Python<'_>,
+    output: &Bound<'_, PyAny>,
+    q: &Bound<'_, PyAny>,
+    k: &Bound<'_, PyAny>,
+    v: &Bound<'_, PyAny>,
+    mask: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    summed: bool,
+    causal: bool,
+    scale: f32,
+    dropout: Option<(u32, u64)>,
+    scores: Codings<'_>,
+    weights: Codings<'_>,
+    seed: u64,
+    threads: usize,
+) -> PyResult<()> {
+    let inputs = Inputs::new([q, k, v], Some(mask))?;
+    let output = FloatView::read(output, "output gradient")?;
+    let mut out = FloatView::write(out, "out")?;
+    inputs.expect_apart(&out, "out")?;
+    out.expect_apart(output.extent(), "out")?;
+    let attention = inputs.attention(causal, scale, dropout, codings(&scores, seed)?)?;
+    let (output, weights, shape) = (output.tensor(), codings(&weights, seed)?, out.shape().to_vec());
+    let out = out.as_mut_slice();
+    run_attention(py, threads, |ctx, workspace| {
+        attention.mask_gradient(ctx, &output, weights, &shape, summed, out, workspace)
+    })
 }
 
 /// Attention over a text that grows.
@@ -148,6 +194,24 @@ const SMALL_SCORES: usize = 1 << 12;
 impl GrownAttention {
     fn held(&self) -> MutexGuard<'_, Grown> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Attention of the next tokens, in `out`.
+    pub(crate) fn take(
+        &self,
+        py: Python<'_>,
+        inputs: [&FloatTensor<'_>; 3],
+        scale: f32,
+        out: &mut [f32],
+        threads: usize,
+    ) -> PyResult<()> {
+        let shape = inputs[0].shape();
+        let rows = shape[..shape.len().saturating_sub(1)].iter().product::<usize>();
+        // A lock that is waited for is waited for without the GIL.
+        let small = self.inner.try_lock().is_ok_and(|held| rows.saturating_mul(held.length() + rows) < SMALL_SCORES);
+        let attend =
+            |ctx: &Context<'_>, workspace: &mut Workspace| self.held().attend(ctx, inputs, scale, out, workspace);
+        if small { run_here(|ctx| with_attention_workspace(ctx, attend)) } else { run_attention(py, threads, attend) }
     }
 }
 
@@ -179,20 +243,9 @@ impl GrownAttention {
         let mut shape = queries.shape().to_vec();
         let (Some(last), Some(&width)) = (shape.last_mut(), values.shape().last()) else { return Ok(None) };
         *last = width;
-        let out = q.call_method1(intern!(py, "new_empty"), PyTuple::new(py, &shape)?)?;
-        let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
-        let slice = target.as_mut_slice();
+        let Some((out, mut target)) = FloatView::output(q, &shape, None)? else { return Ok(None) };
         let inputs = [&queries.tensor(), &keys.tensor(), &values.tensor()];
-        let rows = queries.count() / queries.shape().last().copied().unwrap_or(1).max(1);
-        // A lock that is waited for is waited for without the GIL.
-        let small = self.inner.try_lock().is_ok_and(|held| rows.saturating_mul(held.length() + rows) < SMALL_SCORES);
-        let attend =
-            |ctx: &Context<'_>, workspace: &mut Workspace| self.held().attend(ctx, inputs, scale, slice, workspace);
-        if small {
-            run_here(|ctx| with_attention_workspace(ctx, attend))?;
-        } else {
-            run_attention(py, threads, attend)?;
-        }
+        self.take(py, inputs, scale, target.as_mut_slice(), threads)?;
         Ok(Some(out))
     }
 
@@ -278,6 +331,23 @@ pub(crate) fn softmax_backward(
     let columns = view.shape().last().copied().unwrap_or(1);
     let grad = view.as_mut_slice();
     run(py, threads, |ctx| hbfp::attention::softmax_backward(ctx, p.as_slice(), grad, columns, scale))
+}
+
+/// out = x [.., columns] with so many of 2^16 elements set to 0, the others multiplied.
+#[pyfunction]
+pub(crate) fn dropout(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    out: &Bound<'_, PyAny>,
+    dropped: u32,
+    seed: u64,
+    threads: usize,
+) -> PyResult<()> {
+    let mut view = in_place(x, out, "x")?;
+    let dropout = dropout_of((dropped, seed))?;
+    let columns = view.shape().last().copied().unwrap_or(1);
+    let x = view.as_mut_slice();
+    run(py, threads, |ctx| dropout.apply(ctx, x, columns))
 }
 
 /// Sums over the rows of x [rows, n] in blocks of 64.

@@ -8,6 +8,7 @@ mod encode;
 mod error;
 mod format;
 mod product;
+mod residual;
 mod run;
 mod view;
 
@@ -23,7 +24,10 @@ mod _core {
     const __version__: &str = env!("CARGO_PKG_VERSION");
 
     #[pymodule_export]
-    use crate::attention::{GrownAttention, attention, attention_backward, column_sums, softmax, softmax_backward};
+    use crate::attention::{
+        GrownAttention, attention, attention_backward, attention_mask_gradient, column_sums, dropout, softmax,
+        softmax_backward,
+    };
     #[pymodule_export]
     use crate::ceilings::{multiply_adds, read_memory};
     #[pymodule_export]
@@ -36,9 +40,11 @@ mod _core {
     use crate::format::Format;
     #[pymodule_export]
     use crate::product::{
-        Floats, Packed, Planes, keep, kept_linear, kept_panels, kept_planes, kept_product, lay_out, prepack, product,
+        Floats, KeptMatrix, Packed, Planes, keep, kept_panels, kept_planes, kept_product, lay_out, prepack, product,
         tensor_product,
     };
+    #[pymodule_export]
+    use crate::residual::Residual;
     #[pymodule_export]
     use crate::run::info;
     #[pymodule_export]

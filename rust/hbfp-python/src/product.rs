@@ -6,10 +6,10 @@ use crate::error::{DTypeError, ShapeError};
 use crate::format::{Format, layout, resolve_axis};
 use crate::run::{here, run, run_here, run_with_workspace, with_workspace};
 use crate::view::{BytesView, FloatView, contiguous};
-use hbfp::Context;
 use hbfp::encode::RoundingMode;
 use hbfp::gemm::{self, Epilogue, Keep, Kept, Operand, Right, Workspace};
 use hbfp::shape::PlaneLayout;
+use hbfp::{BlockFormat, Context};
 use numpy::{PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -216,11 +216,7 @@ pub(crate) fn tensor_product<'py>(
     keep: Option<KeepArguments<'py>>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let (Some(mut left), Some(right)) = (FloatView::plain(a)?, FloatView::plain(b)?) else { return Ok(None) };
-    let bias = match bias.map(FloatView::plain).transpose()? {
-        Some(Some(bias)) if bias.is_contiguous() => Some(bias),
-        None => None,
-        Some(_) => return Ok(None),
-    };
+    let Some(bias) = plain_or_none(bias)? else { return Ok(None) };
     // [.., lines, K] of either, whatever its axis.
     let matrix = |view: &FloatView<'_>, axis: isize| match (view.shape(), axis) {
         (&[.., lines, k], -1) | (&[.., k, lines], -2) if view.count() > 0 => Some((lines, k)),
@@ -340,57 +336,88 @@ pub(crate) fn kept_planes<'py>(
     planes(py, hbfp::encode::Planes { exponents, mantissas }, [layout.exponents(), layout.mantissas()])
 }
 
-/// A new tensor [.., lines]: x [.., k], a float32 tensor, times what [`keep`] gave for [lines, k], plus bias. None for all
-/// that is not as usual, errors included.
-#[pyfunction]
-pub(crate) fn kept_linear<'py>(
-    py: Python<'py>,
-    x: &Bound<'py, PyAny>,
-    x_format: &Format,
-    rounding: u8,
-    seed: u64,
-    stream: u64,
-    kept: &Bound<'py, PyAny>,
-    kept_format: &Format,
+/// What [`keep`] gave for a matrix [lines, k], to be multiplied by many times.
+#[pyclass(frozen, module = "hbfp._core")]
+pub(crate) struct KeptMatrix {
+    codes: Py<PyAny>,
+    format: BlockFormat,
     lines: usize,
     k: usize,
-    bias: Option<&Bound<'py, PyAny>>,
-    threads: usize,
-) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let Some(view) = FloatView::plain(x)? else { return Ok(None) };
-    let bias = match bias.map(FloatView::plain).transpose()? {
-        Some(Some(bias)) if bias.is_contiguous() => Some(bias),
-        None => None,
-        Some(_) => return Ok(None),
-    };
-    let mut shape = view.shape().to_vec();
-    let (count, Some(last)) = (view.count(), shape.last_mut()) else { return Ok(None) };
-    if std::mem::replace(last, lines) != k || count == 0 || lines == 0 || shape.len() < 2 {
-        return Ok(None);
+}
+
+#[pymethods]
+impl KeptMatrix {
+    #[new]
+    fn new(codes: Py<PyAny>, format: &Format, lines: usize, k: usize) -> Self {
+        Self { codes, format: format.inner, lines, k }
     }
-    let view = if shape.len() == 2 {
-        view
-    } else {
-        let Some(flat) = view.flattened() else { return Ok(None) };
-        flat
-    };
-    let bytes = BytesView::read(kept, "kept")?;
-    let mode = mode(rounding, seed, stream)?;
-    let out = x.call_method1(intern!(py, "new_empty"), PyTuple::new(py, &shape)?)?;
-    let Some(mut target) = FloatView::fresh(&out, &shape) else { return Ok(None) };
-    let a = Operand::Floats { x: view.tensor(), axis: 1, format: x_format.inner, mode };
-    let b = Right::Kept(Kept { lines, k, format: kept_format.inner, bytes: bytes.as_slice() });
-    let epilogue = Epilogue { accumulate: false, bias: bias.as_ref().map(FloatView::as_slice) };
-    let slice = target.as_mut_slice();
-    let work = (count / k).saturating_mul(lines).saturating_mul(k);
-    let multiply =
-        |ctx: &Context<'_>, workspace: &mut Workspace| gemm::product(ctx, &a, &b, slice, epilogue, workspace);
-    if work <= SMALL_MACS && count <= SMALL_ELEMENTS {
-        run_here(|ctx| with_workspace(ctx, multiply))?;
-    } else {
-        run_with_workspace(py, threads, multiply)?;
+
+    /// A new tensor [.., lines]: x [.., k], a float32 tensor, times the matrix, plus bias. None for all that is not as
+    /// usual, errors included.
+    fn linear<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Bound<'py, PyAny>,
+        x_format: &Format,
+        rounding: u8,
+        seed: u64,
+        stream: u64,
+        bias: Option<&Bound<'py, PyAny>>,
+        threads: usize,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let (Some(view), Some(bias)) = (FloatView::plain(x)?, plain_or_none(bias)?) else { return Ok(None) };
+        let (format, mode) = (x_format.inner, mode(rounding, seed, stream)?);
+        self.multiply(py, x, view, format, mode, bias, threads, None)
     }
-    Ok(Some(out))
+}
+
+impl KeptMatrix {
+    /// [`Self::linear`] of views of x and the bias; in `reused`, where that is a contiguous tensor of the result's shape.
+    pub(crate) fn multiply<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Bound<'py, PyAny>,
+        view: FloatView<'py>,
+        x_format: BlockFormat,
+        mode: RoundingMode,
+        bias: Option<FloatView<'py>>,
+        threads: usize,
+        reused: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Self { lines, k, .. } = *self;
+        let mut shape = view.shape().to_vec();
+        let (count, Some(last)) = (view.count(), shape.last_mut()) else { return Ok(None) };
+        if std::mem::replace(last, lines) != k || count == 0 || lines == 0 || shape.len() < 2 {
+            return Ok(None);
+        }
+        let view = if shape.len() == 2 {
+            view
+        } else {
+            let Some(flat) = view.flattened() else { return Ok(None) };
+            flat
+        };
+        let bytes = BytesView::read(self.codes.bind(py), "kept")?;
+        let Some((out, mut target)) = FloatView::output(x, &shape, reused)? else { return Ok(None) };
+        let a = Operand::Floats { x: view.tensor(), axis: 1, format: x_format, mode };
+        let b = Right::Kept(Kept { lines, k, format: self.format, bytes: bytes.as_slice() });
+        let epilogue = Epilogue { accumulate: false, bias: bias.as_ref().map(FloatView::as_slice) };
+        let slice = target.as_mut_slice();
+        let work = (count / k).saturating_mul(lines).saturating_mul(k);
+        let multiply =
+            |ctx: &Context<'_>, workspace: &mut Workspace| gemm::product(ctx, &a, &b, slice, epilogue, workspace);
+        if work <= SMALL_MACS && count <= SMALL_ELEMENTS {
+            run_here(|ctx| with_workspace(ctx, multiply))?;
+        } else {
+            run_with_workspace(py, threads, multiply)?;
+        }
+        Ok(Some(out))
+    }
+}
+
+/// A view of a contiguous bias, if there is one; None: it is not as usual.
+fn plain_or_none<'py>(bias: Option<&Bound<'py, PyAny>>) -> PyResult<Option<Option<FloatView<'py>>>> {
+    let Some(bias) = bias else { return Ok(Some(None)) };
+    Ok(FloatView::plain(bias)?.filter(FloatView::is_contiguous).map(Some))
 }
 
 /// out [M, N] = a [K, M] along its rows, or [M, K] along its columns, times what [`tensor_product`] or [`keep`] kept of an

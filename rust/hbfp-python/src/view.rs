@@ -9,7 +9,7 @@ use numpy::{
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyCapsule, PyDict};
+use pyo3::types::{PyCapsule, PyDict, PyTuple};
 use std::ffi::{c_int, c_void};
 use std::ops::Range;
 
@@ -139,7 +139,25 @@ impl<'py> FloatView<'py> {
         Self::described(x).filter(|view| view.shape == shape && view.is_contiguous())
     }
 
-    fn described(x: &Bound<'py, PyAny>) -> Option<Self> {
+    /// A contiguous tensor of this shape, of the kind of `like`, and a view for writing: `reused`, which nobody else may be
+    /// looking at, or a new one.
+    pub(crate) fn output(
+        like: &Bound<'py, PyAny>,
+        shape: &[usize],
+        reused: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Option<(Bound<'py, PyAny>, Self)>> {
+        if let Some(out) = reused
+            && let Some(view) = Self::fresh(&out, shape)
+        {
+            return Ok(Some((out, view)));
+        }
+        let py = like.py();
+        let out = like.call_method1(intern!(py, "new_empty"), PyTuple::new(py, shape)?)?;
+        Ok(Self::fresh(&out, shape).map(|view| (out, view)))
+    }
+
+    /// [`Self::plain`] of a tensor that is known to have no lazy negation.
+    pub(crate) fn described(x: &Bound<'py, PyAny>) -> Option<Self> {
         let torch = TORCH.get(x.py())?;
         let (describe, class) = (torch.describe?, x.get_type_ptr().cast());
         if class != torch.tensor.as_ptr() && class != torch.parameter.as_ptr() {

@@ -174,6 +174,12 @@ impl<'a> FloatLines<'a> {
         }
     }
 
+    /// Some of the matrices. Random bits stay with the elements.
+    pub(crate) fn matrices_of(&self, run: Range<usize>) -> FloatLines<'a> {
+        debug_assert!(self.row_step == 1, "matrices of the last two dimensions");
+        FloatLines { first_row: self.row(run.start, 0, 0), offsets: self.offsets[run].to_vec(), ..*self }
+    }
+
     /// Matrices that begin `offsets` elements from `ptr` on, whose random bits lie in a plane as they themselves do.
     ///
     /// # Safety

@@ -1,4 +1,4 @@
-//! Bias gradients: column sums whose order does not depend on threads.
+//! Bias gradients, and those of what was broadcast: column sums whose order does not depend on threads.
 #![allow(unsafe_code, reason = "tasks that write disjoint columns")]
 
 use crate::encode::{Context, check_size};
@@ -11,6 +11,49 @@ use crate::parallel::for_each_task;
 const BLOCK: usize = 64;
 /// Columns that a task takes.
 const COLUMNS: usize = 256;
+
+/// The sums of [`column_sums`] of rows that come one by one: several such sums side by side, each with rows of its own.
+pub(crate) struct RunningSums<'a> {
+    totals: &'a mut [f32],
+    /// Of the open blocks. Empty where each sum has but one block, whose sum is the total.
+    partial: Vec<f32>,
+}
+
+impl<'a> RunningSums<'a> {
+    /// Sums of `rows` rows each, in `totals`, which start at `start`; `partial` is memory to work in.
+    pub(crate) fn new(totals: &'a mut [f32], rows: usize, start: f32, mut partial: Vec<f32>) -> Self {
+        totals.fill(start);
+        partial.clear();
+        partial.resize(if rows > BLOCK { totals.len() } else { 0 }, 0.0);
+        Self { totals, partial }
+    }
+
+    /// Adds row `number` to sum `sum`; numbers of a sum ascend from 0.
+    pub(crate) fn add(&mut self, sum: usize, number: usize, row: &[f32]) {
+        let at = sum * row.len()..(sum + 1) * row.len();
+        let total = &mut self.totals[at.clone()];
+        if self.partial.is_empty() {
+            return add(total, row);
+        }
+        let partial = &mut self.partial[at];
+        if number.is_multiple_of(BLOCK) {
+            add(total, partial);
+            partial.fill(0.0);
+        }
+        add(partial, row);
+    }
+
+    /// Completes the totals; gives the memory back.
+    pub(crate) fn finish(self) -> Vec<f32> {
+        add(self.totals, &self.partial);
+        self.totals.iter_mut().filter(|x| x.is_nan()).for_each(|x| *x = CANONICAL_NAN);
+        self.partial
+    }
+}
+
+fn add(sums: &mut [f32], row: &[f32]) {
+    sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += x);
+}
 
 /// `out[j]` ← Σ over the rows of `x` [rows, columns]: rows in blocks of 64, each from +0.0 in row order, then the blocks
 /// in order from +0.0.
@@ -35,9 +78,9 @@ pub fn column_sums(ctx: &Context<'_>, x: &[f32], out: &mut [f32]) -> Result<()> 
             let partial = &mut partial[..width];
             partial.fill(0.0);
             for row in block.chunks_exact(columns) {
-                partial.iter_mut().zip(&row[from..from + width]).for_each(|(sum, &x)| *sum += x);
+                add(partial, &row[from..from + width]);
             }
-            total.iter_mut().zip(&*partial).for_each(|(sum, &x)| *sum += x);
+            add(total, partial);
         }
         total.iter_mut().filter(|x| x.is_nan()).for_each(|x| *x = CANONICAL_NAN);
     });

@@ -2,11 +2,13 @@
 
 use super::generic::aligned::{self, PANELS, SIDE};
 use super::generic::encode::{
-    BlockPlace, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, STRIP, Scaling, TOWARD_ZERO,
+    BlockPlace, LineRun, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, Scaling, TOWARD_ZERO,
 };
 use super::generic::matrix_unit;
 use super::generic::philox::Counters;
 use super::generic::product::{Correction, Lines, Operands, Panel, Tile};
+use super::generic::straight;
+use super::generic::unit_rows;
 use super::level::Level;
 use crate::rng::Seed;
 
@@ -18,7 +20,8 @@ type QuantizeRow = unsafe fn(*const f32, usize, Scaling, f32, *const u16, *mut f
 type RoundRow = unsafe fn(*const f32, usize, Scaling, *const u16, *mut i16);
 type StageStrips = unsafe fn(*const f32, isize, usize, usize, *mut f32, usize, *mut i32);
 type EncodeRows = unsafe fn(&[*const f32; 4], usize, &[*const u16; 4], &PanelCoding, &BlockPlace) -> bool;
-type EncodeStrip = unsafe fn(*const f32, *const u16, *const i32, &PanelCoding, &[BlockPlace; STRIP / 8]) -> u32;
+type EncodeLines = unsafe fn(&LineRun, usize, &PanelCoding) -> bool;
+type EncodeStrip = unsafe fn(*const f32, *const u16, *const i32, &PanelCoding, &[BlockPlace]) -> u32;
 
 /// A tile kernel and the products it is exact for.
 #[derive(Debug)]
@@ -54,12 +57,23 @@ pub(crate) struct MatrixUnitKernels {
     pub(crate) lay_out_right: [LayOutRight; 2],
     /// The function for blocks of this many steps.
     pub(crate) tile: fn(steps: usize) -> UnitTileFn,
+    pub(crate) straight: StraightKernels,
+    pub(crate) rows: RowsKernels,
     pub(crate) peak: unsafe fn(rounds: usize),
 }
 /// Conditions as for [`super::generic::relayout::panel_of_lines`].
 pub(crate) type PanelOfLines =
     unsafe fn(lines: *const u8, row: usize, words: usize, out: *mut u8, block_bytes: usize, special: &mut [bool]);
 type LayOutRight = unsafe fn(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8);
+
+/// Kernels for rows of few columns; conditions as for the functions of the same names in
+/// [`super::generic::unit_rows`].
+#[derive(Debug)]
+pub(crate) struct RowsKernels {
+    pub(crate) lay_out_columns: LayOutColumns,
+    pub(crate) rows: unsafe fn(groups: &[unit_rows::Group<'_>], of: &unit_rows::Products),
+}
+type LayOutColumns = unsafe fn(usize, usize, usize, i32, *const u8, usize, *mut u8);
 
 /// Kernels for lines brought to one exponent; conditions as for the functions of the same names in
 /// [`super::generic::aligned`].
@@ -87,6 +101,15 @@ type AlignLeft = unsafe fn(
 type AlignRight =
     unsafe fn(blocks: usize, steps: usize, offset: i32, room: i32, panel: *const u8, out: *mut u8) -> Option<u32>;
 
+/// Kernels for small matrices; conditions as for the functions of the same names in [`super::generic::straight`].
+#[derive(Debug)]
+pub(crate) struct StraightKernels {
+    /// Of a left, of a right operand; of lines that are contiguous, that lie side by side. Indexed by rounding.
+    pub(crate) encode: [[[EncodeStraight; 4]; 2]; 2],
+    pub(crate) product: unsafe fn(&straight::Sizes, a: *const u8, b: *const u8, c: *mut f32),
+}
+type EncodeStraight = unsafe fn(&straight::Lines, &PanelCoding, to: *mut u8) -> bool;
+
 /// The kernels of a level. Conditions of the functions stand at the generic algorithms of the same names.
 #[derive(Debug)]
 pub struct Kernels {
@@ -110,11 +133,13 @@ pub struct Kernels {
     pub(crate) quantize_row: [QuantizeRow; 4],
     pub(crate) stage_strips: StageStrips,
     pub(crate) encode_rows: [EncodeRows; 4],
+    pub(crate) encode_lines: [EncodeLines; 4],
     pub(crate) encode_strip: [EncodeStrip; 4],
     pub(crate) fill_random: unsafe fn(Seed, Counters, *mut u16),
     pub(crate) scale_row: unsafe fn(*const f32, *mut f32, usize, f32, *const f32),
     pub(crate) softmax_row: unsafe fn(*mut f32, usize),
     pub(crate) softmax_backward_row: unsafe fn(*const f32, *mut f32, usize, f32),
+    pub(crate) drop_row: unsafe fn(*const f32, *mut f32, *const u16, usize, i32, f32),
     pub(crate) peak_pairs: unsafe fn(usize, i32) -> i32,
     pub(crate) peak_dot4: unsafe fn(usize, i32) -> i32,
     pub(crate) read_words: unsafe fn(*const i32, usize) -> i32,
@@ -231,11 +256,13 @@ macro_rules! kernels {
                 quantize_row: [quantize_row::<NEAREST_EVEN>, quantize_row::<NEAREST_AWAY>, quantize_row::<TOWARD_ZERO>, quantize_row::<STOCHASTIC>],
                 stage_strips,
                 encode_rows: [encode_rows::<NEAREST_EVEN>, encode_rows::<NEAREST_AWAY>, encode_rows::<TOWARD_ZERO>, encode_rows::<STOCHASTIC>],
+                encode_lines: [encode_lines::<NEAREST_EVEN>, encode_lines::<NEAREST_AWAY>, encode_lines::<TOWARD_ZERO>, encode_lines::<STOCHASTIC>],
                 encode_strip: [encode_strip::<NEAREST_EVEN>, encode_strip::<NEAREST_AWAY>, encode_strip::<TOWARD_ZERO>, encode_strip::<STOCHASTIC>],
                 fill_random,
                 scale_row,
                 softmax_row,
                 softmax_backward_row,
+                drop_row,
                 peak_pairs,
                 peak_dot4,
                 read_words,
@@ -266,9 +293,9 @@ macro_rules! kernels {
             }
             #$attribute
             unsafe fn stage_strips(
-                x: *const f32, stride: isize, n: usize, strips: usize, staging: *mut f32, between: usize, amax: *mut i32,
+                x: *const f32, stride: isize, n: usize, lines: usize, staging: *mut f32, between: usize, amax: *mut i32,
             ) {
-                unsafe { encode::stage_strips($make, x, stride, n, strips, staging, between, amax) }
+                unsafe { encode::stage_strips($make, x, stride, n, lines, staging, between, amax) }
             }
             #$attribute
             unsafe fn encode_rows<const R: u8>(
@@ -277,8 +304,12 @@ macro_rules! kernels {
                 unsafe { encode::encode_rows::<_, R>($make, x, n, random, coding, place) }
             }
             #$attribute
+            unsafe fn encode_lines<const R: u8>(of: &LineRun, n: usize, coding: &PanelCoding) -> bool {
+                unsafe { encode::encode_lines::<_, R>($make, of, n, coding) }
+            }
+            #$attribute
             unsafe fn encode_strip<const R: u8>(
-                staging: *const f32, random: *const u16, amax: *const i32, coding: &PanelCoding, places: &[BlockPlace; STRIP / 8],
+                staging: *const f32, random: *const u16, amax: *const i32, coding: &PanelCoding, places: &[BlockPlace],
             ) -> u32 {
                 unsafe { encode::encode_strip::<_, R>($make, staging, random, amax, coding, places) }
             }
@@ -297,6 +328,10 @@ macro_rules! kernels {
             #$attribute
             unsafe fn softmax_backward_row(p: *const f32, grad: *mut f32, n: usize, scale: f32) {
                 unsafe { softmax::softmax_backward_row($make, p, grad, n, scale) }
+            }
+            #$attribute
+            unsafe fn drop_row(x: *const f32, out: *mut f32, random: *const u16, n: usize, dropped: i32, factor: f32) {
+                unsafe { softmax::drop_row($make, x, out, random, n, dropped, factor) }
             }
             #$attribute
             unsafe fn peak_pairs(rounds: usize, seed: i32) -> i32 {
@@ -328,6 +363,18 @@ kernels!(
     crate::arch::x86_64::avx512vnni::Avx512Vnni::assume(),
     [tile_dot4 Total DOT4], [nibbles_dot4 Total DOT4], Some(aligned512::KERNELS), [target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 );
+
+/// [`straight::encode`] of a side, by rounding.
+macro_rules! straight_roundings {
+    ($left:literal, $across:literal) => {
+        [
+            straight_encode::<NEAREST_EVEN, $left, $across>,
+            straight_encode::<NEAREST_AWAY, $left, $across>,
+            straight_encode::<TOWARD_ZERO, $left, $across>,
+            straight_encode::<STOCHASTIC, $left, $across>,
+        ]
+    };
+}
 
 /// Compiles those for lines brought to one exponent, and a tile for right codes that are raised or not.
 macro_rules! aligned {
@@ -387,6 +434,14 @@ macro_rules! matrix_unit {
                     lay_out_lines,
                     lay_out_right: [lay_out_right::<false>, lay_out_right::<true>],
                     tile: |steps| if steps == 16 { tile::<16> } else { tile::<0> },
+                    straight: StraightKernels {
+                        encode: [
+                            [straight_roundings!(true, false), straight_roundings!(true, true)],
+                            [straight_roundings!(false, false), straight_roundings!(false, true)],
+                        ],
+                        product: straight_product,
+                    },
+                    rows: RowsKernels { lay_out_columns, rows },
                     peak,
                 }),
                 ..$base::TABLE
@@ -421,6 +476,26 @@ macro_rules! matrix_unit {
             #$attribute
             unsafe fn lay_out_right<const NIBBLES: bool>(blocks: usize, steps: usize, offset: i32, panel: *const u8, out: *mut u8) {
                 unsafe { matrix_unit::lay_out_right::<_, NIBBLES>($make, blocks, steps, offset, panel, out) }
+            }
+            #$attribute
+            unsafe fn lay_out_columns(
+                blocks: usize, steps: usize, width: usize, offset: i32, panel: *const u8, column: usize, out: *mut u8,
+            ) {
+                unsafe { unit_rows::lay_out_columns($make, blocks, steps, width, offset, panel, column, out) }
+            }
+            #$attribute
+            unsafe fn rows(groups: &[unit_rows::Group<'_>], of: &unit_rows::Products) {
+                unsafe { unit_rows::rows($make, groups, of) }
+            }
+            #$attribute
+            unsafe fn straight_encode<const R: u8, const LEFT: bool, const ACROSS: bool>(
+                of: &straight::Lines, coding: &PanelCoding, to: *mut u8,
+            ) -> bool {
+                unsafe { straight::encode::<_, R, LEFT, ACROSS>($make, of, coding, to) }
+            }
+            #$attribute
+            unsafe fn straight_product(sizes: &straight::Sizes, a: *const u8, b: *const u8, c: *mut f32) {
+                unsafe { straight::product($make, sizes, a, b, c) }
             }
             #$attribute
             unsafe fn tile<const STEPS: usize>(blocks: usize, steps: usize, a: *const u8, b: *const u8, c: Tile) {

@@ -73,6 +73,18 @@ impl<const N: usize> Simd for Scalar<N> {
         unsafe { p.cast::<Lanes<N>>().write_unaligned(v) }
     }
     #[inline(always)]
+    unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V {
+        // SAFETY: the caller vouches for n words.
+        from_fn(|i| if i < n { unsafe { p.cast::<u32>().add(i).read_unaligned() } } else { 0 })
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, p: *mut i32, n: usize, v: Self::V) {
+        for (i, &v) in v.iter().enumerate().take(n) {
+            // SAFETY: the caller vouches for n words.
+            unsafe { p.cast::<u32>().add(i).write_unaligned(v) }
+        }
+    }
+    #[inline(always)]
     unsafe fn load_u16(self, p: *const u16) -> Self::V {
         // SAFETY: the caller vouches for N halves.
         let h = unsafe { p.cast::<[u16; N]>().read_unaligned() };
@@ -263,6 +275,11 @@ impl<const N: usize> Simd for Scalar<N> {
     #[inline(always)]
     fn transpose_words(self, v: [Self::V; 4]) -> [Self::V; 4] {
         from_fn(|j| from_fn(|lane| v[lane % 4][lane / 4 * 4 + j]))
+    }
+    #[inline(always)]
+    fn unzip_words(self, v: Self::V) -> Self::V {
+        let chunks = N / 4;
+        from_fn(|i| v[4 * (i % chunks) + i / chunks])
     }
     #[inline(always)]
     fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2] {

@@ -23,6 +23,14 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for writing `LANES` words; no alignment is needed.
     unsafe fn store(self, p: *mut i32, v: Self::V);
+    /// The first `n` ≤ LANES lanes, zeros after them.
+    /// # Safety
+    /// `p` is valid for reading `n` words; no alignment is needed.
+    unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V;
+    /// The first `n` ≤ LANES lanes.
+    /// # Safety
+    /// `p` is valid for writing `n` words; no alignment is needed.
+    unsafe fn store_first(self, p: *mut i32, n: usize, v: Self::V);
     /// Asks for the cache line at `p`, which need not exist.
     #[inline(always)]
     fn prefetch(self, p: *const f32) {
@@ -119,6 +127,8 @@ pub(crate) trait Simd: Copy {
     fn pack_words(self, v: [Self::V; 4]) -> Self::V;
     /// Per chunk: word j of register i becomes word i of register j.
     fn transpose_words(self, v: [Self::V; 4]) -> [Self::V; 4];
+    /// Word w of chunk c becomes lane w · C + c, where a register has C chunks.
+    fn unzip_words(self, v: Self::V) -> Self::V;
     /// The chunks of even number of a, then of b; those of odd number of a, then of b.
     fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2];
     /// Per lane: the same lane of four registers, i16 saturated to bytes.

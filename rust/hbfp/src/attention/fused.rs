@@ -16,6 +16,7 @@
 //! it, and where no row of P is NaN; else the strip reads all keys.
 #![allow(unsafe_code, reason = "rows of padded buffers, and tasks that write disjoint rows")]
 
+use super::dropout::Dropout;
 use super::softmax::softmax_row;
 use crate::arch::generic::softmax::PARTIALS;
 use crate::encode::blocks::Scratch;
@@ -32,9 +33,9 @@ use std::sync::{Mutex, PoisonError};
 /// Rows of a strip forward: what encoders take at a time.
 pub(super) const STRIP_ROWS: usize = 32;
 /// Fewest rows of a strip backward, if there are as many.
-const BLOCK_ROWS: usize = 64;
+pub(super) const BLOCK_ROWS: usize = 64;
 /// Tasks for each thread, so that all end together.
-const TASKS_PER_WORKER: usize = 4;
+pub(super) const TASKS_PER_WORKER: usize = 4;
 
 /// softmax(scale · Q Kᵀ + mask) V.
 ///
@@ -55,6 +56,8 @@ pub struct Attention<'a> {
     pub causal: bool,
     /// Factor of the scores, applied before the mask.
     pub scale: f32,
+    /// Of the softmax, before it is encoded.
+    pub dropout: Option<Dropout>,
     /// Encoding of Q and K, along E.
     pub scores: [Coding; 2],
 }
@@ -100,6 +103,8 @@ impl Workspace {
 pub(super) struct Buffers {
     pub(super) scratch: Scratch,
     mask: Vec<f32>,
+    /// Of some rows, where dropout draws.
+    random: Vec<u16>,
     /// Of a matrix.
     pub(super) keys: StripOperand,
     pub(super) values: StripOperand,
@@ -111,19 +116,21 @@ pub(super) struct Buffers {
     pub(super) out: PaddedRows,
     /// A block of a panel, where keys and values are kept as nibbles.
     pub(super) unpacked: AlignedBytes,
-    backward: BackwardBuffers,
+    pub(super) backward: BackwardBuffers,
+    /// Of sums of a mask's gradient.
+    pub(super) partial: Vec<f32>,
 }
 
 #[derive(Debug, Default)]
-struct BackwardBuffers {
+pub(super) struct BackwardBuffers {
     /// K along S.
     keys: StripOperand,
     /// Q along L.
     queries: StripOperand,
     /// dO along Ev, and along L.
-    outputs: [StripOperand; 2],
+    pub(super) outputs: [StripOperand; 2],
     /// dP, then dS.
-    scores: PaddedRows,
+    pub(super) scores: PaddedRows,
     dk: PaddedRows,
     dv: PaddedRows,
 }
@@ -137,26 +144,27 @@ impl Buffers {
             + rows.iter().map(|rows| rows.bytes()).sum::<usize>()
             + self.scratch.bytes()
             + self.unpacked.capacity()
-            + 4 * self.mask.capacity()
+            + 4 * (self.mask.capacity() + self.partial.capacity())
+            + 2 * self.random.capacity()
     }
 }
 
 /// Lengths, checked.
 #[derive(Clone, Copy)]
-struct Sizes {
-    matrices: usize,
+pub(super) struct Sizes {
+    pub(super) matrices: usize,
     /// L.
-    rows: usize,
+    pub(super) rows: usize,
     /// S.
-    columns: usize,
+    pub(super) columns: usize,
     /// E.
-    depth: usize,
+    pub(super) depth: usize,
     /// Ev.
-    width: usize,
+    pub(super) width: usize,
 }
 
 impl Attention<'_> {
-    fn sizes(&self) -> Result<Sizes> {
+    pub(super) fn sizes(&self) -> Result<Sizes> {
         let (q, k, v) = (self.q.shape(), self.k.shape(), self.v.shape());
         let (&[ref batch @ .., rows, depth], &[.., columns, width]) = (q, v) else {
             return Err(Error::shape("q, k and v of two or more dimensions", format!("{q:?}, {k:?} and {v:?}")));
@@ -177,6 +185,15 @@ impl Attention<'_> {
         Ok(Sizes { matrices: batch.iter().product(), rows, columns, depth, width })
     }
 
+    /// That a gradient of the output is one.
+    pub(super) fn check_output(&self, output: &FloatTensor<'_>, width: usize) -> Result<()> {
+        let q = self.q.shape();
+        if output.shape() != [&q[..q.len() - 1], &[width]].concat() {
+            return Err(Error::shape("a gradient [.., L, Ev] of the same batch", format!("{:?}", output.shape())));
+        }
+        Ok(())
+    }
+
     /// Columns that a strip reads: all, or, where it may skip some, those that its last row sees. In whole blocks of
     /// the reduction along S, which are faster to encode than parts.
     fn columns(&self, sizes: &Sizes, rows: &Range<usize>, block: usize, skips: bool) -> usize {
@@ -184,7 +201,7 @@ impl Attention<'_> {
     }
 
     /// `buffers.scores` ← P of some rows of a matrix, up to `columns`; +0.0 where a row sees nothing.
-    fn weights(
+    pub(super) fn weights(
         &self,
         pair: &Pair,
         mask: Option<&FloatLines<'_>>,
@@ -210,6 +227,33 @@ impl Attention<'_> {
             // SAFETY: the row holds its own scores; the mask has a row of `visible` elements.
             unsafe { softmax_row(pair.kernels, out.as_ptr(), out, visible, self.scale, mask) };
             out[visible..].fill(0.0);
+        }
+    }
+
+    /// `buffers.backward.scores` ← scale · P (dP − σ) of some rows and columns, of which P is in `buffers.scores`, dO
+    /// and V in panels; `pair` is that of dP = dO Vᵀ, `first` the first row's number among those of all matrices.
+    pub(super) fn scores_gradient(
+        &self,
+        pair: &Pair,
+        size: [usize; 2],
+        first: usize,
+        scale: f32,
+        buffers: &mut Buffers,
+    ) {
+        let Buffers { values, scores: p, backward, random, .. } = buffers;
+        let BackwardBuffers { outputs, scores: ds, .. } = backward;
+        let [rows, columns] = size;
+        pair.multiply(&outputs[0], values, columns, ds, true);
+        if let Some(dropout) = &self.dropout {
+            dropout.rows(pair.kernels, None, ds, size, first, random);
+        }
+        let padded = columns.next_multiple_of(PARTIALS);
+        for i in 0..rows {
+            // Behind the columns seen P is +0.0; dP is there that of other keys or of none, and NaN only where all of
+            // the row is.
+            let (p, ds) = (&p.row(i)[..padded], &mut ds.row(i)[..padded]);
+            // SAFETY: both have `padded` elements, a multiple of PARTIALS.
+            unsafe { (pair.kernels.softmax_backward_row)(p.as_ptr(), ds.as_mut_ptr(), padded, scale) };
         }
     }
 
@@ -258,6 +302,10 @@ impl Attention<'_> {
                 scores.lay_out_left(q.rows(matrix, part.clone()), &mut buffers.queries, &mut buffers.scratch);
                 self.weights(&scores, mask.as_ref(), (matrix, &part), seen, buffers);
                 let first = matrix * rows + part.start;
+                if let Some(dropout) = &self.dropout {
+                    let Buffers { scores, random, .. } = buffers;
+                    dropout.rows(ctx.kernels, None, scores, [part.len(), seen], first, random);
+                }
                 let p = buffers.scores.lines([part.len(), seen], true, first);
                 context.lay_out_left(p, &mut buffers.weights, &mut buffers.scratch);
                 context.multiply(&buffers.weights, &buffers.values, width, &mut buffers.out, true);
@@ -286,9 +334,7 @@ impl Attention<'_> {
         let Sizes { matrices, rows, columns, depth, width } = sizes;
         let last = self.q.shape().len() - 1;
         let output = &gradients.output;
-        if output.shape().len() != last + 1 || output.shape() != [&self.q.shape()[..last], &[width]].concat() {
-            return Err(Error::shape("a gradient [.., L, Ev] of the same batch", format!("{:?}", output.shape())));
-        }
+        self.check_output(output, width)?;
         for (what, found, expected) in [
             ("elements of dq", dq.as_deref().map(<[f32]>::len), matrices * rows * depth),
             ("elements of dk", dk.as_deref().map(<[f32]>::len), matrices * columns * depth),
@@ -403,10 +449,11 @@ impl Backward<'_> {
         let mut skips = true;
         if needs_scores {
             pairs.weights.lay_out_left(self.output[0].rows(matrix, rows.clone()), &mut outputs[0], scratch);
-            // |dP| ≤ largest sum · 2^104 then, and neither it nor its distance from σ overflows.
+            // |dP| ≤ largest sum · 2^104 · factor then, and neither it nor its distance from σ overflows.
+            let factor = attention.dropout.map_or(1.0, |dropout| dropout.factor());
             skips = !outputs[0].is_general()
                 && !buffers.values.is_general()
-                && pairs.weights.largest_sum(width) < 1 << 22
+                && pairs.weights.largest_sum(width) as f32 * factor < (1 << 22) as f32
                 && attention.scale.is_finite();
         }
         if self.dv.is_some() {
@@ -428,25 +475,25 @@ impl Backward<'_> {
             attention.weights(&pairs.scores, self.mask.as_ref(), (matrix, &rows), seen, buffers);
         }
         let size = [rows.len(), seen];
-        let Buffers { scratch, values, weights, scores: p, out, backward, .. } = buffers;
-        let BackwardBuffers { keys, queries, outputs, scores: ds, dk, dv } = backward;
         if self.dv.is_some() {
+            let Buffers { scratch, weights, scores: p, backward, random, .. } = &mut *buffers;
+            let BackwardBuffers { outputs, scores: ds, dv, .. } = backward;
+            let p = match &attention.dropout {
+                None => &*p,
+                Some(dropout) => {
+                    dropout.rows(pairs.values.kernels, Some(p), ds, size, first, random);
+                    &*ds
+                }
+            };
             pairs.values.lay_out_left(p.lines(size, false, first), weights, scratch);
             pairs.values.multiply(weights, &outputs[1], width, dv, false);
         }
         if !needs_scores {
             return;
         }
-        pairs.weights.multiply(&outputs[0], values, seen, ds, true);
-        let padded = seen.next_multiple_of(PARTIALS);
-        for i in 0..rows.len() {
-            // Behind the columns seen P is +0.0; dP is there that of other keys or of none, and NaN only where all of
-            // the row is.
-            let (p, ds) = (&p.row(i)[..padded], &mut ds.row(i)[..padded]);
-            let backward = pairs.scores.kernels.softmax_backward_row;
-            // SAFETY: both have `padded` elements, a multiple of PARTIALS.
-            unsafe { backward(p.as_ptr(), ds.as_mut_ptr(), padded, attention.scale) };
-        }
+        attention.scores_gradient(&pairs.weights, size, first, attention.scale, buffers);
+        let Buffers { scratch, weights, out, backward, .. } = buffers;
+        let BackwardBuffers { keys, queries, scores: ds, dk, .. } = backward;
         if let Some(dq) = &self.dq {
             pairs.queries.lay_out_left(ds.lines(size, true, first), weights, scratch);
             pairs.queries.multiply(weights, keys, depth, out, true);

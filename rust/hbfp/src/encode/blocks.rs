@@ -88,6 +88,8 @@ pub(crate) struct Scratch {
     pub(crate) staging: Vec<f32>,
     pub(crate) random: Vec<u16>,
     transposed: Vec<u16>,
+    /// Of a row of an image's pixels.
+    pub(crate) bits: Vec<u16>,
     pub(crate) codes: Vec<i8>,
     pub(crate) wide: Vec<i16>,
     pub(crate) tiles: TileBuffers,
@@ -98,6 +100,8 @@ pub(crate) struct Scratch {
     /// Patches of an image, and their panels.
     pub(crate) patches: Vec<f32>,
     pub(crate) patch_panels: Panels,
+    /// A small matrix of either operand.
+    pub(crate) small: [Panels; 2],
     /// Which blocks of a strip of planes are laid out code by code.
     pub(crate) left: Vec<bool>,
     /// At least as many zeros as a block has elements.
@@ -119,20 +123,15 @@ impl Scratch {
         grow(&mut self.zeros, padded);
     }
 
-    /// So many bytes of zeros, until the next call.
-    pub(crate) fn zero_bytes(&mut self, bytes: usize) -> *const u8 {
-        self.zeros.resize(self.zeros.len().max(bytes.div_ceil(4)), 0.0);
-        self.zeros.as_ptr().cast()
-    }
-
     pub(crate) fn bytes(&self) -> usize {
         4 * (self.staging.len() + self.zeros.len())
-            + 2 * (self.random.len() + self.transposed.len() + self.wide.len())
+            + 2 * (self.random.len() + self.transposed.len() + self.wide.len() + self.bits.len())
             + self.codes.len()
             + self.tiles.bytes()
             + self.strips.capacity()
             + 4 * self.patches.len()
             + self.patch_panels.bytes.capacity()
+            + self.small.iter().map(|panels| panels.bytes.capacity()).sum::<usize>()
     }
 }
 

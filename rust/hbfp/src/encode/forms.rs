@@ -243,7 +243,8 @@ mod tests {
     use crate::arch::kernels::{Kernels, models};
     use crate::encode::Context;
     use crate::encode::blocks::RoundingMode;
-    use crate::encode::panels::{Form, Job, Panels, Source, fill};
+    use crate::encode::filling::{Job, Source, fill};
+    use crate::encode::panels::{Form, Panels};
     use crate::format::{BlockFormat, BlockShape};
     use crate::parallel::Serial;
     use crate::shape::FloatTensor;
@@ -294,9 +295,9 @@ mod tests {
                     let unaware = Side::Left { correction: Correction::Total, offset: 0 };
                     let kept = PanelLayout::new([1, 4, k], block, PANEL_ROWS, unaware).compact(bits);
                     let own = layout.compact(bits);
-                    let all = encoded(kernels, format, &[layout, layout.in_lines(), kept, own], k);
+                    let all = encoded(kernels, format, &[layout, kept, own], k);
                     let what = format!("{format} against {right} bits, {correction:?}");
-                    let [plain, lines, kept_bytes, own_bytes] = &all[..] else { unreachable!() };
+                    let [plain, kept_bytes, own_bytes] = &all[..] else { unreachable!() };
                     let mut panel = vec![0x5A; layout.block_bytes];
                     for (b, plain) in plain.chunks_exact(layout.block_bytes).enumerate() {
                         for (layout_kept, bytes) in [(kept, kept_bytes), (own, own_bytes)] {
@@ -307,8 +308,12 @@ mod tests {
                             panel.fill(0x5A);
                         }
                         let line = layout.block_bytes / PANEL_ROWS;
-                        let starts =
-                            std::array::from_fn(|lane| lines[(lane * layout.blocks + b) * line..][..line].as_ptr());
+                        let mut lines = vec![0x5A; layout.block_bytes];
+                        let starts: [_; PANEL_ROWS] =
+                            std::array::from_fn(|lane| lines[lane * line..][..line].as_mut_ptr());
+                        // SAFETY: a quarter of the panel's block each.
+                        unsafe { to_lines(plain, layout.step(), starts) };
+                        let starts = starts.map(<*mut u8>::cast_const);
                         // SAFETY: a quarter of the panel's block each.
                         unsafe { from_lines(starts, layout.step(), &mut panel) };
                         assert_eq!(panel, plain, "{what}: block {b} of lines");

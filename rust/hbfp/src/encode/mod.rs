@@ -4,6 +4,7 @@
 pub(crate) mod blocks;
 mod check;
 pub(crate) mod codes;
+pub(crate) mod filling;
 pub(crate) mod forms;
 mod measure;
 pub(crate) mod panels;

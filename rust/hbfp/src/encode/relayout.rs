@@ -3,7 +3,8 @@
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint panels")]
 
 use super::codes::unpack_block;
-use super::panels::{Form, PanelLayout, PanelsMut, PlaneLines, Side};
+use super::filling::PlaneLines;
+use super::panels::{Form, PanelLayout, PanelsMut, Side};
 use crate::arch::generic::encode::{FAST_SCALES, STRIP};
 use crate::arch::generic::product::RIDER;
 use crate::arch::kernels::Kernels;

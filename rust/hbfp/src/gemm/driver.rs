@@ -14,7 +14,8 @@ use crate::arch::generic::product::{PANEL_ROWS, RIDER, b_block_bytes};
 use crate::encode::Context;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
-use crate::encode::panels::{Fillings, Form, Job, PanelLayout, PanelsRef, reserve_scratch};
+use crate::encode::filling::{Fillings, Job, reserve_scratch};
+use crate::encode::panels::{Form, PanelLayout, PanelsRef};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET};
 use crate::mem::SharedMut;
@@ -54,14 +55,19 @@ struct Plan {
     depth: usize,
 }
 
+/// Threads for so many multiply-accumulates, elements to encode, and elements of the right operand.
+pub(super) fn workers(ctx: &Context<'_>, macs: usize, encoded: usize, weights: usize) -> usize {
+    let small = macs < SERIAL_MACS && encoded < SERIAL_ELEMENTS && weights < SERIAL_WEIGHTS;
+    if small { 1 } else { ctx.threads.max(1) }
+}
+
 impl Plan {
     /// For panels of which `encoded` elements are still to be laid out, and which go by `wide` tiles.
     fn new(ctx: &Context<'_>, al: &PanelLayout, bl: &PanelLayout, encoded: usize, wide: bool) -> Self {
         let caches = Caches::get();
         let macs = al.matrices.saturating_mul(al.lines).saturating_mul(bl.lines).saturating_mul(al.k.max(1));
         let weights = bl.matrices.saturating_mul(bl.lines).saturating_mul(bl.k);
-        let small = macs < SERIAL_MACS && encoded < SERIAL_ELEMENTS && weights < SERIAL_WEIGHTS;
-        let workers = if small { 1 } else { ctx.threads.max(1) };
+        let workers = workers(ctx, macs, encoded, weights);
         // Half of the first level for B; a few rows pass over B but once.
         let b_block = b_block_bytes(bl.steps, bl.width);
         let depth = match (al.panels, wide) {

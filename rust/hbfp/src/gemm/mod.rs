@@ -1,6 +1,7 @@
 //! Products of encoded operands: C[i, j] = Σ over blocks of ldexp(Σ q_a q_w, s_a + s_w), each block's term and each sum
 //! rounded once to f32, blocks in order.
 
+mod batch;
 mod cache;
 pub mod convolution;
 mod driver;
@@ -12,7 +13,8 @@ use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::arch::kernels::TileKernel;
 use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
-use crate::encode::panels::{Form, Job, PanelLayout, Panels, PanelsMut, PanelsRef, PlaneLines, Side, Source, fill};
+use crate::encode::filling::{Job, PlaneLines, Source, fill};
+use crate::encode::panels::{Form, PanelLayout, Panels, PanelsMut, PanelsRef, Side};
 use crate::encode::relayout::planes_of_nibbles;
 use crate::encode::{Context, RoundingMode, check_size};
 use crate::error::{Error, Result};
@@ -584,6 +586,19 @@ pub fn product_keeping(
     // Panels end with each left matrix, so several of them against one right matrix stay apart.
     right_layout.shared = right_layout.matrices != left_layout.matrices;
     let Workspace { left, right: right_panels, scratch, .. } = workspace;
+    let kernel =
+        tiles::Kernel { tile: kernel, from_nibbles: from_nibbles.is_some(), max_codes: [af.max_code(), bf.max_code()] };
+    if let (Source::Floats(x, x_mode), Some(Source::Floats(y, y_mode))) = (source, resolved)
+        && kept.is_none()
+        && !(epilogue.accumulate || epilogue.bias.is_some())
+        && batch::takes(ctx, &left_layout, &right_layout)
+    {
+        let right_layout = PanelLayout::new([matrices, n, k], block, ctx.kernels.columns_for(n), right_layout.side);
+        let left = batch::Side { x, mode: x_mode, format: af, layout: left_layout };
+        let right = batch::Side { x: y, mode: y_mode, format: bf, layout: right_layout };
+        batch::multiply(ctx, [left, right], out, kernel, scratch);
+        return Ok(());
+    }
     let left = Job { source: &source, format: af, layout: left_layout, panels: left.reserve(&left_layout) };
     let right = match (b, &resolved) {
         (Right::Packed(Packed { content: PackedContent::Panels(_, panels), .. }), _) => {
@@ -596,7 +611,5 @@ pub fn product_keeping(
         }
         _ => unreachable!("resolved above"),
     };
-    let kernel =
-        tiles::Kernel { tile: kernel, from_nibbles: from_nibbles.is_some(), max_codes: [af.max_code(), bf.max_code()] };
     driver::multiply(ctx, left, kept, right, right_layout, out, epilogue, kernel, scratch)
 }

@@ -156,6 +156,11 @@ impl<'a> Tiles<'a> {
         self.wide.is_some_and(|wide| panels >= wide.aligned.fewest_panels)
     }
 
+    /// Whether there is a kernel for these operands; else every tile takes the general path.
+    pub(super) fn has_kernel(&self) -> bool {
+        self.run.is_some()
+    }
+
     /// Whether a tile, some of whose blocks needed the general product, or none, has last steps.
     pub(super) fn finishes(&self, general: bool) -> bool {
         general || self.epilogue.accumulate || self.epilogue.bias.is_some()

@@ -56,7 +56,7 @@ pub(crate) const EXACT: u64 = 1 << 24;
 /// One in every byte of a word.
 const BYTES: i32 = 0x0101_0101;
 /// Steps that fill a register of a left panel.
-const GROUP: usize = 4;
+pub(super) const GROUP: usize = 4;
 /// Bytes of a piece of 32 lines.
 pub(super) const PIECE_BYTES: usize = 4 * SIDE * PIECE;
 
@@ -76,7 +76,7 @@ pub(crate) const fn fits(steps: usize) -> bool {
 }
 
 /// Where a step lies in its piece, in both operands: so a transposition of words lays the left one out.
-static ROW_OF: [usize; PIECE] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
+pub(super) static ROW_OF: [usize; PIECE] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
 
 /// −1 in lanes that are not zero.
 #[inline(always)]

@@ -43,7 +43,7 @@ pub(crate) struct Scaling {
 
 /// y rounded.
 #[inline(always)]
-fn round<S: Simd, const R: u8>(s: S, y: S::V, random: S::V) -> S::V {
+pub(super) fn round<S: Simd, const R: u8>(s: S, y: S::V, random: S::V) -> S::V {
     match R {
         NEAREST_EVEN => s.round_to_i32(y),
         NEAREST_AWAY => {
@@ -111,7 +111,7 @@ pub(crate) struct PanelCoding {
     carry: i32,
     shift: i32,
     clamp: [i32; 2],
-    limit: i32,
+    pub(super) limit: i32,
     /// What the right operand's codes are raised by.
     offset: i32,
     /// What a left operand carries; None for a right one.
@@ -143,16 +143,16 @@ pub(crate) struct BlockPlace {
 }
 
 /// Scale exponents of blocks, one a lane.
-struct Scales<V> {
-    scale: V,
+pub(super) struct Scales<V> {
+    pub(super) scale: V,
     /// Zeros in the lanes of NaN blocks, where there are any.
     keep: Option<V>,
     /// Whether one is outside the fast range.
-    general: bool,
+    pub(super) general: bool,
 }
 
 #[inline(always)]
-fn scales<S: Simd>(s: S, amax: S::V, coding: &PanelCoding) -> Scales<S::V> {
+pub(super) fn scales<S: Simd>(s: S, amax: S::V, coding: &PanelCoding) -> Scales<S::V> {
     let exponent = s.sar::<23>(s.add(amax, s.splat(coding.carry)));
     let scale = s.add(exponent, s.splat(coding.shift));
     let scale = s.min_i32(s.max_i32(scale, s.splat(coding.clamp[0])), s.splat(coding.clamp[1]));
@@ -179,7 +179,7 @@ fn scales<S: Simd>(s: S, amax: S::V, coding: &PanelCoding) -> Scales<S::V> {
 
 /// 2^−scale, also where it is subnormal.
 #[inline(always)]
-fn inverses<S: Simd>(s: S, scale: S::V) -> S::V {
+pub(super) fn inverses<S: Simd>(s: S, scale: S::V) -> S::V {
     s.max_i32(s.shl::<23>(s.sub(s.splat(127), scale)), s.splat(0x0040_0000))
 }
 
@@ -253,13 +253,13 @@ unsafe fn store_codes<S: Simd, const SIDE: u8>(s: S, coding: &PanelCoding, words
 /// # Safety
 /// `x` is valid for reading `left` elements.
 #[inline(always)]
-unsafe fn load_up_to<S: Simd>(s: S, x: *const f32, left: usize) -> S::V {
+pub(super) unsafe fn load_up_to<S: Simd>(s: S, x: *const f32, left: usize) -> S::V {
     // SAFETY: the caller vouches for the source.
     unsafe {
         if left >= S::LANES {
             s.load(x.cast())
         } else if left > 0 {
-            s.load(padded_tail(x, left).as_ptr().cast())
+            s.load_first(x.cast(), left)
         } else {
             s.splat(0)
         }
@@ -308,21 +308,109 @@ unsafe fn rows_of_side<S: Simd, const R: u8, const SIDE: u8>(
     // SAFETY: the caller's word.
     unsafe {
         if whole && n.is_multiple_of(4 * S::LANES) {
-            rows::<S, R, SIDE, true, 4>(s, x, n, random, coding, place)
+            rows::<S, R, SIDE, true, 4>(s, x, n, random, coding, Target::Panel(place))
         } else if whole && n.is_multiple_of(2 * S::LANES) {
-            rows::<S, R, SIDE, true, 2>(s, x, n, random, coding, place)
+            rows::<S, R, SIDE, true, 2>(s, x, n, random, coding, Target::Panel(place))
         } else if whole && n.is_multiple_of(S::LANES) {
-            rows::<S, R, SIDE, true, 1>(s, x, n, random, coding, place)
+            rows::<S, R, SIDE, true, 1>(s, x, n, random, coding, Target::Panel(place))
         } else {
-            rows::<S, R, SIDE, false, 4>(s, x, n, random, coding, place)
+            rows::<S, R, SIDE, false, 4>(s, x, n, random, coding, Target::Panel(place))
         }
     }
 }
 
-/// [`encode_rows`] by `REGISTERS` of a line at a time. `FULL`: the block is whole and a multiple of that.
+/// Whether [`encode_lines`] takes blocks of `n` elements at a level of so many lanes.
+pub(crate) const fn encodes_lines(n: usize, lanes: usize, correction: Correction) -> bool {
+    n.is_multiple_of(lanes) && !matches!(correction, Correction::Wide)
+}
+
+/// A block of each of several lines, and where what becomes of it goes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LineRun {
+    pub(crate) lines: usize,
+    pub(crate) x: *const f32,
+    pub(crate) random: *const u16,
+    /// Elements from a line to the next, random bits likewise.
+    pub(crate) stride: usize,
+    pub(crate) to: *mut u8,
+    /// Bytes from a line to the next.
+    pub(crate) pitch: usize,
+}
+
+/// Encodes a block of `n` elements of each line as codes, correction, rider. Returns whether one of them needs the general
+/// product.
 ///
 /// # Safety
-/// As for [`encode_rows`].
+/// - [`encodes_lines`]; the coding is that of a left operand; there are lines, and 0 < n;
+/// - `of.x` is valid for reading these blocks;
+/// - so is `of.random`, if `R` is stochastic, with `ROW_PADDING` elements behind them; else it is unused;
+/// - `of.to` is valid for writing each line's block.
+#[inline(always)]
+pub(crate) unsafe fn encode_lines<S: Simd, const R: u8>(s: S, of: &LineRun, n: usize, coding: &PanelCoding) -> bool {
+    let LineRun { lines, stride, pitch, .. } = *of;
+    let mut general = false;
+    for line in (0..lines).step_by(4) {
+        // In place of lines past the last one, that one again.
+        let at = [line, (line + 1).min(lines - 1), (line + 2).min(lines - 1), (line + 3).min(lines - 1)];
+        let x = at.map(|at| of.x.wrapping_add(at * stride));
+        let random = if R == STOCHASTIC { at.map(|at| of.random.wrapping_add(at * stride)) } else { [of.random; 4] };
+        let to = Target::Lines(at.map(|at| of.to.wrapping_add(at * pitch)));
+        // SAFETY: the caller's word.
+        general |= unsafe {
+            if n.is_multiple_of(4 * S::LANES) {
+                rows::<S, R, LEFT, true, 4>(s, &x, n, &random, coding, to)
+            } else if n.is_multiple_of(2 * S::LANES) {
+                rows::<S, R, LEFT, true, 2>(s, &x, n, &random, coding, to)
+            } else {
+                rows::<S, R, LEFT, true, 1>(s, &x, n, &random, coding, to)
+            }
+        };
+    }
+    general
+}
+
+/// Where a block of four lines goes.
+#[derive(Clone, Copy)]
+enum Target<'a> {
+    Panel(&'a BlockPlace),
+    /// Codes, correction and rider of each line.
+    Lines([*mut u8; 4]),
+}
+
+/// Stores four lines, each `REGISTERS` registers of codes: given by lines, or if it is one register each, as the panel's
+/// `word`.
+///
+/// # Safety
+/// `to` is valid for writing `REGISTERS * LANES` codes each.
+#[inline(always)]
+unsafe fn store_lines<S: Simd, const REGISTERS: usize>(s: S, word: S::V, lines: [S::V; 4], to: [*mut u8; 4]) {
+    let len = REGISTERS * S::LANES;
+    let mut codes = [0u8; 4 * 16];
+    // SAFETY: a register has at most 64 bytes; the caller vouches for the lines.
+    unsafe {
+        if REGISTERS == 1 {
+            s.store(codes.as_mut_ptr().cast(), s.unzip_words(word));
+            for (l, to) in to.into_iter().enumerate() {
+                std::ptr::copy_nonoverlapping(codes.as_ptr().add(l * len), to, len);
+            }
+            return;
+        }
+        for (line, to) in lines.into_iter().zip(to) {
+            if REGISTERS == 4 {
+                s.store(to.cast(), s.unzip_words(line));
+            } else {
+                s.store(codes.as_mut_ptr().cast(), s.unzip_words(line));
+                std::ptr::copy_nonoverlapping(codes.as_ptr(), to, len);
+            }
+        }
+    }
+}
+
+/// [`encode_rows`] by `REGISTERS` of a line at a time. `FULL`: the block is whole and a multiple of that, as it is for
+/// lines.
+///
+/// # Safety
+/// As for [`encode_rows`], or [`encode_lines`].
 #[inline(always)]
 unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REGISTERS: usize>(
     s: S,
@@ -330,9 +418,14 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REG
     n: usize,
     random: &[*const u16; 4],
     coding: &PanelCoding,
-    place: &BlockPlace,
+    target: Target<'_>,
 ) -> bool {
     let chunks = S::LANES / 4;
+    // A short block's last steps are zeros.
+    let steps = match target {
+        Target::Panel(place) => place.steps,
+        Target::Lines(_) => n / 4,
+    };
     let run = REGISTERS * S::LANES;
     // SAFETY: reads stay inside n by `load_up_to`, or inside the random bits' padding; steps past the last one are
     // written to a copy.
@@ -373,7 +466,7 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REG
         let minus_offset = minus_offset(s, coding);
         let mut sums = CodeSums { halves: s.splat(0), total: s.splat(0) };
         let mut step = 0;
-        while step < place.steps {
+        while step < steps {
             let i = 4 * step;
             // The first register of each line, and the lines.
             let (mut firsts, mut lines) = ([s.splat(0); 4], [s.splat(0); 4]);
@@ -409,6 +502,15 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REG
             if SIDE != RIGHT {
                 add_codes(s, &mut sums, words, minus_offset);
             }
+            let place = match target {
+                Target::Panel(place) => place,
+                Target::Lines(to) => {
+                    // Of NaN blocks the exponent alone counts.
+                    store_lines::<S, REGISTERS>(s, words[0], lines, to.map(|line| line.wrapping_add(i)));
+                    step += run / 4;
+                    continue;
+                }
+            };
             for (j, word) in words.into_iter().enumerate().take(REGISTERS) {
                 let first = step + j * chunks;
                 if FULL || first + chunks <= place.steps {
@@ -426,13 +528,22 @@ unsafe fn rows<S: Simd, const R: u8, const SIDE: u8, const FULL: bool, const REG
             step += run / 4;
         }
         let rider = s.shl::<23>(scale);
-        if SIDE == RIGHT {
-            s.store_chunk(place.ends, s.add(rider, s.splat(RIDER)));
-        } else {
-            // Chunks have counted different steps.
-            let sums = CodeSums { halves: s.sum_chunks_i16(sums.halves), total: s.sum_chunks(sums.total) };
-            s.store_chunk(place.ends, correction(s, sums, rider, coding));
-            s.store_chunk(place.ends.add(16), rider);
+        // Chunks have counted different steps.
+        let sums = CodeSums { halves: s.sum_chunks_i16(sums.halves), total: s.sum_chunks(sums.total) };
+        match target {
+            Target::Panel(place) if SIDE == RIGHT => s.store_chunk(place.ends, s.add(rider, s.splat(RIDER))),
+            Target::Panel(place) => {
+                s.store_chunk(place.ends, correction(s, sums, rider, coding));
+                s.store_chunk(place.ends.add(16), rider);
+            }
+            Target::Lines(lines) => {
+                let mut ends = [[0u32; 4]; 2];
+                s.store_chunk(ends[0].as_mut_ptr().cast(), correction(s, sums, rider, coding));
+                s.store_chunk(ends[1].as_mut_ptr().cast(), rider);
+                for (l, line) in lines.into_iter().enumerate() {
+                    line.add(n).cast::<[u32; 2]>().write_unaligned([ends[0][l], ends[1][l]]);
+                }
+            }
         }
         general
     }
@@ -514,12 +625,12 @@ pub(crate) unsafe fn quantize_row<S: Simd, const R: u8>(
     }
 }
 
-/// Copies `n` rows of `strips` full strips that lie side by side into `staging`, one strip after the other, and takes the
-/// largest |x| of every line, as bits.
+/// Copies `n` rows of `lines` lines that lie side by side into `staging`, one strip after the other, zeros after the last
+/// line, and takes the largest |x| of every line, as bits.
 ///
 /// # Safety
-/// - row k, `x + k * stride`, is valid for reading `strips * STRIP` elements, k < `n`; `strips` ≤ [`STRIPS_STAGED`];
-/// - `staging` is valid for writing `strips * between` elements, n · STRIP ≤ `between`, and `amax` for `strips * STRIP`.
+/// - row k, `x + k * stride`, is valid for reading `lines` elements, k < `n`; they make up to [`STRIPS_STAGED`] strips;
+/// - `staging` is valid for writing `between` elements a strip, n · STRIP ≤ `between`, and `amax` for `STRIP`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "a rectangle, and where it goes")]
 pub(crate) unsafe fn stage_strips<S: Simd>(
@@ -527,11 +638,12 @@ pub(crate) unsafe fn stage_strips<S: Simd>(
     x: *const f32,
     stride: isize,
     n: usize,
-    strips: usize,
+    lines: usize,
     staging: *mut f32,
     between: usize,
     amax: *mut i32,
 ) {
+    let strips = lines.div_ceil(STRIP);
     debug_assert!(strips <= STRIPS_STAGED && n * STRIP <= between);
     // SAFETY: STRIP is a multiple of LANES; all accesses are inside the rows the caller vouches for.
     unsafe {
@@ -539,15 +651,26 @@ pub(crate) unsafe fn stage_strips<S: Simd>(
         let mut m = [[s.splat(0); STRIP / 8]; STRIPS_STAGED];
         for k in 0..n {
             let row = x.offset(k as isize * stride);
-            for (strip, m) in m.iter_mut().enumerate().take(strips) {
-                let row = row.add(strip * STRIP);
-                // Those beside these come next.
-                s.prefetch(row.wrapping_add(strips * STRIP));
-                s.prefetch(row.wrapping_add(strips * STRIP + 16));
-                for (v, m) in m.iter_mut().enumerate().take(STRIP / S::LANES) {
-                    let x = s.load(row.add(v * S::LANES).cast());
-                    s.store(staging.add(strip * between + k * STRIP + v * S::LANES).cast(), x);
-                    *m = s.max_i32(*m, s.and(x, magnitude));
+            if lines.is_multiple_of(STRIP) {
+                for (strip, m) in m.iter_mut().enumerate().take(strips) {
+                    let row = row.add(strip * STRIP);
+                    // Those beside these come next.
+                    s.prefetch(row.wrapping_add(strips * STRIP));
+                    s.prefetch(row.wrapping_add(strips * STRIP + 16));
+                    for (v, m) in m.iter_mut().enumerate().take(STRIP / S::LANES) {
+                        let x = s.load(row.add(v * S::LANES).cast());
+                        s.store(staging.add(strip * between + k * STRIP + v * S::LANES).cast(), x);
+                        *m = s.max_i32(*m, s.and(x, magnitude));
+                    }
+                }
+            } else {
+                for (strip, m) in m.iter_mut().enumerate().take(strips) {
+                    for (v, m) in m.iter_mut().enumerate().take(STRIP / S::LANES) {
+                        let line = strip * STRIP + v * S::LANES;
+                        let x = load_up_to(s, row.wrapping_add(line), lines.saturating_sub(line));
+                        s.store(staging.add(strip * between + k * STRIP + v * S::LANES).cast(), x);
+                        *m = s.max_i32(*m, s.and(x, magnitude));
+                    }
                 }
             }
         }
@@ -566,7 +689,7 @@ pub(crate) unsafe fn stage_strips<S: Simd>(
 /// - `staging` and (if `R` is stochastic) `random` are valid for reading `4 * steps * STRIP` elements, rows past the
 ///   block's end are zero;
 /// - `amax` is valid for reading `STRIP` bit patterns;
-/// - each of the first STRIP / LANES `places` is valid for writing its chunks at every step, and its ends.
+/// - each of the `places`, up to STRIP / LANES, is valid for writing its chunks at every step, and its ends.
 #[inline(always)]
 pub(crate) unsafe fn encode_strip<S: Simd, const R: u8>(
     s: S,
@@ -574,7 +697,7 @@ pub(crate) unsafe fn encode_strip<S: Simd, const R: u8>(
     random: *const u16,
     amax: *const i32,
     coding: &PanelCoding,
-    places: &[BlockPlace; STRIP / 8],
+    places: &[BlockPlace],
 ) -> u32 {
     // SAFETY: the caller's word.
     unsafe {
@@ -597,7 +720,7 @@ unsafe fn strip<S: Simd, const R: u8, const SIDE: u8>(
     random: *const u16,
     amax: *const i32,
     coding: &PanelCoding,
-    places: &[BlockPlace; STRIP / 8],
+    places: &[BlockPlace],
 ) -> u32 {
     let mut general = 0;
     // SAFETY: v < STRIP and 4 t + 3 < 4 steps keep every access inside what the caller vouches for.
@@ -605,7 +728,7 @@ unsafe fn strip<S: Simd, const R: u8, const SIDE: u8>(
         let (limit, minus) =
             (s.splat(coding.limit * 0x0101_0101), s.splat(((256 - coding.limit) as u32 * 0x0101_0101) as i32));
         let minus_offset = minus_offset(s, coding);
-        for (group, place) in places.iter().enumerate().take(STRIP / S::LANES) {
+        for (group, place) in places.iter().enumerate() {
             let v = group * S::LANES;
             let scales = scales(s, s.load(amax.add(v)), coding);
             general |= u32::from(scales.general) << group;

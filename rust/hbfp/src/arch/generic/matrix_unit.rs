@@ -22,7 +22,7 @@ use crate::arch::simd::Simd;
 use std::mem::MaybeUninit;
 
 /// Rows and columns of a product of the unit; it takes at most a piece of steps.
-const HALF: usize = SIDE / 2;
+pub(super) const HALF: usize = SIDE / 2;
 
 /// Bytes of a block of 32 lines.
 pub(crate) const fn block_bytes(steps: usize) -> usize {

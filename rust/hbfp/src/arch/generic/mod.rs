@@ -7,3 +7,5 @@ pub(crate) mod philox;
 pub(crate) mod product;
 pub(crate) mod relayout;
 pub(crate) mod softmax;
+pub(crate) mod straight;
+pub(crate) mod unit_rows;

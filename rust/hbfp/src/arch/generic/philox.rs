@@ -24,10 +24,9 @@ struct Keys([[[i32; 16]; 2]; ROUNDS]);
 
 /// Rows at a time.
 const ROWS: usize = 4;
-const IOTA: [u32; 16] = [0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0];
 
-/// Writes the random bits of the rectangle, row after row, `8 * groups` a row. Where a register holds the counters of two
-/// rows, it does.
+/// Writes the random bits of the rectangle, row after row, `8 * groups` a row. Where a register holds the counters of two,
+/// four or eight rows, it does.
 ///
 /// Two and a half of the ten rounds are done once for many counters: with the stream the same for all, one half of the
 /// first two rounds sees only the row, the other half, and half of the third, only the group.
@@ -38,43 +37,37 @@ const IOTA: [u32; 16] = [0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7, 0];
 pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, out: *mut u16) {
     // SAFETY: the caller's word.
     unsafe {
-        if 4 * counters.groups == S::LANES {
-            fill::<S, 2>(s, seed, counters, out);
-        } else {
-            fill::<S, 1>(s, seed, counters, out);
+        match S::LANES / 2 / counters.groups.max(1) {
+            8 => fill::<S, 8>(s, seed, counters, out),
+            4 if counters.groups * 4 == S::LANES / 2 => fill::<S, 4>(s, seed, counters, out),
+            2 if counters.groups * 2 == S::LANES / 2 => fill::<S, 2>(s, seed, counters, out),
+            _ => fill::<S, 1>(s, seed, counters, out),
         }
     }
 }
 
-/// What belongs to the rows of a register.
-#[inline(always)]
-fn of_rows<S: Simd, const TOGETHER: usize>(s: S, second: S::V, [x, y]: [u32; 2]) -> S::V {
-    let first = s.splat(x as i32);
-    if TOGETHER == 1 { first } else { s.xor(first, s.and(second, s.splat((x ^ y) as i32))) }
-}
-
-/// [`fill_random`] with so many rows in a register: one, or two that fill it.
+/// [`fill_random`] with so many rows in a register: one, or as many as fill it.
 ///
 /// # Safety
 /// As for [`fill_random`].
 #[inline(always)]
 unsafe fn fill<S: Simd, const TOGETHER: usize>(s: S, seed: Seed, counters: Counters, out: *mut u16) {
-    let lanes = S::LANES / 2 / TOGETHER;
+    let lanes = (S::LANES / 2 / TOGETHER).max(1);
     let Counters { row, row_step, rows, group, groups } = counters;
     if rows == 0 || groups == 0 {
         return;
     }
-    // Counters of the second of two rows.
-    let mut second = [0i32; 16];
-    second[..S::LANES].iter_mut().skip(2 * lanes).for_each(|lane| *lane = -1);
+    // Groups and rows of a register's counters, less those of the first.
+    let (mut iota, mut rows_on) = ([0i32; 16], [0i32; 16]);
+    for counter in 0..S::LANES / 2 {
+        iota[2 * counter] = (counter % lanes) as i32;
+        rows_on[2 * counter] = row_step.wrapping_mul((counter / lanes) as u32) as i32;
+    }
     // SAFETY: the arrays hold a register each; the last register of a row ends less than `lanes` counters behind the row,
     // which the padding covers after the last row. Registers go from the last to the first and rows from the first to the
     // last, so that what is written past a row's end is written again by its owner.
     unsafe {
-        let second = s.load(second.as_ptr());
-        let mut iota = IOTA;
-        iota.copy_within(..2 * lanes, S::LANES - 2 * lanes);
-        let iota = s.load(iota.as_ptr().cast());
+        let (iota, rows_on) = (s.load(iota.as_ptr()), s.load(rows_on.as_ptr()));
         let [m0, m1] = MULTIPLIERS.map(|m| s.splat(m as i32));
         let mut keys = [[0u32; 2]; ROUNDS];
         let (mut k0, mut k1) = (seed.seed as u32, (seed.seed >> 32) as u32);
@@ -92,6 +85,7 @@ unsafe fn fill<S: Simd, const TOGETHER: usize>(s: S, seed: Seed, counters: Count
         let wide_keys: *const Keys = black_box(&wide_keys);
         let key = |round: usize, word: usize| s.load((*wide_keys).0[round][word].as_ptr());
         let first = u64::from(MULTIPLIERS[1]) * u64::from(seed.stream as u32);
+        let of_stream = s.splat(((first >> 32) as u32 ^ keys[0][0]) as i32);
         for g in (0..groups.div_ceil(lanes)).rev().map(|register| register * lanes) {
             // Rounds 1 to 3, as far as they see the group alone. Only the low half of each 64-bit lane counts; products
             // leave their high halves behind.
@@ -105,15 +99,17 @@ unsafe fn fill<S: Simd, const TOGETHER: usize>(s: S, seed: Seed, counters: Count
             while r < rows {
                 let mut c = [[s.splat(0); 4]; ROWS];
                 for (i, c) in c.iter_mut().enumerate() {
-                    let of_row = [0, TOGETHER - 1].map(|next| {
-                        let row = row.wrapping_add(row_step.wrapping_mul((r + TOGETHER * i + next) as u32));
-                        u64::from(MULTIPLIERS[0]) * u64::from((first >> 32) as u32 ^ row ^ keys[0][0])
-                    });
-                    let p1 = s.mul_low_u32(
-                        s.xor(of_rows::<S, TOGETHER>(s, second, of_row.map(|x| (x >> 32) as u32)), of_group[0]),
-                        m1,
-                    );
-                    let c2 = s.xor(of_group[2], of_rows::<S, TOGETHER>(s, second, of_row.map(|x| x as u32)));
+                    let row = row.wrapping_add(row_step.wrapping_mul((r + TOGETHER * i) as u32));
+                    let [high, low] = if TOGETHER == 1 {
+                        let p = u64::from(MULTIPLIERS[0]) * u64::from((first >> 32) as u32 ^ row ^ keys[0][0]);
+                        [s.splat((p >> 32) as i32), s.splat(p as i32)]
+                    } else {
+                        let x = s.xor(s.add(s.splat(row as i32), rows_on), of_stream);
+                        let p = s.mul_low_u32(x, m0);
+                        [s.high_u32(p), p]
+                    };
+                    let p1 = s.mul_low_u32(s.xor(high, of_group[0]), m1);
+                    let c2 = s.xor(of_group[2], low);
                     *c = [s.xor(s.high_u32(p1), of_group[1]), p1, c2, third];
                 }
                 // Written out: a loop would be left rolled, with copies of its state.

@@ -639,6 +639,9 @@ pub(crate) unsafe fn nibbles_halves<S: Simd, A: Left, const STEPS: usize, const 
     }
 }
 
+/// Bytes ahead of what is read, so that one row by a matrix in the last-level cache does not wait at each page.
+const AHEAD: usize = 3 << 10;
+
 /// [`tile_dot4`] straight from nibbles.
 ///
 /// # Safety
@@ -661,6 +664,9 @@ pub(crate) unsafe fn nibbles_dot4<S: Simd, A: Left, const STEPS: usize, const RO
                 let eb = nibble_riders(s, b.add(4 * width * steps.div_ceil(2)));
                 let mut acc = start_total::<S, A, ROWS, N>(s, eb, a, 4 * steps);
                 for t in 0..steps / 2 {
+                    for v in 0..N {
+                        s.prefetch(b.wrapping_add(4 * (t * width + S::LANES * v) + AHEAD).cast());
+                    }
                     let [even, odd] = nibbles(s, columns(s, b.add(4 * t * width)));
                     step_dot4::<S, A, ROWS, N>(s, &mut acc, even, a, 2 * t);
                     step_dot4::<S, A, ROWS, N>(s, &mut acc, odd, a, 2 * t + 1);

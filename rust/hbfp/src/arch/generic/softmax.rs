@@ -1,4 +1,4 @@
-//! Softmax of a row and its derivative, in f32 with a fixed order of operations, so that every level gives the same bits.
+//! Softmax of a row, its derivative and its dropout, in f32 with a fixed order of operations, so that every level gives the same bits.
 //!
 //! ```text
 //! exp(x), x ≤ 0:  n = RNE(x · log2 e); r = (x − n · ln2_hi) − n · ln2_lo; Horner in r; times 2^n;   0 below −87
@@ -149,6 +149,35 @@ pub(crate) unsafe fn softmax_backward_row<S: Simd>(s: S, p: *const f32, grad: *m
             let at = grad.add(j).cast::<i32>();
             let g = s.sub_f32(s.load(at), total);
             s.store(at, s.mul_f32(s.mul_f32(s.load(p.add(j).cast()), g), scale));
+        }
+    }
+}
+
+/// `out[..n]` ← `x[..n]` · `factor` where the random bits are `dropped` or more, +0.0 elsewhere. `out` may be `x`.
+///
+/// # Safety
+/// `x` and `random` are valid for reading and `out` for writing `n` elements; `out` is `x` or apart from it.
+#[inline(always)]
+pub(crate) unsafe fn drop_row<S: Simd>(
+    s: S,
+    x: *const f32,
+    out: *mut f32,
+    random: *const u16,
+    n: usize,
+    dropped: i32,
+    factor: f32,
+) {
+    // SAFETY: all accesses are below n.
+    unsafe {
+        let (wide_factor, largest) = (s.splat_f32(factor), s.splat(dropped - 1));
+        let whole = n - n % S::LANES;
+        for j in (0..whole).step_by(S::LANES) {
+            let kept = s.sar::<31>(s.sub(largest, s.load_u16(random.add(j))));
+            s.store(out.add(j).cast(), s.and(kept, s.mul_f32(s.load(x.add(j).cast()), wide_factor)));
+        }
+        for j in whole..n {
+            let kept = i32::from(random.add(j).read()) >= dropped;
+            out.add(j).write(if kept { x.add(j).read() * factor } else { 0.0 });
         }
     }
 }

@@ -41,6 +41,12 @@ unsafe fn pass_in_order(mut v: __m256i) -> __m256i {
     v
 }
 
+/// −1 in the first `n` ≤ 8 lanes.
+#[inline(always)]
+fn first(n: usize) -> __m256i {
+    level!(_mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))
+}
+
 impl Simd for Avx2 {
     type V = __m256i;
     const LANES: usize = 8;
@@ -67,6 +73,16 @@ impl Simd for Avx2 {
     fn prefetch(self, p: *const f32) {
         // A prefetch never faults.
         level!(_mm_prefetch::<_MM_HINT_T0>(p.cast()));
+    }
+    #[inline(always)]
+    unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V {
+        // SAFETY: the token proves the level, the caller n readable words; the others are not touched.
+        unsafe { _mm256_maskload_epi32(p, first(n)) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, p: *mut i32, n: usize, v: Self::V) {
+        // SAFETY: the token proves the level, the caller n writable words; the others are not touched.
+        unsafe { _mm256_maskstore_epi32(p, first(n), v) }
     }
     #[inline(always)]
     unsafe fn load_u16(self, p: *const u16) -> Self::V {
@@ -277,6 +293,10 @@ impl Simd for Avx2 {
                 _mm256_unpackhi_epi64(ab1, cd1),
             ]
         })
+    }
+    #[inline(always)]
+    fn unzip_words(self, v: Self::V) -> Self::V {
+        level!(_mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)))
     }
     #[inline(always)]
     fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2] {

@@ -34,6 +34,12 @@ fn si(v: __m512) -> __m512i {
     level!(_mm512_castps_si512(v))
 }
 
+/// The mask of the first `n` ≤ 16 lanes.
+#[inline(always)]
+fn first(n: usize) -> u16 {
+    ((1u32 << n) - 1) as u16
+}
+
 impl Simd for Avx512Vnni {
     type V = __m512i;
     const LANES: usize = 16;
@@ -55,6 +61,16 @@ impl Simd for Avx512Vnni {
     unsafe fn store(self, p: *mut i32, v: Self::V) {
         // SAFETY: the token proves the level, the caller 64 writable bytes.
         unsafe { _mm512_storeu_si512(p.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V {
+        // SAFETY: the token proves the level, the caller n readable words; the others are not touched.
+        unsafe { _mm512_maskz_loadu_epi32(first(n), p) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, p: *mut i32, n: usize, v: Self::V) {
+        // SAFETY: the token proves the level, the caller n writable words; the others are not touched.
+        unsafe { _mm512_mask_storeu_epi32(p, first(n), v) }
     }
     #[inline(always)]
     fn prefetch(self, p: *const f32) {
@@ -271,6 +287,11 @@ impl Simd for Avx512Vnni {
                 _mm512_unpackhi_epi64(ab1, cd1),
             ]
         })
+    }
+    #[inline(always)]
+    fn unzip_words(self, v: Self::V) -> Self::V {
+        let from = level!(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        level!(_mm512_permutexvar_epi32(from, v))
     }
     #[inline(always)]
     fn unzip_chunks(self, a: Self::V, b: Self::V) -> [Self::V; 2] {

@@ -5,13 +5,17 @@
 use super::{check_rows, product_of};
 use crate::arch::generic::encode::ROW_PADDING;
 use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
+use crate::arch::kernels::Kernels;
 use crate::encode::Context;
 use crate::encode::blocks::Scratch;
 use crate::error::Result;
 use crate::gemm::Coding;
 use crate::mem::{AlignedBytes, SharedMut};
+use crate::parallel::for_each_task;
 use crate::rng::Seed;
 use crate::shape::{FloatTensor, element_count};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 #[derive(Clone, Copy)]
 pub(super) struct Image {
@@ -33,6 +37,8 @@ pub(super) struct KernelCopy<'a> {
     seed: Option<Seed>,
     floats: SharedMut<'a, f32>,
     bits: SharedMut<'a, u16>,
+    /// Whether an element is not finite.
+    nan_blocks: AtomicBool,
 }
 
 impl<'a> KernelCopy<'a> {
@@ -52,7 +58,7 @@ impl<'a> KernelCopy<'a> {
                 SharedMut::from_raw(bits.reserve(2 * padded).as_ptr().cast(), padded),
             )
         };
-        Self { w, seed, floats, bits }
+        Self { w, seed, floats, bits, nan_blocks: AtomicBool::new(false) }
     }
 
     pub(super) fn floats(&self) -> *const f32 {
@@ -61,6 +67,11 @@ impl<'a> KernelCopy<'a> {
 
     pub(super) fn bits(&self) -> *const u16 {
         if self.seed.is_some() { self.bits.as_ptr() } else { std::ptr::null() }
+    }
+
+    /// Whether blocks of it will be NaN blocks. After the tasks.
+    pub(super) fn has_nan_blocks(&self) -> bool {
+        self.nan_blocks.load(Ordering::Relaxed)
     }
 
     pub(super) fn tasks(&self) -> usize {
@@ -73,12 +84,26 @@ impl<'a> KernelCopy<'a> {
         let patch = channels * k0 * k1 * k2;
         // SAFETY: an output channel belongs to one task.
         let floats = unsafe { self.floats.part(out * patch, patch) };
-        for c in 0..channels {
-            for tap in 0..k0 * k1 * k2 {
-                let (i, j, k) = (tap / (k1 * k2), tap / k2 % k1, tap % k2);
-                // SAFETY: inside the tensor.
-                floats[tap * channels + c] = unsafe { *self.w.at(&[out, c, i, j, k]) };
+        // From a channel to the next.
+        let [first, second] = [0, 1].map(|c| self.w.at(&[0, c, 0, 0, 0]).addr());
+        let stride = (second.wrapping_sub(first) as isize) / size_of::<f32>() as isize;
+        for tap in 0..k0 * k1 * k2 {
+            let (i, j, k) = (tap / (k1 * k2), tap / k2 % k1, tap % k2);
+            let from = self.w.at(&[out, 0, i, j, k]);
+            let to = &mut floats[tap * channels..][..channels];
+            if stride == 1 {
+                // SAFETY: as many elements of the tensor, one behind the other.
+                to.copy_from_slice(unsafe { std::slice::from_raw_parts(from, channels) });
+            } else {
+                for (c, to) in to.iter_mut().enumerate() {
+                    // SAFETY: inside the tensor.
+                    *to = unsafe { *from.wrapping_offset(c as isize * stride) };
+                }
             }
+        }
+        // Infinity and NaN have the largest exponent.
+        if floats.iter().fold(0, |most, x| most.max(x.to_bits() << 1)) >= 0xFF00_0000 {
+            self.nan_blocks.store(true, Ordering::Relaxed);
         }
         if let Some(seed) = self.seed {
             // SAFETY: as above.
@@ -106,67 +131,88 @@ unsafe impl Send for Plane {}
 unsafe impl Sync for Plane {}
 
 impl Plane {
-    /// Channels at a time.
-    const CHANNELS: usize = 64;
-
     pub(super) fn none() -> Self {
         let image = Image { batch: 0, pixels: [0; 3], channels: 0 };
         Self { image, seed: None, bits: std::ptr::null_mut() }
     }
 
-    /// `wanted`: false for patches, which have bits of their own.
-    pub(super) fn new(image: Image, coding: Coding, wanted: bool, memory: &mut AlignedBytes) -> Self {
-        let seed = (wanted && coding.mode.is_stochastic()).then_some(coding.mode.seed);
+    /// The plane of an image, filled; none where the coding takes no random bits.
+    pub(super) fn filled(
+        ctx: &Context<'_>,
+        image: Image,
+        coding: Coding,
+        memory: &mut AlignedBytes,
+        scratch: &[Mutex<Scratch>],
+    ) -> Self {
+        let seed = coding.mode.is_stochastic().then_some(coding.mode.seed);
         let count = image.batch * product_of(image.pixels) * image.channels + ROW_PADDING;
         let bits = if seed.is_some() { memory.reserve(2 * count).as_ptr().cast() } else { std::ptr::null_mut() };
-        Self { image, seed, bits }
+        let plane = Self { image, seed, bits };
+        let fill = |worker: usize, task: usize| {
+            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
+            plane.fill(ctx, task, &mut scratch);
+        };
+        for_each_task(ctx.team, ctx.threads.max(1), plane.tasks(), &fill);
+        plane
     }
 
     pub(super) fn bits(&self) -> *const u16 {
         self.bits
     }
 
-    pub(super) fn tasks(&self) -> usize {
+    fn tasks(&self) -> usize {
         let [p0, p1, _] = self.image.pixels;
         if self.seed.is_some() { self.image.batch * p0 * p1 } else { 0 }
     }
 
     /// One row of pixels of one sample.
-    pub(super) fn fill(&self, ctx: &Context<'_>, task: usize, scratch: &mut Scratch) {
+    fn fill(&self, ctx: &Context<'_>, task: usize, scratch: &mut Scratch) {
         let Image { pixels: [p0, p1, width], channels, .. } = self.image;
         let Some(seed) = self.seed else { return };
-        let (sample, line) = (task / (p0 * p1), task % (p0 * p1));
-        let groups = width.div_ceil(8);
-        let len = 8 * Self::CHANNELS * groups + RANDOM_PADDING;
-        scratch.random.resize(scratch.random.len().max(len), 0);
-        for first in (0..channels).step_by(Self::CHANNELS) {
-            let count = Self::CHANNELS.min(channels - first);
-            let row = (sample * channels + first) * p0 * p1 + line;
-            let counters = Counters { row: row as u32, row_step: (p0 * p1) as u32, rows: count, group: 0, groups };
-            // SAFETY: room for the rectangle and its padding.
-            unsafe { (ctx.kernels.fill_random)(seed, counters, scratch.random.as_mut_ptr()) };
-            let bits = &scratch.random[..8 * groups * count];
-            let line_at = (sample * p0 * p1 + line) * width;
-            for group in 0..groups {
-                let pixels = 8 * group..width.min(8 * group + 8);
-                for c in (0..count).step_by(8) {
-                    let rows: [[u16; 8]; 8] = std::array::from_fn(|i| {
-                        let from = 8 * ((c + i).min(count - 1) * groups + group);
-                        bits[from..from + 8].try_into().expect("eight")
-                    });
-                    let turned = transpose(rows);
-                    let channels_here = 8.min(count - c);
-                    for (pixel, row) in pixels.clone().zip(&turned) {
-                        let at = (line_at + pixel) * channels + first + c;
-                        // SAFETY: elements of one row of pixels, which belongs to one task.
-                        unsafe {
-                            let to = self.bits.add(at);
-                            if channels_here == 8 {
-                                to.cast::<[u16; 8]>().write_unaligned(*row);
-                            } else {
-                                std::ptr::copy_nonoverlapping(row.as_ptr(), to, channels_here);
-                            }
-                        }
+        let len = width * channels;
+        // SAFETY: elements of one row of pixels, which belongs to one task.
+        let to = unsafe { std::slice::from_raw_parts_mut(self.bits.add(task * len), len) };
+        row_bits(ctx.kernels, self.image, seed, [task / (p0 * p1), task % (p0 * p1)], &mut scratch.random, to);
+    }
+}
+
+/// Random bits of a row of pixels, [pixels, channels], given its sample and its number in it.
+pub(super) fn row_bits(
+    kernels: &Kernels,
+    image: Image,
+    seed: Seed,
+    [sample, line]: [usize; 2],
+    random: &mut Vec<u16>,
+    to: &mut [u16],
+) {
+    // Channels at a time.
+    const CHANNELS: usize = 64;
+    let Image { pixels: [p0, p1, width], channels, .. } = image;
+    let groups = width.div_ceil(8);
+    let len = 8 * CHANNELS * groups + RANDOM_PADDING;
+    random.resize(random.len().max(len), 0);
+    for first in (0..channels).step_by(CHANNELS) {
+        let count = CHANNELS.min(channels - first);
+        let row = (sample * channels + first) * p0 * p1 + line;
+        let counters = Counters { row: row as u32, row_step: (p0 * p1) as u32, rows: count, group: 0, groups };
+        // SAFETY: room for the rectangle and its padding.
+        unsafe { (kernels.fill_random)(seed, counters, random.as_mut_ptr()) };
+        let bits = &random[..8 * groups * count];
+        for group in 0..groups {
+            let pixels = 8 * group..width.min(8 * group + 8);
+            for c in (0..count).step_by(8) {
+                let rows: [[u16; 8]; 8] = std::array::from_fn(|i| {
+                    let from = 8 * ((c + i).min(count - 1) * groups + group);
+                    bits[from..from + 8].try_into().expect("eight")
+                });
+                let turned = transpose(rows);
+                let channels_here = 8.min(count - c);
+                for (pixel, row) in pixels.clone().zip(&turned) {
+                    let at = pixel * channels + first + c;
+                    if channels_here == 8 {
+                        to[at..at + 8].copy_from_slice(row);
+                    } else {
+                        to[at..at + channels_here].copy_from_slice(&row[..channels_here]);
                     }
                 }
             }
