@@ -97,3 +97,24 @@ fn exponents_at_every_distance() {
         }
     }
 }
+
+/// Groups of every number of rows: a tile that leaves out rows it was not asked for must not leave out one that it was.
+#[test]
+fn every_number_of_rows() {
+    let mut rng = TestRng(7);
+    let (n, k) = (40, 150);
+    let right = lines(&mut rng, (n, k), 4, 64, 1, 4);
+    let b = TestOperand::from_elements((n, k), true, line(4, 64), |line, at| right[line * k + at]);
+    for m in 1..=40 {
+        let left = lines(&mut rng, (m, k), 4, 64, 1, 4);
+        let a = TestOperand::from_elements((m, k), true, line(4, 64), |line, at| left[line * k + at]);
+        let expected = products(&a, &b, None, None);
+        for (name, ctx) in &contexts() {
+            let start = vec![f32::NAN; m * n];
+            let mut workspace = Workspace::default();
+            let right = Right::Operand(b.operand());
+            let found = run(ctx, &a.operand(), &right, &start, 0, Epilogue::default(), &mut workspace);
+            assert_same_bits(&found, &expected, n, &|| format!("{name}, {m} rows"));
+        }
+    }
+}

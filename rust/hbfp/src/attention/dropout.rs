@@ -56,22 +56,20 @@ impl Dropout {
         for start in (0..rows).step_by(ROWS) {
             let bits = Bits::draw(self, kernels, first + start..first + rows.min(start + ROWS), columns, random);
             for (i, bits) in (start..rows).zip(bits.rows()) {
-                let to = &mut to.row(i)[..columns];
-                let from = from.as_mut().map_or(to.as_ptr(), |from| from.row(i)[..columns].as_ptr());
-                // SAFETY: as many elements in each, and as many bits; a row of `from` is another buffer's.
-                unsafe { self.row(kernels, from, to, bits) };
+                let to = to.row(i)[..columns].as_mut_ptr();
+                let from = from.as_mut().map_or(to.cast_const(), |from| from.row(i)[..columns].as_ptr());
+                // SAFETY: as many elements in each; a row of `from` is another buffer's.
+                unsafe { self.row(kernels, from, to, columns, bits) };
             }
         }
     }
 
     /// # Safety
-    /// `from` is valid for reading as many elements as `to` has; it is `to` or apart from it.
-    unsafe fn row(&self, kernels: &Kernels, from: *const f32, to: &mut [f32], bits: &[u16]) {
-        assert!(to.len() <= bits.len());
-        // SAFETY: the caller vouches for `from`; the others were measured.
-        unsafe {
-            (kernels.drop_row)(from, to.as_mut_ptr(), bits.as_ptr(), to.len(), self.dropped as i32, self.factor());
-        }
+    /// `from` and `to` are valid for reading and writing `columns` elements; they are one or lie apart.
+    unsafe fn row(&self, kernels: &Kernels, from: *const f32, to: *mut f32, columns: usize, bits: &[u16]) {
+        assert!(columns <= bits.len());
+        // SAFETY: the caller vouches for `from` and `to`; the bits were measured.
+        unsafe { (kernels.drop_row)(from, to, bits.as_ptr(), columns, self.dropped as i32, self.factor()) };
     }
 
     /// The same of a whole tensor [.., columns], row-major and in place.
@@ -94,9 +92,9 @@ impl Dropout {
                 let bits = Bits::draw(self, ctx.kernels, rows.clone(), columns, &mut random);
                 for (row, bits) in rows.zip(bits.rows()) {
                     // SAFETY: every row belongs to one task.
-                    let x = unsafe { shared.part(row * columns, columns) };
+                    let x = unsafe { shared.part(row * columns, columns) }.as_mut_ptr();
                     // SAFETY: in place.
-                    unsafe { self.row(ctx.kernels, x.as_ptr(), x, bits) };
+                    unsafe { self.row(ctx.kernels, x, x, columns, bits) };
                 }
             }
         });
