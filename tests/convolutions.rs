@@ -325,6 +325,11 @@ fn values(rng: &mut TestRng, n: usize, bits: u8) -> Vec<f32> {
 
 /// Everything drawn at random. `widths` are those of the operands.
 fn draw(rng: &mut TestRng, widths: &[u8], most: usize) -> Case {
+    draw_of(rng, widths, most, false)
+}
+
+/// The same; `narrow`: of many groups of few channels, equally many on either side.
+fn draw_of(rng: &mut TestRng, widths: &[u8], most: usize, narrow: bool) -> Case {
     let rank = 1 + rng.below(3);
     let mut sizes = Convolution {
         batch: 1 + rng.below(4),
@@ -341,6 +346,11 @@ fn draw(rng: &mut TestRng, widths: &[u8], most: usize) -> Case {
     // Many groups of many channels would take long.
     let most_channels = if sizes.groups > 1 { 9 } else { 64 };
     sizes.channels = group.map(|n| n.min(most_channels) * sizes.groups);
+    if narrow {
+        let channels = pick(rng, &[1, 2, 4, 8]);
+        sizes.groups = 2 + rng.below(40 / channels);
+        sizes.channels = [channels * sizes.groups; 2];
+    }
     for d in 3 - rank..3 {
         sizes.kernel[d] = 1 + rng.below([5, 3, 2][rank - 1]);
         sizes.stride[d] = 1 + rng.below(3);
@@ -419,6 +429,13 @@ fn equals_the_definition_with_everything_drawn_at_random() {
     // Hunted: any index that is off, and whatever an earlier, larger call left in the workspace.
     let mut rng = TestRng(51);
     check_cases(&contexts(), (0..150).map(|_| draw(&mut rng, &[2, 3, 4, 4, 5, 6, 7, 8], 9)));
+}
+
+#[test]
+fn narrow_groups_equal_the_definition() {
+    let mut rng = TestRng(57);
+    let drawn = (0..160).map(|_| draw_of(&mut rng, &[2, 3, 4, 4, 5, 6, 7, 8], 9, true));
+    check_cases(&contexts(), drawn);
 }
 
 #[test]

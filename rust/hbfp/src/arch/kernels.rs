@@ -5,6 +5,7 @@ use super::generic::encode::{
     BlockPlace, LineRun, NEAREST_AWAY, NEAREST_EVEN, PanelCoding, STOCHASTIC, Scaling, TOWARD_ZERO,
 };
 use super::generic::matrix_unit;
+use super::generic::narrow_groups;
 use super::generic::philox::Counters;
 use super::generic::product::{Correction, Lines, Operands, Panel, Tile};
 use super::generic::straight;
@@ -110,6 +111,20 @@ pub(crate) struct StraightKernels {
 }
 type EncodeStraight = unsafe fn(&straight::Lines, &PanelCoding, to: *mut u8) -> bool;
 
+/// Kernels for convolutions of narrow groups; conditions as for the functions of the same names in
+/// [`super::generic::narrow_groups`].
+#[derive(Debug)]
+pub(crate) struct NarrowKernels {
+    /// Indexed by rounding.
+    pub(crate) patches: [NarrowPatches; 4],
+    pub(crate) encode_pixels: [unsafe fn(&narrow_groups::Pixels, &PanelCoding) -> bool; 4],
+    pub(crate) multiply_pixels: unsafe fn(&narrow_groups::Meetings<'_>),
+    pub(crate) encode_columns: [unsafe fn(&narrow_groups::Samples, &PanelCoding, to: *mut u8) -> bool; 4],
+    /// Of groups of 1, 2, 4, 8 channels.
+    pub(crate) sum_pixels: [unsafe fn(&narrow_groups::Sums<'_>, &mut [f32]); 4],
+}
+type NarrowPatches = unsafe fn(&narrow_groups::Patches<'_>, &PanelCoding, found: &mut [*const f32]) -> bool;
+
 /// The kernels of a level. Conditions of the functions stand at the generic algorithms of the same names.
 #[derive(Debug)]
 pub struct Kernels {
@@ -135,6 +150,7 @@ pub struct Kernels {
     pub(crate) encode_rows: [EncodeRows; 4],
     pub(crate) encode_lines: [EncodeLines; 4],
     pub(crate) encode_strip: [EncodeStrip; 4],
+    pub(crate) narrow: NarrowKernels,
     pub(crate) fill_random: unsafe fn(Seed, Counters, *mut u16),
     pub(crate) scale_row: unsafe fn(*const f32, *mut f32, usize, f32, *const f32),
     pub(crate) softmax_row: unsafe fn(*mut f32, usize),
@@ -258,6 +274,13 @@ macro_rules! kernels {
                 encode_rows: [encode_rows::<NEAREST_EVEN>, encode_rows::<NEAREST_AWAY>, encode_rows::<TOWARD_ZERO>, encode_rows::<STOCHASTIC>],
                 encode_lines: [encode_lines::<NEAREST_EVEN>, encode_lines::<NEAREST_AWAY>, encode_lines::<TOWARD_ZERO>, encode_lines::<STOCHASTIC>],
                 encode_strip: [encode_strip::<NEAREST_EVEN>, encode_strip::<NEAREST_AWAY>, encode_strip::<TOWARD_ZERO>, encode_strip::<STOCHASTIC>],
+                narrow: NarrowKernels {
+                    patches: [narrow_patches::<NEAREST_EVEN>, narrow_patches::<NEAREST_AWAY>, narrow_patches::<TOWARD_ZERO>, narrow_patches::<STOCHASTIC>],
+                    encode_pixels: [encode_pixels::<NEAREST_EVEN>, encode_pixels::<NEAREST_AWAY>, encode_pixels::<TOWARD_ZERO>, encode_pixels::<STOCHASTIC>],
+                    multiply_pixels,
+                    encode_columns: [encode_columns::<NEAREST_EVEN>, encode_columns::<NEAREST_AWAY>, encode_columns::<TOWARD_ZERO>, encode_columns::<STOCHASTIC>],
+                    sum_pixels: [sum_pixels::<1>, sum_pixels::<2>, sum_pixels::<4>, sum_pixels::<8>],
+                },
                 fill_random,
                 scale_row,
                 softmax_row,
@@ -312,6 +335,28 @@ macro_rules! kernels {
                 staging: *const f32, random: *const u16, amax: *const i32, coding: &PanelCoding, places: &[BlockPlace],
             ) -> u32 {
                 unsafe { encode::encode_strip::<_, R>($make, staging, random, amax, coding, places) }
+            }
+            #$attribute
+            unsafe fn narrow_patches<const R: u8>(
+                of: &narrow_groups::Patches<'_>, coding: &PanelCoding, found: &mut [*const f32],
+            ) -> bool {
+                unsafe { narrow_groups::patches::<_, R>($make, of, coding, found) }
+            }
+            #$attribute
+            unsafe fn encode_pixels<const R: u8>(of: &narrow_groups::Pixels, coding: &PanelCoding) -> bool {
+                unsafe { narrow_groups::encode_pixels::<_, R>($make, of, coding) }
+            }
+            #$attribute
+            unsafe fn multiply_pixels(of: &narrow_groups::Meetings<'_>) {
+                unsafe { narrow_groups::multiply_pixels($make, of) }
+            }
+            #$attribute
+            unsafe fn encode_columns<const R: u8>(of: &narrow_groups::Samples, coding: &PanelCoding, to: *mut u8) -> bool {
+                unsafe { narrow_groups::encode_columns::<_, R>($make, of, coding, to) }
+            }
+            #$attribute
+            unsafe fn sum_pixels<const C: usize>(of: &narrow_groups::Sums<'_>, sums: &mut [f32]) {
+                unsafe { narrow_groups::sum_pixels::<_, C>($make, of, sums) }
             }
             #$attribute
             unsafe fn fill_random(seed: Seed, counters: Counters, out: *mut u16) {

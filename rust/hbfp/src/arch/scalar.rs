@@ -308,6 +308,10 @@ impl<const N: usize> Simd for Scalar<N> {
         }
     }
     #[inline(always)]
+    fn exchange<const D: usize>(self, v: Self::V) -> Self::V {
+        from_fn(|i| v[i ^ D])
+    }
+    #[inline(always)]
     unsafe fn load_chunk(self, p: *const i32) -> Self::V {
         // SAFETY: the caller vouches for 16 bytes.
         let words = unsafe { p.cast::<[u32; 4]>().read_unaligned() };

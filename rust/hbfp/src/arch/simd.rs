@@ -92,6 +92,11 @@ pub(crate) trait Simd: Copy {
 
     /// Per lane: acc + Σ over its four bytes of unsigned `b` times signed `a`.
     fn dot4(self, acc: Self::V, b: Self::V, a: Self::V) -> Self::V;
+    /// [`Simd::dot4`], where no sum of two neighbouring products leaves an i16.
+    #[inline(always)]
+    fn dot4_small(self, acc: Self::V, b: Self::V, a: Self::V) -> Self::V {
+        self.dot4(acc, b, a)
+    }
     /// Per 16-bit half: Σ over its two bytes of unsigned `b` times signed `a`, which must fit an i16.
     fn mul_pairs(self, b: Self::V, a: Self::V) -> Self::V;
     /// Per 16-bit half, wrapping.
@@ -140,6 +145,8 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// All these are valid for writing; no alignment is needed.
     unsafe fn store_chunks(self, p: *mut u8, stride: usize, v: Self::V);
+    /// Lane i of `v` in lane i ^ `D`, which is 1, 2 or 4.
+    fn exchange<const D: usize>(self, v: Self::V) -> Self::V;
     /// Four words in every chunk.
     /// # Safety
     /// `p` is valid for reading 16 bytes; no alignment is needed.

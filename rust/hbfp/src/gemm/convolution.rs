@@ -8,6 +8,7 @@
 
 mod field;
 mod lattice;
+mod narrow_groups;
 mod patches;
 mod pixels;
 mod prepared;

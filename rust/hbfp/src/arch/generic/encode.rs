@@ -128,6 +128,25 @@ impl PanelCoding {
     }
 }
 
+/// What codes are limited to, in words of four.
+#[derive(Clone, Copy)]
+pub(super) struct Limits<V> {
+    most: V,
+    least: V,
+}
+
+impl<V: Copy> Limits<V> {
+    #[inline(always)]
+    pub(super) fn new<S: Simd<V = V>>(s: S, coding: &PanelCoding) -> Self {
+        let bytes = |code: i32| s.splat((code as u8 as u32 * 0x0101_0101) as i32);
+        Self { most: bytes(coding.limit), least: bytes(-coding.limit) }
+    }
+    #[inline(always)]
+    pub(super) fn apply<S: Simd<V = V>>(self, s: S, codes: V) -> V {
+        s.max_i8(s.min_i8(codes, self.most), self.least)
+    }
+}
+
 /// Where a panel's block goes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct BlockPlace {
@@ -146,7 +165,7 @@ pub(crate) struct BlockPlace {
 pub(super) struct Scales<V> {
     pub(super) scale: V,
     /// Zeros in the lanes of NaN blocks, where there are any.
-    keep: Option<V>,
+    pub(super) keep: Option<V>,
     /// Whether one is outside the fast range.
     pub(super) general: bool,
 }

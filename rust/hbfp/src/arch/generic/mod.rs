@@ -3,6 +3,7 @@
 pub(crate) mod aligned;
 pub(crate) mod encode;
 pub(crate) mod matrix_unit;
+pub(crate) mod narrow_groups;
 pub(crate) mod philox;
 pub(crate) mod product;
 pub(crate) mod relayout;

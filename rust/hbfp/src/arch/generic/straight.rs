@@ -10,7 +10,7 @@
 //! Lines that are to lie across the registers they were read in take 8 shuffles more.
 
 use super::aligned::{GROUP, PIECE, PIECE_BYTES, ROW_OF, SIDE, line_bytes};
-use super::encode::{PanelCoding, STOCHASTIC, Scales, inverses, load_up_to, round, scales};
+use super::encode::{Limits, PanelCoding, STOCHASTIC, Scales, inverses, load_up_to, round, scales};
 use super::matrix_unit::{HALF, MatrixUnit};
 use super::product::{PANEL_ROWS, columns};
 use crate::arch::simd::Simd;
@@ -54,25 +54,6 @@ impl Lines {
     #[inline(always)]
     fn group(&self, line: usize) -> usize {
         line / SIDE * self.group_bytes
-    }
-}
-
-/// What codes are limited to.
-#[derive(Clone, Copy)]
-struct Limits<V> {
-    most: V,
-    least: V,
-}
-
-impl<V: Copy> Limits<V> {
-    #[inline(always)]
-    fn new<S: Simd<V = V>>(s: S, coding: &PanelCoding) -> Self {
-        let bytes = |code: i32| s.splat((code as u8 as u32 * 0x0101_0101) as i32);
-        Self { most: bytes(coding.limit), least: bytes(-coding.limit) }
-    }
-    #[inline(always)]
-    fn apply<S: Simd<V = V>>(self, s: S, codes: V) -> V {
-        s.max_i8(s.min_i8(codes, self.most), self.least)
     }
 }
 

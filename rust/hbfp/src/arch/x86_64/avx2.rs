@@ -214,6 +214,10 @@ impl Simd for Avx2 {
         })
     }
     #[inline(always)]
+    fn dot4_small(self, acc: Self::V, b: Self::V, a: Self::V) -> Self::V {
+        self.add(acc, self.sum_halves(self.mul_pairs(b, a)))
+    }
+    #[inline(always)]
     fn mul_pairs(self, b: Self::V, a: Self::V) -> Self::V {
         level!(_mm256_maddubs_epi16(b, a))
     }
@@ -323,6 +327,14 @@ impl Simd for Avx2 {
             _mm_storeu_si128(p.cast(), _mm256_castsi256_si128(v));
             _mm_storeu_si128(p.add(stride).cast(), _mm256_extracti128_si256::<1>(v));
         }
+    }
+    #[inline(always)]
+    fn exchange<const D: usize>(self, v: Self::V) -> Self::V {
+        level!(match D {
+            1 => _mm256_shuffle_epi32::<0b10_11_00_01>(v),
+            2 => _mm256_shuffle_epi32::<0b01_00_11_10>(v),
+            _ => _mm256_permute4x64_epi64::<0b01_00_11_10>(v),
+        })
     }
     #[inline(always)]
     unsafe fn load_chunk(self, p: *const i32) -> Self::V {

@@ -322,6 +322,14 @@ impl Simd for Avx512Vnni {
         }
     }
     #[inline(always)]
+    fn exchange<const D: usize>(self, v: Self::V) -> Self::V {
+        level!(match D {
+            1 => _mm512_shuffle_epi32::<0b10_11_00_01>(v),
+            2 => _mm512_shuffle_epi32::<0b01_00_11_10>(v),
+            _ => _mm512_shuffle_i32x4::<0b10_11_00_01>(v, v),
+        })
+    }
+    #[inline(always)]
     unsafe fn load_chunk(self, p: *const i32) -> Self::V {
         // SAFETY: the token proves the level, the caller 16 readable bytes.
         unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast())) }

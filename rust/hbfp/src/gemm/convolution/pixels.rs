@@ -30,7 +30,7 @@ use std::sync::atomic::Ordering;
 #[derive(Clone, Copy)]
 pub(super) struct PixelProduct<'a> {
     pub(super) convolution: &'a Convolution,
-    taps: Taps,
+    pub(super) taps: Taps,
     /// The image that the taps find pixels of, and that of the product.
     pub(super) x: &'a [f32],
     pub(super) image: Image,
@@ -39,10 +39,10 @@ pub(super) struct PixelProduct<'a> {
     /// Channels of a group of either.
     pub(super) channels: usize,
     pub(super) columns: usize,
-    block: usize,
+    pub(super) block: usize,
     pub(super) left: Coding,
-    right: Coding,
-    bias: Option<&'a [f32]>,
+    pub(super) right: Coding,
+    pub(super) bias: Option<&'a [f32]>,
 }
 
 impl Convolution {
@@ -114,7 +114,9 @@ impl Convolution {
         let kernel = KernelCopy::new(w, right, &mut tap_memory, &mut w_plane);
         for_each_task(ctx.team, ctx.workers(element_count(w.shape())?), kernel.tasks(), &|_, task| kernel.fill(task));
         let by_panels = codings.iter().all(|coding| coding.format.encodes_to_panels()) && block <= MAX_BLOCK;
-        let done = if by_panels && flatten {
+        let done = if by_panels && all.by_lanes(ctx, &kernel, flatten, out, workspace) {
+            Ok(())
+        } else if by_panels && flatten {
             all.by_patches(ctx, &kernel, out, workspace)
         } else if let Some(lattices) = all.lattices(&kernel).filter(|_| by_panels) {
             all.by_lines(ctx, &kernel, &lattices, out, workspace)
@@ -146,7 +148,7 @@ impl Right<'_> {
 }
 
 impl<'a> PixelProduct<'a> {
-    fn line(&self, flatten: bool) -> usize {
+    pub(super) fn line(&self, flatten: bool) -> usize {
         if flatten { self.convolution.taps() * self.channels } else { self.channels }
     }
 
@@ -155,7 +157,7 @@ impl<'a> PixelProduct<'a> {
         rows.saturating_mul(self.product.channels).saturating_mul(self.convolution.taps() * self.channels)
     }
 
-    fn workers(&self, ctx: &Context<'_>) -> usize {
+    pub(super) fn workers(&self, ctx: &Context<'_>) -> usize {
         if self.macs() < driver::SERIAL_MACS { 1 } else { ctx.threads.max(1) }
     }
 

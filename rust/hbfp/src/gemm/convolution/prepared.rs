@@ -14,6 +14,7 @@ use crate::mem::{AlignedBytes, SharedMut};
 use crate::parallel::for_each_task;
 use crate::rng::Seed;
 use crate::shape::{FloatTensor, element_count};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -172,14 +173,23 @@ impl Plane {
         let len = width * channels;
         // SAFETY: elements of one row of pixels, which belongs to one task.
         let to = unsafe { std::slice::from_raw_parts_mut(self.bits.add(task * len), len) };
-        row_bits(ctx.kernels, self.image, seed, [task / (p0 * p1), task % (p0 * p1)], &mut scratch.random, to);
+        row_bits(
+            ctx.kernels,
+            self.image,
+            0..channels,
+            seed,
+            [task / (p0 * p1), task % (p0 * p1)],
+            &mut scratch.random,
+            to,
+        );
     }
 }
 
-/// Random bits of a row of pixels, [pixels, channels], given its sample and its number in it.
+/// Random bits of some channels of a row of pixels, [pixels, channels], given its sample and its number in it.
 pub(super) fn row_bits(
     kernels: &Kernels,
     image: Image,
+    run: Range<usize>,
     seed: Seed,
     [sample, line]: [usize; 2],
     random: &mut Vec<u16>,
@@ -191,9 +201,9 @@ pub(super) fn row_bits(
     let groups = width.div_ceil(8);
     let len = 8 * CHANNELS * groups + RANDOM_PADDING;
     random.resize(random.len().max(len), 0);
-    for first in (0..channels).step_by(CHANNELS) {
-        let count = CHANNELS.min(channels - first);
-        let row = (sample * channels + first) * p0 * p1 + line;
+    for first in (0..run.len()).step_by(CHANNELS) {
+        let count = CHANNELS.min(run.len() - first);
+        let row = (sample * channels + run.start + first) * p0 * p1 + line;
         let counters = Counters { row: row as u32, row_step: (p0 * p1) as u32, rows: count, group: 0, groups };
         // SAFETY: room for the rectangle and its padding.
         unsafe { (kernels.fill_random)(seed, counters, random.as_mut_ptr()) };
@@ -208,7 +218,7 @@ pub(super) fn row_bits(
                 let turned = transpose(rows);
                 let channels_here = 8.min(count - c);
                 for (pixel, row) in pixels.clone().zip(&turned) {
-                    let at = pixel * channels + first + c;
+                    let at = pixel * run.len() + first + c;
                     if channels_here == 8 {
                         to[at..at + 8].copy_from_slice(row);
                     } else {

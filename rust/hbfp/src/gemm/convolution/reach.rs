@@ -45,6 +45,11 @@ impl Reach {
         Self { rows: tables, taps, pixels }
     }
 
+    /// Sources of the taps of all pixels.
+    pub(super) fn all(&self) -> &[i32] {
+        &self.pixels[..self.rows * self.taps]
+    }
+
     /// Sources of the taps of a pixel; of the one behind the last, none.
     pub(super) fn of(&self, pixel: usize) -> &[i32] {
         &self.pixels[pixel * self.taps..][..self.taps]

@@ -69,7 +69,7 @@ impl Convolution {
         unsafe { FloatLines::with_plane(dy.as_ptr(), plane.bits(), offsets, [layout.lines, self.batch], [1, image]) }
     }
 
-    fn image(&self, place: Place) -> Image {
+    pub(super) fn image(&self, place: Place) -> Image {
         match place {
             Place::Input => self.input_image(),
             Place::Output => self.output_image(),
@@ -100,6 +100,9 @@ impl Convolution {
         let image = self.image(place);
         if self.batch * product_of(image.pixels) == 0 {
             return None;
+        }
+        if self.is_narrow() {
+            return Some(self.kept_column_bytes(ctx, place, format));
         }
         let (layout, groups) = self.kept_layout(ctx, place, format);
         Some(groups * (layout.bytes() + layout.panel_count()))
@@ -143,6 +146,10 @@ impl Convolution {
         reserve_scratch(ctx, scratch);
         let scratch = &*scratch;
         let plane = Plane::filled(ctx, image, coding, &mut planes[1], scratch);
+        if self.is_narrow() {
+            self.keep_columns(ctx, place, x, coding, &plane, bytes);
+            return Ok(());
+        }
         let (layout, groups) = self.kept_layout(ctx, place, coding.format);
         let lines: Vec<FloatLines<'_>> = (0..groups)
             .map(|g| match place {
@@ -210,28 +217,41 @@ impl Convolution {
             out.fill(0.0);
             return Ok(());
         }
-        let Workspace { left: left_panels, groups, planes: [dy_plane, x_plane], scratch, .. } = workspace;
+        let Workspace { left: left_panels, right: right_panels, groups, planes: [dy_plane, x_plane], scratch, .. } =
+            workspace;
         reserve_scratch(ctx, scratch);
         let scratch = &*scratch;
         let plane = |values: Input<'_>, place: Place, coding: Coding, memory: &mut AlignedBytes| match values {
             Input::Floats(_) => Plane::filled(ctx, self.image(place), coding, memory, scratch),
             Input::Kept(_) => Plane::none(),
         };
+        let reach = self.reach();
         let dy_plane = plane(dy, Place::Output, dy_coding, dy_plane);
         let x_plane = plane(x, Place::Input, x_coding, x_plane);
+        let by_panels =
+            [x_coding, dy_coding].iter().all(|coding| coding.format.encodes_to_panels()) && block <= MAX_BLOCK;
+        let operands = [(x, x_coding, &x_plane), (dy, dy_coding, &dy_plane)];
+        if by_panels
+            && self.weight_by_lanes(ctx, operands, &reach, out, [&mut *left_panels, &mut *right_panels], scratch)
+        {
+            return Ok(());
+        }
+        // What was kept of narrow groups has no form but the one that was just refused.
+        let kept = [x, dy].iter().any(|values| matches!(values, Input::Kept(_)));
+        let by_panels = by_panels && !(self.is_narrow() && kept);
         let right_layout = match dy {
             Input::Floats(_) => self.weight_right_layout(ctx.kernels, dy_coding.format),
             Input::Kept(_) => self.kept_layout(ctx, Place::Output, dy_coding.format).0,
         };
-        let reach = self.reach();
-        let by_panels =
-            [x_coding, dy_coding].iter().all(|coding| coding.format.encodes_to_panels()) && block <= MAX_BLOCK;
         if !by_panels {
             let image = match x {
                 Input::Floats(x) => {
                     let layout = self.compact_layout(x_coding.format);
                     let lines = self.weight_left_lines(x, &x_plane, &layout);
                     Codes::from_floats(ctx, &lines, x_coding.format, x_coding.mode)
+                }
+                Input::Kept(bytes) if self.is_narrow() => {
+                    self.codes_of_columns(ctx, Place::Input, bytes, x_coding.format, 0..self.channels[0])
                 }
                 Input::Kept(bytes) => self.codes_of_kept(bytes, x_coding.format),
             };
@@ -240,6 +260,12 @@ impl Convolution {
                     .map(|g| {
                         let lines = self.weight_right_lines(dy, &dy_plane, g, &right_layout);
                         Codes::from_floats(ctx, &lines, dy_coding.format, dy_coding.mode)
+                    })
+                    .collect(),
+                Input::Kept(bytes) if self.is_narrow() => (0..self.groups)
+                    .map(|g| {
+                        let channels = g * columns..(g + 1) * columns;
+                        self.codes_of_columns(ctx, Place::Output, bytes, dy_coding.format, channels)
                     })
                     .collect(),
                 Input::Kept(bytes) => self

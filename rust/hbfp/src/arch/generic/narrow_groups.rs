@@ -1,0 +1,516 @@
+//! Convolutions whose groups have 1, 2, 4 or 8 channels on either side. No panel of such a group would fill a tile: here a
+//! lane is a channel, of as many groups as fit a register, and lanes of a group find each other by [`Simd::exchange`].
+//!
+//! Lane l of group channel j has products with lanes l ^ r for every r below the group's channels; *kernel words* hold
+//! what belongs there. A word is four codes, of the right operand signed, of the left one raised by 128 (8 in nibbles).
+//!
+//! # Layout
+//! ```text
+//! patch kernel    for each register of channels and block  i32 −128 Σ codes, f32 2^eb, [quads of taps][r] words of four taps
+//! pixel kernel    for each register of channels and tap    i32 −128 Σ codes, f32 2^eb, one or two words: r = 0..4, 4..8
+//! pixels          for each register of channels and pixel  a word of r = 0..4, i32 ea << 23
+//! columns         for each register of channels and pixel  blocks of [quads of samples] words (two quads a word if
+//!                                                          nibbles, the first one low), then u8 exponents + 127
+//! ```
+
+use super::encode::{Limits, PanelCoding, STOCHASTIC, Scales, inverses, load_up_to, round, scales};
+use crate::arch::simd::Simd;
+use crate::format::{EXPONENT_OFFSET, MAX_BLOCK};
+use std::mem::MaybeUninit;
+
+/// What left operands' codes are raised by in bytes, and in nibbles.
+pub(crate) const RAISED: i32 = 128;
+const RAISED_NIBBLE: i32 = 8;
+const MAGNITUDE: i32 = i32::MAX;
+/// Elements by which reading samples is ahead of encoding.
+const AHEAD: usize = 64;
+
+/// Whether groups of so many channels are narrow.
+pub(crate) const fn is_narrow(channels: usize) -> bool {
+    matches!(channels, 1 | 2 | 4 | 8)
+}
+
+/// Words of a block of a patch kernel.
+pub(crate) const fn patch_block(lanes: usize, taps: usize, group: usize) -> usize {
+    lanes * (2 + taps.div_ceil(4) * group)
+}
+
+/// Words of a tap of a pixel kernel.
+pub(crate) const fn pixel_tap(lanes: usize, group: usize) -> usize {
+    lanes * (2 + group.div_ceil(4))
+}
+
+/// Words of a pixel.
+pub(crate) const fn pixel_words(lanes: usize) -> usize {
+    2 * lanes
+}
+
+/// Whether [`Simd::dot4_small`] is exact for left codes raised by `raised`.
+pub(crate) const fn is_small(raised: i32, left_max: i32, right_max: i32) -> bool {
+    2 * (raised + left_max) * right_max < 1 << 15
+}
+
+/// The lanes' byte in every place.
+#[inline(always)]
+fn bytes<S: Simd>(s: S, byte: i32) -> S::V {
+    s.splat((byte as u32 * 0x0101_0101) as i32)
+}
+
+#[inline(always)]
+fn dot<S: Simd>(s: S, sums: S::V, raised: S::V, signed: S::V, small: bool) -> S::V {
+    if small { s.dot4_small(sums, raised, signed) } else { s.dot4(sums, raised, signed) }
+}
+
+/// Lane l ^ r in lane l.
+#[inline(always)]
+fn exchanged<S: Simd>(s: S, v: S::V, r: usize) -> S::V {
+    let v = if r & 4 != 0 { s.exchange::<4>(v) } else { v };
+    let v = if r & 2 != 0 { s.exchange::<2>(v) } else { v };
+    if r & 1 != 0 { s.exchange::<1>(v) } else { v }
+}
+
+/// The first `left` lanes, or all of them.
+///
+/// # Safety
+/// `to` is valid for writing as many elements.
+#[inline(always)]
+unsafe fn store_up_to<S: Simd>(s: S, to: *mut f32, left: usize, v: S::V) {
+    // SAFETY: the caller's word.
+    unsafe { if left >= S::LANES { s.store(to.cast(), v) } else { s.store_first(to.cast(), left, v) } }
+}
+
+/// The largest lane of each group.
+#[inline(always)]
+fn group_max<S: Simd>(s: S, v: S::V, group: usize) -> S::V {
+    let v = if group > 1 { s.max_i32(v, s.exchange::<1>(v)) } else { v };
+    let v = if group > 2 { s.max_i32(v, s.exchange::<2>(v)) } else { v };
+    if group > 4 { s.max_i32(v, s.exchange::<4>(v)) } else { v }
+}
+
+/// Patches of the pixels of one row of an image, or of several.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patches<'a> {
+    pub(crate) image: *const f32,
+    /// As many zeros as a pixel has channels.
+    pub(crate) zeros: *const f32,
+    pub(crate) channels: usize,
+    pub(crate) group: usize,
+    /// For every pixel and tap the image's pixel, negative for none.
+    pub(crate) sources: &'a [i32],
+    pub(crate) taps: usize,
+    /// Taps of a block.
+    pub(crate) together: usize,
+    pub(crate) kernel: *const i32,
+    pub(crate) small: bool,
+    /// Random bits of the first pixel's patches, [taps, channels], if there is but one.
+    pub(crate) random: *const u16,
+    /// Null: none.
+    pub(crate) bias: *const f32,
+    pub(crate) out: *mut f32,
+}
+
+/// Flattened patches of all groups, encoded and multiplied by their kernels: `out` ← Σ over blocks. Returns whether a block
+/// needs the general product; `out` is unspecified then.
+///
+/// # Safety
+/// - the image's pixels that sources name are valid for reading, so are the zeros, the kernel and, if there is one, the bias;
+/// - so are the random bits if `R` is stochastic, for LANES − 1 elements more;
+/// - `out` is valid for writing the channels of every pixel; `found` has room for the taps, of which there are some.
+#[inline(always)]
+pub(crate) unsafe fn patches<S: Simd, const R: u8>(
+    s: S,
+    of: &Patches<'_>,
+    coding: &PanelCoding,
+    found: &mut [*const f32],
+) -> bool {
+    let Patches { channels, group, taps, together, small, .. } = *of;
+    let (limits, magnitude, raise) = (Limits::new(s, coding), s.splat(MAGNITUDE), bytes(s, RAISED));
+    let block_words = patch_block(S::LANES, together, group);
+    let mut general = false;
+    // SAFETY: the caller's word.
+    unsafe {
+        for (pixel, sources) in of.sources.chunks_exact(taps).enumerate() {
+            for (to, &source) in found.iter_mut().zip(sources) {
+                *to = if source < 0 { of.zeros } else { of.image.add(source as usize * channels) };
+            }
+            let mut kernel = of.kernel;
+            for first in (0..channels).step_by(S::LANES) {
+                let left = channels - first;
+                let mut sum = s.splat(0);
+                for (block, found) in found[..taps].chunks(together).enumerate() {
+                    let mut top = s.splat(0);
+                    for x in found {
+                        top = s.max_i32(top, s.and(load_up_to(s, x.add(first), left), magnitude));
+                    }
+                    let Scales { scale, general: outside, .. } = scales(s, group_max(s, top, group), coding);
+                    general |= outside;
+                    let inverse = inverses(s, scale);
+                    let mut sums = s.load(kernel);
+                    for (quad, found) in found.chunks(4).enumerate() {
+                        let mut q = [s.splat(0); 4];
+                        for (j, (q, x)) in q.iter_mut().zip(found).enumerate() {
+                            let bits = if R == STOCHASTIC {
+                                s.load_u16(of.random.add((block * together + 4 * quad + j) * channels + first))
+                            } else {
+                                s.splat(0)
+                            };
+                            *q = round::<S, R>(s, s.mul_f32(load_up_to(s, x.add(first), left), inverse), bits);
+                        }
+                        let word = s.xor(limits.apply(s, s.interleave_bytes(q)), raise);
+                        let words = kernel.add(S::LANES * (2 + quad * group));
+                        for r in 0..group {
+                            sums = dot(s, sums, exchanged(s, word, r), s.load(words.add(S::LANES * r)), small);
+                        }
+                    }
+                    let scale = s.add(s.load(kernel.add(S::LANES)), s.shl::<23>(scale));
+                    sum = s.mul_add_f32(s.to_f32(sums), scale, sum);
+                    kernel = kernel.add(block_words);
+                }
+                if !of.bias.is_null() {
+                    sum = s.add_f32(sum, load_up_to(s, of.bias.add(first), left));
+                }
+                store_up_to(s, of.out.add(pixel * channels + first), left, sum);
+            }
+        }
+    }
+    general
+}
+
+/// Pixels to be encoded, each along the channels of its groups.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pixels {
+    pub(crate) count: usize,
+    /// The first pixel's first channel, elements from a pixel to the next, and how many channels are taken.
+    pub(crate) x: *const f32,
+    pub(crate) stride: usize,
+    pub(crate) channels: usize,
+    pub(crate) group: usize,
+    /// Random bits, [pixels, channels].
+    pub(crate) random: *const u16,
+    /// Where the first pixel goes, and words from a register's pixels to the next one's.
+    pub(crate) to: *mut i32,
+    pub(crate) pitch: usize,
+}
+
+/// Encodes pixels. Returns whether a block needs the general product.
+///
+/// # Safety
+/// The pixels' channels are valid for reading, `to` for writing every register's pixels, and if `R` is stochastic the random
+/// bits for reading, with LANES − 1 elements more.
+#[inline(always)]
+pub(crate) unsafe fn encode_pixels<S: Simd, const R: u8>(s: S, of: &Pixels, coding: &PanelCoding) -> bool {
+    let (limits, magnitude, raise) = (Limits::new(s, coding), s.splat(MAGNITUDE), s.splat(RAISED));
+    let mut general = false;
+    for pixel in 0..of.count {
+        for (register, first) in (0..of.channels).step_by(S::LANES).enumerate() {
+            // SAFETY: the caller's word.
+            unsafe {
+                let v = load_up_to(s, of.x.add(pixel * of.stride + first), of.channels - first);
+                let Scales { scale, general: outside, .. } =
+                    scales(s, group_max(s, s.and(v, magnitude), of.group), coding);
+                general |= outside;
+                let bits =
+                    if R == STOCHASTIC { s.load_u16(of.random.add(pixel * of.channels + first)) } else { s.splat(0) };
+                let q = round::<S, R>(s, s.mul_f32(v, inverses(s, scale)), bits);
+                let q =
+                    s.and(limits.apply(s, s.interleave_bytes([q, s.splat(0), s.splat(0), s.splat(0)])), s.splat(0xFF));
+                let mut word = s.xor(q, raise);
+                if of.group > 1 {
+                    word = s.or(word, s.shl::<8>(s.exchange::<1>(word)));
+                }
+                if of.group > 2 {
+                    word = s.or(word, s.shl::<16>(s.exchange::<2>(word)));
+                }
+                let to = of.to.add(register * of.pitch + pixel * pixel_words(S::LANES));
+                s.store(to, word);
+                s.store(to.add(S::LANES), s.shl::<23>(scale));
+            }
+        }
+    }
+    general
+}
+
+/// What the taps of some pixels of the product find among encoded pixels, for one register of channels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Meetings<'a> {
+    pub(crate) pixels: *const i32,
+    pub(crate) kernel: *const i32,
+    pub(crate) group: usize,
+    pub(crate) small: bool,
+    /// For every pixel and tap the encoded pixel, negative for none.
+    pub(crate) sources: &'a [i32],
+    pub(crate) taps: usize,
+    /// Null: none.
+    pub(crate) bias: *const f32,
+    /// The first pixel's first channel, how many channels are left there, elements from a pixel to the next.
+    pub(crate) out: *mut f32,
+    pub(crate) left: usize,
+    pub(crate) stride: usize,
+}
+
+/// `out` ← Σ over taps of pixel · kernel.
+///
+/// # Safety
+/// The pixels that sources name, the kernel's taps and, if there is one, the bias are valid for reading, `out` for writing the
+/// channels that are left, up to LANES, of every pixel; there are taps.
+#[inline(always)]
+pub(crate) unsafe fn multiply_pixels<S: Simd>(s: S, of: &Meetings<'_>) {
+    let (tap_words, left) = (pixel_tap(S::LANES, of.group), of.left.min(S::LANES));
+    // SAFETY: the caller's word.
+    unsafe {
+        let bias = if of.bias.is_null() { None } else { Some(load_up_to(s, of.bias, left)) };
+        for (pixel, sources) in of.sources.chunks_exact(of.taps).enumerate() {
+            let mut sum = s.splat(0);
+            let mut kernel = of.kernel;
+            for &source in sources {
+                // A block of zeros adds nothing.
+                if source >= 0 {
+                    let from = of.pixels.add(source as usize * pixel_words(S::LANES));
+                    let word = s.load(from);
+                    let mut sums = dot(s, s.load(kernel), word, s.load(kernel.add(2 * S::LANES)), of.small);
+                    if of.group > 4 {
+                        sums = dot(s, sums, s.exchange::<4>(word), s.load(kernel.add(3 * S::LANES)), of.small);
+                    }
+                    let scale = s.add(s.load(kernel.add(S::LANES)), s.load(from.add(S::LANES)));
+                    sum = s.mul_add_f32(s.to_f32(sums), scale, sum);
+                }
+                kernel = kernel.add(tap_words);
+            }
+            if let Some(bias) = bias {
+                sum = s.add_f32(sum, bias);
+            }
+            store_up_to(s, of.out.add(pixel * of.stride), left, sum);
+        }
+    }
+}
+
+/// How the samples of a pixel lie, one register of channels wide.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ColumnLayout {
+    pub(crate) samples: usize,
+    /// Samples of a block.
+    pub(crate) block: usize,
+    pub(crate) nibbles: bool,
+}
+
+impl ColumnLayout {
+    pub(crate) fn blocks(&self) -> usize {
+        self.samples.div_ceil(self.block)
+    }
+    fn quads(&self) -> usize {
+        self.block.div_ceil(4)
+    }
+    pub(crate) fn words(&self) -> usize {
+        if self.nibbles { self.quads().div_ceil(2) } else { self.quads() }
+    }
+    pub(crate) fn block_bytes(&self, lanes: usize) -> usize {
+        lanes * (4 * self.words() + 1)
+    }
+    /// Bytes of a pixel, for one register of channels.
+    pub(crate) fn pixel_bytes(&self, lanes: usize) -> usize {
+        self.blocks() * self.block_bytes(lanes)
+    }
+    pub(crate) fn raised(&self) -> i32 {
+        if self.nibbles { RAISED_NIBBLE } else { RAISED }
+    }
+    /// Code of a sample of a lane.
+    pub(crate) fn code(&self, pixel: &[u8], lanes: usize, lane: usize, sample: usize) -> i16 {
+        let (block, i) = (sample / self.block, sample % self.block);
+        let quad = i / 4;
+        let word = if self.nibbles { quad / 2 } else { quad };
+        let byte = pixel[block * self.block_bytes(lanes) + 4 * (word * lanes + lane) + i % 4];
+        let code = match (self.nibbles, quad % 2) {
+            (false, _) => byte,
+            (true, 0) => byte & 15,
+            (true, _) => byte >> 4,
+        };
+        i16::from(code) - self.raised() as i16
+    }
+    /// Exponent byte of a block of a lane.
+    pub(crate) fn exponent(&self, pixel: &[u8], lanes: usize, lane: usize, block: usize) -> u8 {
+        pixel[block * self.block_bytes(lanes) + 4 * lanes * self.words() + lane]
+    }
+}
+
+/// The samples of a pixel's channels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Samples {
+    /// The first sample's first channel, how many channels are left there, elements from a sample to the next.
+    pub(crate) x: *const f32,
+    pub(crate) left: usize,
+    pub(crate) stride: usize,
+    /// Random bits, which lie as the elements do.
+    pub(crate) random: *const u16,
+    pub(crate) layout: ColumnLayout,
+}
+
+/// Encodes the samples of up to LANES channels. Returns whether a block needs the general product.
+///
+/// # Safety
+/// Every element is valid for reading, and so are, if `R` is stochastic, its random bits and LANES − 1 more; `to` is valid for
+/// writing a pixel of the layout.
+#[inline(always)]
+pub(crate) unsafe fn encode_columns<S: Simd, const R: u8>(
+    s: S,
+    of: &Samples,
+    coding: &PanelCoding,
+    to: *mut u8,
+) -> bool {
+    let (limits, magnitude) = (Limits::new(s, coding), s.splat(MAGNITUDE));
+    let Samples { x, left, stride, layout, .. } = *of;
+    let mut general = false;
+    // SAFETY: the caller's word.
+    unsafe {
+        for block in 0..layout.blocks() {
+            let to = to.add(block * layout.block_bytes(S::LANES));
+            let (first, end) = (block * layout.block, ((block + 1) * layout.block).min(layout.samples));
+            let mut top = s.splat(0);
+            for sample in first..end {
+                let x = x.wrapping_add(sample * stride);
+                s.prefetch(x.wrapping_add(AHEAD));
+                top = s.max_i32(top, s.and(load_up_to(s, x, left), magnitude));
+            }
+            let Scales { scale, keep, general: outside } = scales(s, top, coding);
+            general |= outside;
+            let inverse = inverses(s, scale);
+            let mut low = s.splat(0);
+            for quad in 0..layout.words() * (1 + usize::from(layout.nibbles)) {
+                let mut q = [s.splat(0); 4];
+                for (j, q) in q.iter_mut().enumerate() {
+                    let sample = first + 4 * quad + j;
+                    if sample < end {
+                        let bits =
+                            if R == STOCHASTIC { s.load_u16(of.random.add(sample * stride)) } else { s.splat(0) };
+                        *q = round::<S, R>(s, s.mul_f32(load_up_to(s, x.add(sample * stride), left), inverse), bits);
+                    }
+                }
+                let word = limits.apply(s, s.interleave_bytes(q));
+                let word = keep.map_or(word, |keep| s.and(word, keep));
+                let word = s.xor(word, bytes(s, RAISED));
+                if !layout.nibbles {
+                    s.store(to.add(4 * S::LANES * quad).cast(), word);
+                    continue;
+                }
+                // No byte is below 128 − 7.
+                let word = s.sub(word, bytes(s, RAISED - RAISED_NIBBLE));
+                if quad % 2 == 0 {
+                    low = word;
+                } else {
+                    s.store(to.add(4 * S::LANES * (quad / 2)).cast(), s.or(low, s.shl::<4>(word)));
+                }
+            }
+            let mut exponents = [0i32; 16];
+            s.store(exponents.as_mut_ptr(), s.add(scale, s.splat(EXPONENT_OFFSET)));
+            for (lane, &exponent) in exponents.iter().enumerate().take(S::LANES) {
+                *to.add(4 * S::LANES * layout.words() + lane) = exponent as u8;
+            }
+        }
+    }
+    general
+}
+
+/// Some taps of a weight gradient, of one register of channels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sums<'a> {
+    /// Pixels of X and of dY, and how they lie.
+    pub(crate) x: *const u8,
+    pub(crate) dy: *const u8,
+    pub(crate) layouts: [ColumnLayout; 2],
+    pub(crate) small: bool,
+    /// For every pixel of dY and every tap the pixel of X, negative for none.
+    pub(crate) sources: &'a [i32],
+    pub(crate) taps: usize,
+    /// The first of those that are summed up, and where the sums go, [taps, r, LANES]: as many as there is room for.
+    pub(crate) first: usize,
+}
+
+/// Signed words of a quad, or of two.
+///
+/// # Safety
+/// `words` is valid for reading LANES words, `to` for writing LANES or twice as many.
+#[inline(always)]
+unsafe fn lower<S: Simd>(s: S, words: *const i32, nibbles: bool, to: *mut i32) {
+    // SAFETY: the caller's word.
+    unsafe {
+        let (word, sign) = (s.load(words), bytes(s, RAISED));
+        if nibbles {
+            let (low, up) = (bytes(s, 15), bytes(s, RAISED - RAISED_NIBBLE));
+            s.store(to, s.xor(s.add(s.and(word, low), up), sign));
+            s.store(to.add(S::LANES), s.xor(s.add(s.and(s.sar::<4>(word), low), up), sign));
+        } else {
+            s.store(to, s.xor(word, sign));
+        }
+    }
+}
+
+/// `sums` + Σ over pixels and blocks of samples of X · dY, dY's channel j by X's channel j ^ r.
+///
+/// # Safety
+/// Both are valid for reading the pixels that there are, of layouts of equal blocks up to [`MAX_BLOCK`]; `sums` has whole
+/// taps of `C` registers, no more than there are from the first on.
+#[inline(always)]
+pub(crate) unsafe fn sum_pixels<S: Simd, const C: usize>(s: S, of: &Sums<'_>, sums: &mut [f32]) {
+    let [xl, yl] = of.layouts;
+    let (x_block, y_block) = (xl.block_bytes(S::LANES), yl.block_bytes(S::LANES));
+    let (offset, one) = (s.splat(EXPONENT_OFFSET), s.splat(0x3F80_0000));
+    let mut signed = MaybeUninit::<[[i32; 16]; MAX_BLOCK / 4 + 1]>::uninit();
+    let signed = signed.as_mut_ptr().cast::<i32>();
+    // SAFETY: the caller's word; words of two quads reach at most one quad past the block.
+    unsafe {
+        for (pixel, sources) in of.sources.chunks_exact(of.taps).enumerate() {
+            for block in 0..yl.blocks() {
+                let dy = of.dy.add(pixel * yl.pixel_bytes(S::LANES) + block * y_block);
+                let each = S::LANES * (1 + usize::from(yl.nibbles));
+                for word in 0..yl.words() {
+                    lower(s, dy.add(4 * S::LANES * word).cast(), yl.nibbles, signed.add(each * word));
+                }
+                if yl.words() * each < xl.words() * S::LANES * (1 + usize::from(xl.nibbles)) {
+                    s.store(signed.add(each * yl.words()), s.splat(0));
+                }
+                let ey = s.sub(s.load_u8(dy.add(4 * S::LANES * yl.words())), offset);
+                let scale = s.add(s.shl::<23>(ey), one);
+                let mut start = s.splat(0);
+                for quad in 0..yl.block.div_ceil(4) {
+                    start = s.dot4_small(start, bytes(s, 1), s.load(signed.add(S::LANES * quad)));
+                }
+                let start = if xl.nibbles { s.shl::<3>(start) } else { s.shl::<7>(start) };
+                let start = s.sub(s.splat(0), start);
+                let taps = sources[of.first..].iter().zip(sums.chunks_exact_mut(C * S::LANES));
+                for (&source, sums) in taps {
+                    // A block of zeros adds nothing.
+                    if source < 0 {
+                        continue;
+                    }
+                    let x = of.x.add(source as usize * xl.pixel_bytes(S::LANES) + block * x_block);
+                    let mut products = [start; C];
+                    for word in 0..xl.words() {
+                        let raised = s.load(x.add(4 * S::LANES * word).cast());
+                        if xl.nibbles {
+                            let low = bytes(s, 15);
+                            let at = signed.add(2 * S::LANES * word);
+                            add_products(s, &mut products, s.and(raised, low), s.load(at), of.small);
+                            let (second, at) = (s.and(s.sar::<4>(raised), low), at.add(S::LANES));
+                            add_products(s, &mut products, second, s.load(at), of.small);
+                        } else {
+                            add_products(s, &mut products, raised, s.load(signed.add(S::LANES * word)), of.small);
+                        }
+                    }
+                    let ex = s.shl::<23>(s.sub(s.load_u8(x.add(4 * S::LANES * xl.words())), offset));
+                    for (r, product) in products.into_iter().enumerate() {
+                        let sum = sums.as_mut_ptr().add(S::LANES * r).cast();
+                        let scale = s.add(scale, exchanged(s, ex, r));
+                        s.store(sum, s.mul_add_f32(s.to_f32(product), scale, s.load(sum)));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Adds dY's words times X's, of every r.
+#[inline(always)]
+fn add_products<S: Simd, const C: usize>(s: S, products: &mut [S::V; C], raised: S::V, signed: S::V, small: bool) {
+    for (r, product) in products.iter_mut().enumerate() {
+        *product = dot(s, *product, exchanged(s, raised, r), signed, small);
+    }
+}
