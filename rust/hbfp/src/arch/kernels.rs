@@ -118,6 +118,7 @@ pub(crate) struct NarrowKernels {
     /// Indexed by rounding.
     pub(crate) patches: [NarrowPatches; 4],
     pub(crate) encode_pixels: [unsafe fn(&narrow_groups::Pixels, &PanelCoding) -> bool; 4],
+    pub(crate) zero_pixel: unsafe fn(to: *mut i32),
     pub(crate) multiply_pixels: unsafe fn(&narrow_groups::Meetings<'_>),
     pub(crate) encode_columns: [unsafe fn(&narrow_groups::Samples, &PanelCoding, to: *mut u8) -> bool; 4],
     /// Of groups of 1, 2, 4, 8 channels.
@@ -152,6 +153,7 @@ pub struct Kernels {
     pub(crate) encode_strip: [EncodeStrip; 4],
     pub(crate) narrow: NarrowKernels,
     pub(crate) fill_random: unsafe fn(Seed, Counters, *mut u16),
+    pub(crate) fill_random_columns: unsafe fn(Seed, Counters, columns: usize, *mut u16),
     pub(crate) scale_row: unsafe fn(*const f32, *mut f32, usize, f32, *const f32),
     pub(crate) softmax_row: unsafe fn(*mut f32, usize),
     pub(crate) softmax_backward_row: unsafe fn(*const f32, *mut f32, usize, f32),
@@ -277,11 +279,13 @@ macro_rules! kernels {
                 narrow: NarrowKernels {
                     patches: [narrow_patches::<NEAREST_EVEN>, narrow_patches::<NEAREST_AWAY>, narrow_patches::<TOWARD_ZERO>, narrow_patches::<STOCHASTIC>],
                     encode_pixels: [encode_pixels::<NEAREST_EVEN>, encode_pixels::<NEAREST_AWAY>, encode_pixels::<TOWARD_ZERO>, encode_pixels::<STOCHASTIC>],
+                    zero_pixel,
                     multiply_pixels,
                     encode_columns: [encode_columns::<NEAREST_EVEN>, encode_columns::<NEAREST_AWAY>, encode_columns::<TOWARD_ZERO>, encode_columns::<STOCHASTIC>],
                     sum_pixels: [sum_pixels::<1>, sum_pixels::<2>, sum_pixels::<4>, sum_pixels::<8>],
                 },
                 fill_random,
+                fill_random_columns,
                 scale_row,
                 softmax_row,
                 softmax_backward_row,
@@ -347,6 +351,10 @@ macro_rules! kernels {
                 unsafe { narrow_groups::encode_pixels::<_, R>($make, of, coding) }
             }
             #$attribute
+            unsafe fn zero_pixel(to: *mut i32) {
+                unsafe { narrow_groups::zero_pixel($make, to) }
+            }
+            #$attribute
             unsafe fn multiply_pixels(of: &narrow_groups::Meetings<'_>) {
                 unsafe { narrow_groups::multiply_pixels($make, of) }
             }
@@ -361,6 +369,10 @@ macro_rules! kernels {
             #$attribute
             unsafe fn fill_random(seed: Seed, counters: Counters, out: *mut u16) {
                 unsafe { philox::fill_random($make, seed, counters, out) }
+            }
+            #$attribute
+            unsafe fn fill_random_columns(seed: Seed, counters: Counters, columns: usize, out: *mut u16) {
+                unsafe { philox::fill_random_columns($make, seed, counters, columns, out) }
             }
             #$attribute
             unsafe fn scale_row(x: *const f32, out: *mut f32, n: usize, scale: f32, mask: *const f32) {

@@ -341,6 +341,13 @@ impl<const N: usize> Simd for Scalar<N> {
         out
     }
     #[inline(always)]
+    unsafe fn store_low_halves(self, p: *mut u16, v: Self::V) {
+        for lane in 0..N / 2 {
+            // SAFETY: the caller vouches for N / 2 halves.
+            unsafe { p.add(lane).write_unaligned(v[2 * lane] as u16) }
+        }
+    }
+    #[inline(always)]
     unsafe fn store_counters(self, p: *mut u16, words: [Self::V; 4]) {
         for counter in 0..N / 2 {
             for (w, word) in words.iter().enumerate() {

@@ -165,4 +165,8 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for writing `4 * LANES` u16; no alignment is needed.
     unsafe fn store_counters(self, p: *mut u16, words: [Self::V; 4]);
+    /// The low 16 bits of each 64-bit lane.
+    /// # Safety
+    /// `p` is valid for writing `LANES / 2` u16; no alignment is needed.
+    unsafe fn store_low_halves(self, p: *mut u16, v: Self::V);
 }

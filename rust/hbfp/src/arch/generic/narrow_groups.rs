@@ -24,6 +24,12 @@ const RAISED_NIBBLE: i32 = 8;
 const MAGNITUDE: i32 = i32::MAX;
 /// Elements by which reading samples is ahead of encoding.
 const AHEAD: usize = 64;
+/// Elements by which the last tap's pixels are asked for ahead.
+const PATCHES_AHEAD: usize = 256;
+/// Elements by which pixels are asked for ahead.
+const PIXELS_AHEAD: usize = 1024;
+/// Pixels that are multiplied side by side, for the kernel's words to be loaded once.
+const TOGETHER: usize = 4;
 
 /// Whether groups of so many channels are narrow.
 pub(crate) const fn is_narrow(channels: usize) -> bool {
@@ -69,14 +75,24 @@ fn exchanged<S: Simd>(s: S, v: S::V, r: usize) -> S::V {
     if r & 1 != 0 { s.exchange::<1>(v) } else { v }
 }
 
-/// The first `left` lanes, or all of them.
+/// Up to LANES elements, of which `left` exist; all of them do where it is known that they are `FULL`.
 ///
 /// # Safety
-/// `to` is valid for writing as many elements.
+/// As many are valid for reading.
 #[inline(always)]
-unsafe fn store_up_to<S: Simd>(s: S, to: *mut f32, left: usize, v: S::V) {
+unsafe fn load<S: Simd, const FULL: bool>(s: S, x: *const f32, left: usize) -> S::V {
     // SAFETY: the caller's word.
-    unsafe { if left >= S::LANES { s.store(to.cast(), v) } else { s.store_first(to.cast(), left, v) } }
+    unsafe { if FULL { s.load(x.cast()) } else { s.load_first(x.cast(), left) } }
+}
+
+/// The same lanes back.
+///
+/// # Safety
+/// As many are valid for writing.
+#[inline(always)]
+unsafe fn store<S: Simd, const FULL: bool>(s: S, to: *mut f32, left: usize, v: S::V) {
+    // SAFETY: the caller's word.
+    unsafe { if FULL { s.store(to.cast(), v) } else { s.store_first(to.cast(), left, v) } }
 }
 
 /// The largest lane of each group.
@@ -123,9 +139,31 @@ pub(crate) unsafe fn patches<S: Simd, const R: u8>(
     coding: &PanelCoding,
     found: &mut [*const f32],
 ) -> bool {
-    let Patches { channels, group, taps, together, small, .. } = *of;
-    let (limits, magnitude, raise) = (Limits::new(s, coding), s.splat(MAGNITUDE), bytes(s, RAISED));
-    let block_words = patch_block(S::LANES, together, group);
+    // SAFETY: the caller's word.
+    unsafe {
+        match of.group {
+            1 => patches_of::<S, R, 1>(s, of, coding, found),
+            2 => patches_of::<S, R, 2>(s, of, coding, found),
+            4 => patches_of::<S, R, 4>(s, of, coding, found),
+            _ => patches_of::<S, R, 8>(s, of, coding, found),
+        }
+    }
+}
+
+/// [`patches`] of groups of `C` channels.
+///
+/// # Safety
+/// As for [`patches`].
+#[inline(always)]
+unsafe fn patches_of<S: Simd, const R: u8, const C: usize>(
+    s: S,
+    of: &Patches<'_>,
+    coding: &PanelCoding,
+    found: &mut [*const f32],
+) -> bool {
+    let (channels, taps) = (of.channels, of.taps);
+    let register_words = taps.div_ceil(of.together) * patch_block(S::LANES, of.together, C);
+    let whole = channels / S::LANES * S::LANES;
     let mut general = false;
     // SAFETY: the caller's word.
     unsafe {
@@ -133,47 +171,107 @@ pub(crate) unsafe fn patches<S: Simd, const R: u8>(
             for (to, &source) in found.iter_mut().zip(sources) {
                 *to = if source < 0 { of.zeros } else { of.image.add(source as usize * channels) };
             }
-            let mut kernel = of.kernel;
-            for first in (0..channels).step_by(S::LANES) {
-                let left = channels - first;
-                let mut sum = s.splat(0);
-                for (block, found) in found[..taps].chunks(together).enumerate() {
-                    let mut top = s.splat(0);
-                    for x in found {
-                        top = s.max_i32(top, s.and(load_up_to(s, x.add(first), left), magnitude));
-                    }
-                    let Scales { scale, general: outside, .. } = scales(s, group_max(s, top, group), coding);
-                    general |= outside;
-                    let inverse = inverses(s, scale);
-                    let mut sums = s.load(kernel);
-                    for (quad, found) in found.chunks(4).enumerate() {
-                        let mut q = [s.splat(0); 4];
-                        for (j, (q, x)) in q.iter_mut().zip(found).enumerate() {
-                            let bits = if R == STOCHASTIC {
-                                s.load_u16(of.random.add((block * together + 4 * quad + j) * channels + first))
-                            } else {
-                                s.splat(0)
-                            };
-                            *q = round::<S, R>(s, s.mul_f32(load_up_to(s, x.add(first), left), inverse), bits);
-                        }
-                        let word = s.xor(limits.apply(s, s.interleave_bytes(q)), raise);
-                        let words = kernel.add(S::LANES * (2 + quad * group));
-                        for r in 0..group {
-                            sums = dot(s, sums, exchanged(s, word, r), s.load(words.add(S::LANES * r)), small);
-                        }
-                    }
-                    let scale = s.add(s.load(kernel.add(S::LANES)), s.shl::<23>(scale));
-                    sum = s.mul_add_f32(s.to_f32(sums), scale, sum);
-                    kernel = kernel.add(block_words);
-                }
-                if !of.bias.is_null() {
-                    sum = s.add_f32(sum, load_up_to(s, of.bias.add(first), left));
-                }
-                store_up_to(s, of.out.add(pixel * channels + first), left, sum);
+            let found = &found[..taps];
+            let (mut kernel, out) = (of.kernel, of.out.add(pixel * channels));
+            for first in (0..whole).step_by(S::LANES) {
+                s.prefetch(found[taps - 1].wrapping_add(first + PATCHES_AHEAD));
+                general |= patch::<S, R, C, true>(s, of, coding, found, kernel, first, out);
+                kernel = kernel.add(register_words);
+            }
+            if whole < channels {
+                general |= patch::<S, R, C, false>(s, of, coding, found, kernel, whole, out);
             }
         }
     }
     general
+}
+
+/// A register of one pixel's patches, from channel `first` on. `FULL`: there are channels for all of it.
+///
+/// # Safety
+/// As for [`patches`].
+#[inline(always)]
+unsafe fn patch<S: Simd, const R: u8, const C: usize, const FULL: bool>(
+    s: S,
+    of: &Patches<'_>,
+    coding: &PanelCoding,
+    found: &[*const f32],
+    mut kernel: *const i32,
+    first: usize,
+    out: *mut f32,
+) -> bool {
+    let (limits, magnitude, raise) = (Limits::new(s, coding), s.splat(MAGNITUDE), bytes(s, RAISED));
+    let left = of.channels - first;
+    let mut general = false;
+    let mut sum = s.splat(0);
+    // SAFETY: the caller's word.
+    unsafe {
+        for (block, found) in found.chunks(of.together).enumerate() {
+            let mut top = s.splat(0);
+            for x in found {
+                top = s.max_i32(top, s.and(load::<S, FULL>(s, x.add(first), left), magnitude));
+            }
+            let Scales { scale, general: outside, .. } = scales(s, group_max(s, top, C), coding);
+            general |= outside;
+            let inverse = inverses(s, scale);
+            let mut sums = s.load(kernel);
+            let mut words = kernel.add(2 * S::LANES);
+            let random = of.random.wrapping_add(block * of.together * of.channels + first);
+            let (quads, rest) = found.as_chunks::<4>();
+            for (quad, x) in quads.iter().enumerate() {
+                let random = random.wrapping_add(4 * quad * of.channels);
+                let mut q = [s.splat(0); 4];
+                for (j, q) in q.iter_mut().enumerate() {
+                    let bits = random_lanes::<S, R>(s, random.wrapping_add(j * of.channels));
+                    *q = round::<S, R>(s, s.mul_f32(load::<S, FULL>(s, x[j].add(first), left), inverse), bits);
+                }
+                let word = s.xor(limits.apply(s, s.interleave_bytes(q)), raise);
+                sums = add_word::<S, C>(s, sums, word, words, of.small);
+                words = words.add(C * S::LANES);
+            }
+            if !rest.is_empty() {
+                let random = random.wrapping_add(4 * quads.len() * of.channels);
+                let mut q = [s.splat(0); 4];
+                for (j, (q, x)) in q.iter_mut().zip(rest).enumerate() {
+                    let bits = random_lanes::<S, R>(s, random.wrapping_add(j * of.channels));
+                    *q = round::<S, R>(s, s.mul_f32(load::<S, FULL>(s, x.add(first), left), inverse), bits);
+                }
+                let word = s.xor(limits.apply(s, s.interleave_bytes(q)), raise);
+                sums = add_word::<S, C>(s, sums, word, words, of.small);
+            }
+            let scale = s.add(s.load(kernel.add(S::LANES)), s.shl::<23>(scale));
+            sum = s.mul_add_f32(s.to_f32(sums), scale, sum);
+            kernel = kernel.add(patch_block(S::LANES, of.together, C));
+        }
+        if !of.bias.is_null() {
+            sum = s.add_f32(sum, load::<S, FULL>(s, of.bias.add(first), left));
+        }
+        store::<S, FULL>(s, out.add(first), left, sum);
+    }
+    general
+}
+
+/// Random bits of a register, where rounding takes any.
+///
+/// # Safety
+/// As many are valid for reading then.
+#[inline(always)]
+unsafe fn random_lanes<S: Simd, const R: u8>(s: S, random: *const u16) -> S::V {
+    // SAFETY: the caller's word.
+    if R == STOCHASTIC { unsafe { s.load_u16(random) } } else { s.splat(0) }
+}
+
+/// Adds a word of the left operand times `C` of the kernel's.
+///
+/// # Safety
+/// `words` is valid for reading them.
+#[inline(always)]
+unsafe fn add_word<S: Simd, const C: usize>(s: S, mut sums: S::V, word: S::V, words: *const i32, small: bool) -> S::V {
+    for r in 0..C {
+        // SAFETY: the caller's word.
+        sums = dot(s, sums, exchanged(s, word, r), unsafe { s.load(words.add(S::LANES * r)) }, small);
+    }
+    sums
 }
 
 /// Pixels to be encoded, each along the channels of its groups.
@@ -199,35 +297,68 @@ pub(crate) struct Pixels {
 /// bits for reading, with LANES − 1 elements more.
 #[inline(always)]
 pub(crate) unsafe fn encode_pixels<S: Simd, const R: u8>(s: S, of: &Pixels, coding: &PanelCoding) -> bool {
-    let (limits, magnitude, raise) = (Limits::new(s, coding), s.splat(MAGNITUDE), s.splat(RAISED));
+    let whole = of.channels / S::LANES * S::LANES;
     let mut general = false;
     for pixel in 0..of.count {
-        for (register, first) in (0..of.channels).step_by(S::LANES).enumerate() {
+        for first in (0..whole).step_by(S::LANES) {
             // SAFETY: the caller's word.
-            unsafe {
-                let v = load_up_to(s, of.x.add(pixel * of.stride + first), of.channels - first);
-                let Scales { scale, general: outside, .. } =
-                    scales(s, group_max(s, s.and(v, magnitude), of.group), coding);
-                general |= outside;
-                let bits =
-                    if R == STOCHASTIC { s.load_u16(of.random.add(pixel * of.channels + first)) } else { s.splat(0) };
-                let q = round::<S, R>(s, s.mul_f32(v, inverses(s, scale)), bits);
-                let q =
-                    s.and(limits.apply(s, s.interleave_bytes([q, s.splat(0), s.splat(0), s.splat(0)])), s.splat(0xFF));
-                let mut word = s.xor(q, raise);
-                if of.group > 1 {
-                    word = s.or(word, s.shl::<8>(s.exchange::<1>(word)));
-                }
-                if of.group > 2 {
-                    word = s.or(word, s.shl::<16>(s.exchange::<2>(word)));
-                }
-                let to = of.to.add(register * of.pitch + pixel * pixel_words(S::LANES));
-                s.store(to, word);
-                s.store(to.add(S::LANES), s.shl::<23>(scale));
-            }
+            general |= unsafe { encode_register::<S, R, true>(s, of, coding, pixel, first) };
+        }
+        if whole < of.channels {
+            // SAFETY: the caller's word.
+            general |= unsafe { encode_register::<S, R, false>(s, of, coding, pixel, whole) };
         }
     }
     general
+}
+
+/// A register of one pixel, from channel `first` on. `FULL`: there are channels for all of it.
+///
+/// # Safety
+/// As for [`encode_pixels`].
+#[inline(always)]
+unsafe fn encode_register<S: Simd, const R: u8, const FULL: bool>(
+    s: S,
+    of: &Pixels,
+    coding: &PanelCoding,
+    pixel: usize,
+    first: usize,
+) -> bool {
+    // SAFETY: the caller's word.
+    unsafe {
+        let x = of.x.add(pixel * of.stride + first);
+        s.prefetch(x.wrapping_add(PIXELS_AHEAD));
+        let v = load::<S, FULL>(s, x, of.channels - first);
+        let top = group_max(s, s.and(v, s.splat(MAGNITUDE)), of.group);
+        let Scales { scale, general, .. } = scales(s, top, coding);
+        let bits = random_lanes::<S, R>(s, of.random.wrapping_add(pixel * of.channels + first));
+        let q = round::<S, R>(s, s.mul_f32(v, inverses(s, scale)), bits);
+        let q = Limits::new(s, coding).apply(s, s.interleave_bytes([q, s.splat(0), s.splat(0), s.splat(0)]));
+        let mut word = s.xor(s.and(q, s.splat(0xFF)), s.splat(RAISED));
+        if of.group > 1 {
+            word = s.or(word, s.shl::<8>(s.exchange::<1>(word)));
+        }
+        if of.group > 2 {
+            word = s.or(word, s.shl::<16>(s.exchange::<2>(word)));
+        }
+        let to = of.to.add(first / S::LANES * of.pitch + pixel * pixel_words(S::LANES));
+        s.store(to, word);
+        s.store(to.add(S::LANES), s.shl::<23>(scale));
+        general
+    }
+}
+
+/// Writes a pixel of zeros, for taps that find none.
+///
+/// # Safety
+/// `to` is valid for writing the words of a pixel.
+#[inline(always)]
+pub(crate) unsafe fn zero_pixel<S: Simd>(s: S, to: *mut i32) {
+    // SAFETY: the caller's word.
+    unsafe {
+        s.store(to, bytes(s, RAISED));
+        s.store(to.add(S::LANES), s.splat(0));
+    }
 }
 
 /// What the taps of some pixels of the product find among encoded pixels, for one register of channels.
@@ -237,6 +368,8 @@ pub(crate) struct Meetings<'a> {
     pub(crate) kernel: *const i32,
     pub(crate) group: usize,
     pub(crate) small: bool,
+    /// Number of a pixel of zeros.
+    pub(crate) none: usize,
     /// For every pixel and tap the encoded pixel, negative for none.
     pub(crate) sources: &'a [i32],
     pub(crate) taps: usize,
@@ -251,35 +384,54 @@ pub(crate) struct Meetings<'a> {
 /// `out` ← Σ over taps of pixel · kernel.
 ///
 /// # Safety
-/// The pixels that sources name, the kernel's taps and, if there is one, the bias are valid for reading, `out` for writing the
+/// The pixels that sources name, and the one of zeros, the kernel's taps and, if there is one, the bias are valid for reading, `out` for writing the
 /// channels that are left, up to LANES, of every pixel; there are taps.
 #[inline(always)]
 pub(crate) unsafe fn multiply_pixels<S: Simd>(s: S, of: &Meetings<'_>) {
-    let (tap_words, left) = (pixel_tap(S::LANES, of.group), of.left.min(S::LANES));
+    let left = of.left.min(S::LANES);
     // SAFETY: the caller's word.
     unsafe {
-        let bias = if of.bias.is_null() { None } else { Some(load_up_to(s, of.bias, left)) };
-        for (pixel, sources) in of.sources.chunks_exact(of.taps).enumerate() {
-            let mut sum = s.splat(0);
-            let mut kernel = of.kernel;
-            for &source in sources {
-                // A block of zeros adds nothing.
-                if source >= 0 {
-                    let from = of.pixels.add(source as usize * pixel_words(S::LANES));
-                    let word = s.load(from);
-                    let mut sums = dot(s, s.load(kernel), word, s.load(kernel.add(2 * S::LANES)), of.small);
-                    if of.group > 4 {
-                        sums = dot(s, sums, s.exchange::<4>(word), s.load(kernel.add(3 * S::LANES)), of.small);
-                    }
-                    let scale = s.add(s.load(kernel.add(S::LANES)), s.load(from.add(S::LANES)));
-                    sum = s.mul_add_f32(s.to_f32(sums), scale, sum);
+        let bias = if of.bias.is_null() { s.splat(0) } else { load_up_to(s, of.bias, left) };
+        let pixels = of.sources.len() / of.taps;
+        let whole = pixels / TOGETHER * TOGETHER;
+        for pixel in (0..whole).step_by(TOGETHER) {
+            multiply_some::<S, TOGETHER>(s, of, pixel, bias);
+        }
+        for pixel in whole..pixels {
+            multiply_some::<S, 1>(s, of, pixel, bias);
+        }
+    }
+}
+
+/// `N` pixels from `pixel` on.
+///
+/// # Safety
+/// As for [`multiply_pixels`].
+#[inline(always)]
+unsafe fn multiply_some<S: Simd, const N: usize>(s: S, of: &Meetings<'_>, pixel: usize, bias: S::V) {
+    // SAFETY: the caller's word.
+    unsafe {
+        let mut sums = [s.splat(0); N];
+        for tap in 0..of.taps {
+            let kernel = of.kernel.add(tap * pixel_tap(S::LANES, of.group));
+            let (start, scale) = (s.load(kernel), s.load(kernel.add(S::LANES)));
+            let words = kernel.add(2 * S::LANES);
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let source = *of.sources.get_unchecked((pixel + i) * of.taps + tap);
+                let source = if source < 0 { of.none } else { source as usize };
+                let from = of.pixels.add(source * pixel_words(S::LANES));
+                let word = s.load(from);
+                let mut products = dot(s, start, word, s.load(words), of.small);
+                if of.group > 4 {
+                    products = dot(s, products, s.exchange::<4>(word), s.load(words.add(S::LANES)), of.small);
                 }
-                kernel = kernel.add(tap_words);
+                *sum = s.mul_add_f32(s.to_f32(products), s.add(scale, s.load(from.add(S::LANES))), *sum);
             }
-            if let Some(bias) = bias {
-                sum = s.add_f32(sum, bias);
-            }
-            store_up_to(s, of.out.add(pixel * of.stride), left, sum);
+        }
+        for (i, sum) in sums.into_iter().enumerate() {
+            let sum = if of.bias.is_null() { sum } else { s.add_f32(sum, bias) };
+            let to = of.out.add((pixel + i) * of.stride);
+            if of.left >= S::LANES { s.store(to.cast(), sum) } else { s.store_first(to.cast(), of.left, sum) }
         }
     }
 }
@@ -356,6 +508,27 @@ pub(crate) unsafe fn encode_columns<S: Simd, const R: u8>(
     coding: &PanelCoding,
     to: *mut u8,
 ) -> bool {
+    // SAFETY: the caller's word.
+    unsafe {
+        if of.left >= S::LANES {
+            columns::<S, R, true>(s, of, coding, to)
+        } else {
+            columns::<S, R, false>(s, of, coding, to)
+        }
+    }
+}
+
+/// [`encode_columns`]. `FULL`: there are channels for the whole register.
+///
+/// # Safety
+/// As for [`encode_columns`].
+#[inline(always)]
+unsafe fn columns<S: Simd, const R: u8, const FULL: bool>(
+    s: S,
+    of: &Samples,
+    coding: &PanelCoding,
+    to: *mut u8,
+) -> bool {
     let (limits, magnitude) = (Limits::new(s, coding), s.splat(MAGNITUDE));
     let Samples { x, left, stride, layout, .. } = *of;
     let mut general = false;
@@ -368,7 +541,7 @@ pub(crate) unsafe fn encode_columns<S: Simd, const R: u8>(
             for sample in first..end {
                 let x = x.wrapping_add(sample * stride);
                 s.prefetch(x.wrapping_add(AHEAD));
-                top = s.max_i32(top, s.and(load_up_to(s, x, left), magnitude));
+                top = s.max_i32(top, s.and(load::<S, FULL>(s, x, left), magnitude));
             }
             let Scales { scale, keep, general: outside } = scales(s, top, coding);
             general |= outside;
@@ -379,9 +552,12 @@ pub(crate) unsafe fn encode_columns<S: Simd, const R: u8>(
                 for (j, q) in q.iter_mut().enumerate() {
                     let sample = first + 4 * quad + j;
                     if sample < end {
-                        let bits =
-                            if R == STOCHASTIC { s.load_u16(of.random.add(sample * stride)) } else { s.splat(0) };
-                        *q = round::<S, R>(s, s.mul_f32(load_up_to(s, x.add(sample * stride), left), inverse), bits);
+                        let bits = random_lanes::<S, R>(s, of.random.wrapping_add(sample * stride));
+                        *q = round::<S, R>(
+                            s,
+                            s.mul_f32(load::<S, FULL>(s, x.add(sample * stride), left), inverse),
+                            bits,
+                        );
                     }
                 }
                 let word = limits.apply(s, s.interleave_bytes(q));

@@ -38,20 +38,76 @@ pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, 
     // SAFETY: the caller's word.
     unsafe {
         match S::LANES / 2 / counters.groups.max(1) {
-            8 => fill::<S, 8>(s, seed, counters, out),
-            4 if counters.groups * 4 == S::LANES / 2 => fill::<S, 4>(s, seed, counters, out),
-            2 if counters.groups * 2 == S::LANES / 2 => fill::<S, 2>(s, seed, counters, out),
-            _ => fill::<S, 1>(s, seed, counters, out),
+            8 => fill::<S, 8>(s, seed, counters, out, None),
+            4 if counters.groups * 4 == S::LANES / 2 => fill::<S, 4>(s, seed, counters, out, None),
+            2 if counters.groups * 2 == S::LANES / 2 => fill::<S, 2>(s, seed, counters, out, None),
+            _ => fill::<S, 1>(s, seed, counters, out, None),
         }
     }
 }
 
-/// [`fill_random`] with so many rows in a register: one, or as many as fill it.
+/// The same bits by columns, `rows` for each of the first `columns` of those in the groups.
 ///
 /// # Safety
-/// As for [`fill_random`].
+/// `out` is valid for writing `columns * rows` elements.
 #[inline(always)]
-unsafe fn fill<S: Simd, const TOGETHER: usize>(s: S, seed: Seed, counters: Counters, out: *mut u16) {
+pub(crate) unsafe fn fill_random_columns<S: Simd>(s: S, seed: Seed, counters: Counters, columns: usize, out: *mut u16) {
+    // SAFETY: the caller's word. A register holds the counters of as many rows.
+    unsafe {
+        if S::LANES == 16 {
+            fill::<S, 8>(s, seed, counters, out, Some(columns));
+        } else {
+            fill::<S, 4>(s, seed, counters, out, Some(columns));
+        }
+    }
+}
+
+/// Halves of a register's counters, each of another row, to their columns: `row` is the first one's.
+///
+/// # Safety
+/// As for [`fill_random_columns`].
+#[inline(always)]
+unsafe fn store_columns<S: Simd>(
+    s: S,
+    words: [S::V; 4],
+    first: usize,
+    row: usize,
+    [rows, columns]: [usize; 2],
+    out: *mut u16,
+) {
+    for (i, word) in words.into_iter().enumerate() {
+        for (column, halves) in [(first + 2 * i, word), (first + 2 * i + 1, s.sar::<16>(word))] {
+            if column >= columns {
+                return;
+            }
+            // SAFETY: the caller's word; of the last rows no more than there are.
+            unsafe {
+                let to = out.add(column * rows + row);
+                if row + S::LANES / 2 <= rows {
+                    s.store_low_halves(to, halves);
+                } else {
+                    let mut all = [0u16; 8];
+                    s.store_low_halves(all.as_mut_ptr(), halves);
+                    std::ptr::copy_nonoverlapping(all.as_ptr(), to, rows - row);
+                }
+            }
+        }
+    }
+}
+
+/// [`fill_random`] with so many rows in a register: one, or as many as fill it; or [`fill_random_columns`] with as many as
+/// a register has counters.
+///
+/// # Safety
+/// As for those.
+#[inline(always)]
+unsafe fn fill<S: Simd, const TOGETHER: usize>(
+    s: S,
+    seed: Seed,
+    counters: Counters,
+    out: *mut u16,
+    columns: Option<usize>,
+) {
     let lanes = (S::LANES / 2 / TOGETHER).max(1);
     let Counters { row, row_step, rows, group, groups } = counters;
     if rows == 0 || groups == 0 {
@@ -130,7 +186,10 @@ unsafe fn fill<S: Simd, const TOGETHER: usize>(s: S, seed: Seed, counters: Count
                     if r < rows {
                         // All of a product is asked for: to know the low half alone, compilers take a slower one.
                         let c = [c[0], s.in_order(c[1]), c[2], s.in_order(c[3])];
-                        s.store_counters(out.add(8 * (r * groups + g)), c);
+                        match columns {
+                            None => s.store_counters(out.add(8 * (r * groups + g)), c),
+                            Some(columns) => store_columns(s, c, 8 * g, r, [rows, columns], out),
+                        }
                     }
                 }
                 r += TOGETHER * ROWS;

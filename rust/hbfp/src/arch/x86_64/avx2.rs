@@ -356,6 +356,16 @@ impl Simd for Avx2 {
         level!(_mm256_srli_epi64::<32>(a))
     }
     #[inline(always)]
+    unsafe fn store_low_halves(self, p: *mut u16, v: Self::V) {
+        // SAFETY: the token proves the level, the caller 8 writable bytes.
+        unsafe {
+            let order = _mm256_set1_epi64x(0x0908_0100);
+            let pairs = _mm256_shuffle_epi8(v, order);
+            let (low, high) = (_mm256_castsi256_si128(pairs), _mm256_extracti128_si256::<1>(pairs));
+            _mm_storel_epi64(p.cast(), _mm_unpacklo_epi32(low, high));
+        }
+    }
+    #[inline(always)]
     unsafe fn store_counters(self, p: *mut u16, [w0, w1, w2, w3]: [Self::V; 4]) {
         // SAFETY: the token proves the level, the caller 64 writable bytes.
         unsafe {

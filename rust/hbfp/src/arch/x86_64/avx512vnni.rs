@@ -349,6 +349,11 @@ impl Simd for Avx512Vnni {
         level!(_mm512_srli_epi64::<32>(a))
     }
     #[inline(always)]
+    unsafe fn store_low_halves(self, p: *mut u16, v: Self::V) {
+        // SAFETY: the token proves the level, the caller 16 writable bytes.
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtepi64_epi16(v)) }
+    }
+    #[inline(always)]
     unsafe fn store_counters(self, p: *mut u16, [w0, w1, w2, w3]: [Self::V; 4]) {
         // SAFETY: the token proves the level, the caller 128 writable bytes.
         unsafe {

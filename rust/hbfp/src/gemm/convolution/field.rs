@@ -108,15 +108,7 @@ impl Encoding<'_> {
         let mut bits = std::mem::take(&mut scratch.bits);
         if self.coding.mode.is_stochastic() {
             bits.resize(bits.len().max(x.len() + ROW_PADDING), 0);
-            row_bits(
-                ctx.kernels,
-                image,
-                0..image.channels,
-                self.coding.mode.seed,
-                [sample, image_row],
-                &mut scratch.random,
-                &mut bits,
-            );
+            row_bits(ctx.kernels, image, 0..image.channels, self.coding.mode.seed, [sample, image_row], &mut bits);
         }
         let coding = PanelCoding::new(self.coding.format, self.layout.offset(), Some(self.correction));
         let PanelLayout { k, block, blocks, steps, block_bytes, .. } = self.layout;

@@ -23,7 +23,7 @@ use crate::encode::panels::{Panels, PanelsRef};
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT};
 use crate::gemm::cache::Caches;
 use crate::gemm::{Coding, Workspace};
-use crate::mem::SharedMut;
+use crate::mem::{AlignedBytes, SharedMut};
 use crate::parallel::for_each_task;
 use crate::shape::FloatLines;
 use std::ops::Range;
@@ -65,6 +65,15 @@ fn power(scale: i32) -> i32 {
 /// A word of four codes.
 fn word(code: impl Fn(usize) -> i16) -> i32 {
     i32::from_le_bytes(std::array::from_fn(|i| code(i) as i8 as u8))
+}
+
+/// So many zeros, on cache lines: a register that lies on two of them takes twice as long to load.
+fn zero_words(memory: &mut AlignedBytes, len: usize) -> &mut [i32] {
+    let words = memory.reserve(4 * len).as_ptr().cast();
+    // SAFETY: so many were just reserved, and are borrowed.
+    let words = unsafe { std::slice::from_raw_parts_mut(words, len) };
+    words.fill(0);
+    words
 }
 
 impl Convolution {
@@ -266,11 +275,11 @@ impl PixelProduct<'_> {
         if !(self.convolution.is_narrow() && fits && finite) {
             return false;
         }
-        let scratch = &*workspace.scratch;
+        let Workspace { right, scratch, .. } = workspace;
         if flatten {
-            self.patches_by_lanes(ctx, kernel, out, scratch)
+            self.patches_by_lanes(ctx, kernel, out, &mut right.bytes, scratch)
         } else {
-            self.pixels_by_lanes(ctx, kernel, out, scratch)
+            self.pixels_by_lanes(ctx, kernel, out, &mut right.bytes, scratch)
         }
     }
 
@@ -283,12 +292,12 @@ impl PixelProduct<'_> {
         ctx: &Context<'_>,
         kernel: &KernelCopy<'_>,
         out: &mut [f32],
+        memory: &mut AlignedBytes,
         scratch: &[Mutex<Scratch>],
     ) -> bool {
         let (taps, group, channels) = (self.convolution.taps(), self.channels, self.image.channels);
-        let lanes = lanes(ctx.kernels);
         let together = (self.block / group).clamp(1, taps);
-        let Some(words) = self.patch_kernel(ctx, kernel, together) else { return false };
+        let Some(words) = self.patch_kernel(ctx, kernel, together, memory) else { return false };
         let reach = self.convolution.reach();
         let (pixels, row_pixels) = (product_of(self.image.pixels), product_of(self.product.pixels));
         let workers = self.workers(ctx);
@@ -338,7 +347,6 @@ impl PixelProduct<'_> {
                     bias: self.bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
                     out: shared.pointer((sample * row_pixels + pixel) * channels, count * channels),
                 };
-                debug_assert_eq!(words.len() % lanes, 0);
                 // SAFETY: the image's size was checked; pixels belong to one task.
                 if unsafe { encode(&of, &coding, &mut found) } {
                     general.store(true, Ordering::Relaxed);
@@ -349,7 +357,13 @@ impl PixelProduct<'_> {
     }
 
     /// None: a block needs the general product.
-    fn patch_kernel(&self, ctx: &Context<'_>, kernel: &KernelCopy<'_>, together: usize) -> Option<Vec<i32>> {
+    fn patch_kernel<'m>(
+        &self,
+        ctx: &Context<'_>,
+        kernel: &KernelCopy<'_>,
+        together: usize,
+        memory: &'m mut AlignedBytes,
+    ) -> Option<&'m [i32]> {
         let (taps, group, channels) = (self.convolution.taps(), self.channels, self.product.channels);
         let (lanes, patch) = (lanes(ctx.kernels), taps * group);
         let strides = [patch as isize, 1];
@@ -359,7 +373,7 @@ impl PixelProduct<'_> {
         let codes = Codes::from_floats(ctx, &lines, self.right.format, self.right.mode);
         let blocks = taps.div_ceil(together);
         let block_words = patch_block(lanes, together, group);
-        let mut words = vec![0; channels.div_ceil(lanes) * blocks * block_words];
+        let words = zero_words(memory, channels.div_ceil(lanes) * blocks * block_words);
         for channel in 0..channels {
             let (lane, code) = (channel % lanes, &codes.codes[channel * patch..][..patch]);
             for block in 0..blocks {
@@ -386,11 +400,12 @@ impl PixelProduct<'_> {
         ctx: &Context<'_>,
         kernel: &KernelCopy<'_>,
         out: &mut [f32],
+        memory: &mut AlignedBytes,
         scratch: &[Mutex<Scratch>],
     ) -> bool {
         let (taps, group, channels) = (self.convolution.taps(), self.channels, self.image.channels);
         let lanes = lanes(ctx.kernels);
-        let Some(words) = self.pixel_kernel(ctx, kernel) else { return false };
+        let Some(words) = self.pixel_kernel(ctx, kernel, memory) else { return false };
         let register_words = taps * pixel_tap(lanes, group);
         let reach = match self.taps {
             Taps::Forward => self.convolution.reach(),
@@ -415,8 +430,8 @@ impl PixelProduct<'_> {
             let (sample, first) = (task / shares, task % shares * together);
             let run = first * lanes..((first + together) * lanes).min(channels);
             let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            let Scratch { strips, bits, random, .. } = &mut *scratch;
-            let pitch = pixels * pixel_words(lanes);
+            let Scratch { strips, bits, .. } = &mut *scratch;
+            let pitch = (pixels + 1) * pixel_words(lanes);
             let to = strips.reserve(4 * together * pitch).as_ptr().cast::<i32>();
             let width = self.image.pixels[2];
             let mut outside = false;
@@ -424,7 +439,7 @@ impl PixelProduct<'_> {
                 if self.left.mode.is_stochastic() {
                     bits.resize(bits.len().max(width * run.len() + ROW_PADDING), 0);
                     let seed = self.left.mode.seed;
-                    row_bits(ctx.kernels, self.image, run.clone(), seed, [sample, line], random, bits);
+                    row_bits(ctx.kernels, self.image, run.clone(), seed, [sample, line], bits);
                 }
                 let at = (sample * pixels + line * width) * channels + run.start;
                 let of = Pixels {
@@ -444,19 +459,28 @@ impl PixelProduct<'_> {
                 general.store(true, Ordering::Relaxed);
                 return;
             }
-            for register in first..run.end.div_ceil(lanes) {
+            let registers = first..run.end.div_ceil(lanes);
+            for register in registers.clone() {
+                let none = (register - first) * pitch + pixels * pixel_words(lanes);
+                // SAFETY: the buffer has room for one pixel more than there are.
+                unsafe { (ctx.kernels.narrow.zero_pixel)(to.wrapping_add(none)) };
+            }
+            // A row of pixels at a time: what is written there follows itself.
+            let row = self.product.pixels[2];
+            for (line, register) in (0..row_pixels / row).flat_map(|line| registers.clone().map(move |r| (line, r))) {
                 let channel = register * lanes;
-                let at = sample * row_pixels * channels + channel;
+                let at = (sample * row_pixels + line * row) * channels + channel;
                 let left = lanes.min(channels - channel);
                 let of = Meetings {
                     pixels: to.wrapping_add((register - first) * pitch),
                     kernel: words[register * register_words..].as_ptr(),
                     group,
                     small: self.is_small(),
-                    sources: reach.all(),
+                    none: pixels,
+                    sources: &reach.all()[line * row * taps..][..row * taps],
                     taps,
                     bias: self.bias.map_or(std::ptr::null(), |bias| bias[channel..].as_ptr()),
-                    out: shared.pointer(at, (row_pixels - 1) * channels + left),
+                    out: shared.pointer(at, (row - 1) * channels + left),
                     left,
                     stride: channels,
                 };
@@ -468,7 +492,12 @@ impl PixelProduct<'_> {
     }
 
     /// None: a block needs the general product.
-    fn pixel_kernel(&self, ctx: &Context<'_>, kernel: &KernelCopy<'_>) -> Option<Vec<i32>> {
+    fn pixel_kernel<'m>(
+        &self,
+        ctx: &Context<'_>,
+        kernel: &KernelCopy<'_>,
+        memory: &'m mut AlignedBytes,
+    ) -> Option<&'m [i32]> {
         let (taps, group, channels) = (self.convolution.taps(), self.channels, self.product.channels);
         let (lanes, patch) = (lanes(ctx.kernels), taps * group);
         let strides = match self.taps {
@@ -482,7 +511,7 @@ impl PixelProduct<'_> {
             unsafe { FloatLines::with_plane(kernel.floats(), kernel.bits(), offsets.collect(), [group; 2], strides) };
         let codes = Codes::from_floats(ctx, &lines, self.right.format, self.right.mode);
         let tap_words = pixel_tap(lanes, group);
-        let mut words = vec![0; channels.div_ceil(lanes) * taps * tap_words];
+        let words = zero_words(memory, channels.div_ceil(lanes) * taps * tap_words);
         for channel in 0..channels {
             let (lane, j) = (channel % lanes, channel % group);
             for tap in 0..taps {

@@ -422,7 +422,7 @@ impl<'a> PixelProduct<'a> {
         out: &mut [f32],
         workspace: &mut Workspace,
     ) {
-        let Workspace { planes: [_, plane], scratch, .. } = workspace;
+        let Workspace { planes: [_, plane], .. } = workspace;
         let (pixels, row_pixels) = (product_of(self.image.pixels), product_of(self.product.pixels));
         let reach = match self.taps {
             Taps::Forward => self.convolution.reach(),
@@ -430,7 +430,7 @@ impl<'a> PixelProduct<'a> {
         };
         let taps: Vec<usize> = (0..self.convolution.taps()).collect();
         let image = (!flatten).then(|| {
-            let plane = Plane::filled(ctx, self.image, self.left, plane, scratch);
+            let plane = Plane::filled(ctx, self.image, self.left, plane);
             let shape = [self.image.batch * pixels * self.groups, self.channels];
             // SAFETY: the image's size was checked; the plane has as many elements and the padding.
             let lines = unsafe {

@@ -4,10 +4,9 @@
 
 use super::{check_rows, product_of};
 use crate::arch::generic::encode::ROW_PADDING;
-use crate::arch::generic::philox::{Counters, RANDOM_PADDING};
+use crate::arch::generic::philox::Counters;
 use crate::arch::kernels::Kernels;
 use crate::encode::Context;
-use crate::encode::blocks::Scratch;
 use crate::error::Result;
 use crate::gemm::Coding;
 use crate::mem::{AlignedBytes, SharedMut};
@@ -16,7 +15,6 @@ use crate::rng::Seed;
 use crate::shape::{FloatTensor, element_count};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 #[derive(Clone, Copy)]
 pub(super) struct Image {
@@ -138,22 +136,12 @@ impl Plane {
     }
 
     /// The plane of an image, filled; none where the coding takes no random bits.
-    pub(super) fn filled(
-        ctx: &Context<'_>,
-        image: Image,
-        coding: Coding,
-        memory: &mut AlignedBytes,
-        scratch: &[Mutex<Scratch>],
-    ) -> Self {
+    pub(super) fn filled(ctx: &Context<'_>, image: Image, coding: Coding, memory: &mut AlignedBytes) -> Self {
         let seed = coding.mode.is_stochastic().then_some(coding.mode.seed);
         let count = image.batch * product_of(image.pixels) * image.channels + ROW_PADDING;
         let bits = if seed.is_some() { memory.reserve(2 * count).as_ptr().cast() } else { std::ptr::null_mut() };
         let plane = Self { image, seed, bits };
-        let fill = |worker: usize, task: usize| {
-            let mut scratch = scratch[worker].lock().unwrap_or_else(PoisonError::into_inner);
-            plane.fill(ctx, task, &mut scratch);
-        };
-        for_each_task(ctx.team, ctx.threads.max(1), plane.tasks(), &fill);
+        for_each_task(ctx.team, ctx.threads.max(1), plane.tasks(), &|_, task| plane.fill(ctx, task));
         plane
     }
 
@@ -167,21 +155,13 @@ impl Plane {
     }
 
     /// One row of pixels of one sample.
-    fn fill(&self, ctx: &Context<'_>, task: usize, scratch: &mut Scratch) {
+    fn fill(&self, ctx: &Context<'_>, task: usize) {
         let Image { pixels: [p0, p1, width], channels, .. } = self.image;
         let Some(seed) = self.seed else { return };
         let len = width * channels;
         // SAFETY: elements of one row of pixels, which belongs to one task.
         let to = unsafe { std::slice::from_raw_parts_mut(self.bits.add(task * len), len) };
-        row_bits(
-            ctx.kernels,
-            self.image,
-            0..channels,
-            seed,
-            [task / (p0 * p1), task % (p0 * p1)],
-            &mut scratch.random,
-            to,
-        );
+        row_bits(ctx.kernels, self.image, 0..channels, seed, [task / (p0 * p1), task % (p0 * p1)], to);
     }
 }
 
@@ -192,76 +172,13 @@ pub(super) fn row_bits(
     run: Range<usize>,
     seed: Seed,
     [sample, line]: [usize; 2],
-    random: &mut Vec<u16>,
     to: &mut [u16],
 ) {
-    // Channels at a time.
-    const CHANNELS: usize = 64;
     let Image { pixels: [p0, p1, width], channels, .. } = image;
-    let groups = width.div_ceil(8);
-    let len = 8 * CHANNELS * groups + RANDOM_PADDING;
-    random.resize(random.len().max(len), 0);
-    for first in (0..run.len()).step_by(CHANNELS) {
-        let count = CHANNELS.min(run.len() - first);
-        let row = (sample * channels + run.start + first) * p0 * p1 + line;
-        let counters = Counters { row: row as u32, row_step: (p0 * p1) as u32, rows: count, group: 0, groups };
-        // SAFETY: room for the rectangle and its padding.
-        unsafe { (kernels.fill_random)(seed, counters, random.as_mut_ptr()) };
-        let bits = &random[..8 * groups * count];
-        for group in 0..groups {
-            let pixels = 8 * group..width.min(8 * group + 8);
-            for c in (0..count).step_by(8) {
-                let rows: [[u16; 8]; 8] = std::array::from_fn(|i| {
-                    let from = 8 * ((c + i).min(count - 1) * groups + group);
-                    bits[from..from + 8].try_into().expect("eight")
-                });
-                let turned = transpose(rows);
-                let channels_here = 8.min(count - c);
-                for (pixel, row) in pixels.clone().zip(&turned) {
-                    let at = pixel * run.len() + first + c;
-                    if channels_here == 8 {
-                        to[at..at + 8].copy_from_slice(row);
-                    } else {
-                        to[at..at + channels_here].copy_from_slice(&row[..channels_here]);
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Element j of row i to element i of row j.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn transpose(rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
-    use std::arch::x86_64::*;
-    // SAFETY: SSE2 is part of the architecture; arrays of eight u16 are as large as a register.
-    unsafe {
-        let [a, b, c, d, e, f, g, h] = rows.map(|row| std::mem::transmute::<[u16; 8], __m128i>(row));
-        let (ab0, ab1) = (_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b));
-        let (cd0, cd1) = (_mm_unpacklo_epi16(c, d), _mm_unpackhi_epi16(c, d));
-        let (ef0, ef1) = (_mm_unpacklo_epi16(e, f), _mm_unpackhi_epi16(e, f));
-        let (gh0, gh1) = (_mm_unpacklo_epi16(g, h), _mm_unpackhi_epi16(g, h));
-        let (ad0, ad1) = (_mm_unpacklo_epi32(ab0, cd0), _mm_unpackhi_epi32(ab0, cd0));
-        let (ad2, ad3) = (_mm_unpacklo_epi32(ab1, cd1), _mm_unpackhi_epi32(ab1, cd1));
-        let (eh0, eh1) = (_mm_unpacklo_epi32(ef0, gh0), _mm_unpackhi_epi32(ef0, gh0));
-        let (eh2, eh3) = (_mm_unpacklo_epi32(ef1, gh1), _mm_unpackhi_epi32(ef1, gh1));
-        let turned = [
-            _mm_unpacklo_epi64(ad0, eh0),
-            _mm_unpackhi_epi64(ad0, eh0),
-            _mm_unpacklo_epi64(ad1, eh1),
-            _mm_unpackhi_epi64(ad1, eh1),
-            _mm_unpacklo_epi64(ad2, eh2),
-            _mm_unpackhi_epi64(ad2, eh2),
-            _mm_unpacklo_epi64(ad3, eh3),
-            _mm_unpackhi_epi64(ad3, eh3),
-        ];
-        turned.map(|row| std::mem::transmute::<__m128i, [u16; 8]>(row))
-    }
-}
-
-/// Element j of row i to element i of row j.
-#[cfg(not(target_arch = "x86_64"))]
-fn transpose(rows: [[u16; 8]; 8]) -> [[u16; 8]; 8] {
-    std::array::from_fn(|j| std::array::from_fn(|i| rows[i][j]))
+    let row = (sample * channels + run.start) * p0 * p1 + line;
+    let (row_step, groups) = ((p0 * p1) as u32, width.div_ceil(8));
+    let counters = Counters { row: row as u32, row_step, rows: run.len(), group: 0, groups };
+    assert!(to.len() >= width * run.len());
+    // SAFETY: room for the pixels' channels.
+    unsafe { (kernels.fill_random_columns)(seed, counters, width, to.as_mut_ptr()) };
 }

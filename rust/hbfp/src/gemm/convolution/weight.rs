@@ -145,7 +145,7 @@ impl Convolution {
         let Workspace { planes, scratch, .. } = workspace;
         reserve_scratch(ctx, scratch);
         let scratch = &*scratch;
-        let plane = Plane::filled(ctx, image, coding, &mut planes[1], scratch);
+        let plane = Plane::filled(ctx, image, coding, &mut planes[1]);
         if self.is_narrow() {
             self.keep_columns(ctx, place, x, coding, &plane, bytes);
             return Ok(());
@@ -222,7 +222,7 @@ impl Convolution {
         reserve_scratch(ctx, scratch);
         let scratch = &*scratch;
         let plane = |values: Input<'_>, place: Place, coding: Coding, memory: &mut AlignedBytes| match values {
-            Input::Floats(_) => Plane::filled(ctx, self.image(place), coding, memory, scratch),
+            Input::Floats(_) => Plane::filled(ctx, self.image(place), coding, memory),
             Input::Kept(_) => Plane::none(),
         };
         let reach = self.reach();
