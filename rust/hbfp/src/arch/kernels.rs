@@ -119,6 +119,8 @@ pub(crate) struct NarrowKernels {
     pub(crate) patches: [NarrowPatches; 4],
     pub(crate) encode_pixels: [unsafe fn(&narrow_groups::Pixels, &PanelCoding) -> bool; 4],
     pub(crate) zero_pixel: unsafe fn(to: *mut i32),
+    /// For what went around the caches; nothing to a level whose registers are no cache lines.
+    pub(crate) fence: unsafe fn(),
     pub(crate) multiply_pixels: unsafe fn(&narrow_groups::Meetings<'_>),
     pub(crate) encode_columns: [unsafe fn(&narrow_groups::Samples, &PanelCoding, to: *mut u8) -> bool; 4],
     /// Of groups of 1, 2, 4, 8 channels.
@@ -280,6 +282,7 @@ macro_rules! kernels {
                     patches: [narrow_patches::<NEAREST_EVEN>, narrow_patches::<NEAREST_AWAY>, narrow_patches::<TOWARD_ZERO>, narrow_patches::<STOCHASTIC>],
                     encode_pixels: [encode_pixels::<NEAREST_EVEN>, encode_pixels::<NEAREST_AWAY>, encode_pixels::<TOWARD_ZERO>, encode_pixels::<STOCHASTIC>],
                     zero_pixel,
+                    fence,
                     multiply_pixels,
                     encode_columns: [encode_columns::<NEAREST_EVEN>, encode_columns::<NEAREST_AWAY>, encode_columns::<TOWARD_ZERO>, encode_columns::<STOCHASTIC>],
                     sum_pixels: [sum_pixels::<1>, sum_pixels::<2>, sum_pixels::<4>, sum_pixels::<8>],
@@ -353,6 +356,10 @@ macro_rules! kernels {
             #$attribute
             unsafe fn zero_pixel(to: *mut i32) {
                 unsafe { narrow_groups::zero_pixel($make, to) }
+            }
+            #$attribute
+            unsafe fn fence() {
+                unsafe { $make.fence() }
             }
             #$attribute
             unsafe fn multiply_pixels(of: &narrow_groups::Meetings<'_>) {
@@ -439,8 +446,8 @@ macro_rules! aligned {
         pub(crate) mod $name {
             #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
             use super::*;
-            use crate::arch::generic::aligned::SixteenLanes;
             use crate::arch::generic::product::Left;
+            use crate::arch::simd::Simd;
 
             pub(crate) const KERNELS: AlignedKernels = AlignedKernels {
                 fewest_panels: $fewest,
@@ -479,8 +486,9 @@ macro_rules! matrix_unit {
         pub(crate) mod $name {
             #![allow(clippy::undocumented_unsafe_blocks, reason = "shells: the conditions are those of the function called")]
             use super::*;
-            use crate::arch::generic::aligned::{PIECE, SixteenLanes};
+            use crate::arch::generic::aligned::PIECE;
             use crate::arch::generic::matrix_unit::MatrixUnit;
+            use crate::arch::simd::Simd;
 
             pub(crate) static KERNELS: Kernels = Kernels {
                 level: $level,
@@ -510,7 +518,7 @@ macro_rules! matrix_unit {
                 impl Drop for Restored {
                     fn drop(&mut self) {
                         self.0.take().into_iter().for_each(|before| unsafe { $make.restore(before) });
-                        unsafe { $make.fence() };
+                        unsafe { $make.fence() }
                     }
                 }
                 let _restored = Restored(Some(unsafe { matrix_unit::configure($make, steps) }));

@@ -73,6 +73,12 @@ impl<const N: usize> Simd for Scalar<N> {
         unsafe { p.cast::<Lanes<N>>().write_unaligned(v) }
     }
     #[inline(always)]
+    unsafe fn store_around(self, p: *mut i32, v: Self::V) {
+        assert!((p as usize).is_multiple_of(4 * N), "a store around the caches that is no cache line");
+        // SAFETY: the caller's word.
+        unsafe { self.store(p, v) }
+    }
+    #[inline(always)]
     unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V {
         // SAFETY: the caller vouches for n words.
         from_fn(|i| if i < n { unsafe { p.cast::<u32>().add(i).read_unaligned() } } else { 0 })

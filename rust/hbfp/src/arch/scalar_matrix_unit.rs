@@ -3,7 +3,6 @@
 use super::generic::aligned::SixteenLanes;
 use super::generic::matrix_unit::MatrixUnit;
 use super::scalar::Scalar;
-use super::simd::Simd;
 use std::cell::RefCell;
 
 /// Eight registers of 16 rows of 64 bytes, and the steps that they are configured for; 0: not configured.
@@ -25,17 +24,11 @@ fn with<R>(act: impl FnOnce(&mut Unit) -> R) -> R {
 
 // SAFETY of the blocks below: the callers vouch for what pointers reach.
 impl SixteenLanes for Scalar<16> {
-    unsafe fn store_around(self, p: *mut i32, v: Self::V) {
-        assert!((p as usize).is_multiple_of(64), "a store around the caches that is no cache line");
-        // SAFETY: see above.
-        unsafe { self.store(p, v) };
-    }
     unsafe fn steps_of_lines(self, lines: [*const u8; 4]) -> Self::V {
         // SAFETY: see above.
         let lines = lines.map(|line| unsafe { line.cast::<[u32; 4]>().read_unaligned() });
         std::array::from_fn(|lane| lines[lane % 4][lane / 4])
     }
-    unsafe fn fence(self) {}
 }
 
 impl MatrixUnit for Scalar<16> {

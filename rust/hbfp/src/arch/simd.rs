@@ -23,6 +23,19 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `p` is valid for writing `LANES` words; no alignment is needed.
     unsafe fn store(self, p: *mut i32, v: Self::V);
+    /// A register around the caches, where it is a cache line; for other threads after [`Simd::fence`].
+    /// # Safety
+    /// `p` is valid for writing a register, and a multiple of its size.
+    #[inline(always)]
+    unsafe fn store_around(self, p: *mut i32, v: Self::V) {
+        // SAFETY: the caller's word.
+        unsafe { self.store(p, v) }
+    }
+    /// What went around the caches is there for other threads.
+    /// # Safety
+    /// None beyond the token's.
+    #[inline(always)]
+    unsafe fn fence(self) {}
     /// The first `n` ≤ LANES lanes, zeros after them.
     /// # Safety
     /// `p` is valid for reading `n` words; no alignment is needed.

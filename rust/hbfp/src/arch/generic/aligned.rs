@@ -40,14 +40,6 @@ pub(crate) trait SixteenLanes: Simd {
     /// # Safety
     /// `lines` are valid for reading 16 bytes; no alignment is needed.
     unsafe fn steps_of_lines(self, lines: [*const u8; PANEL_ROWS]) -> Self::V;
-    /// A register to a cache line, around the caches; for other threads after [`SixteenLanes::fence`].
-    /// # Safety
-    /// `p` is valid for writing a register, and a multiple of its size.
-    unsafe fn store_around(self, p: *mut i32, v: Self::V);
-    /// What went around the caches is there for other threads.
-    /// # Safety
-    /// None beyond the token's.
-    unsafe fn fence(self);
 }
 
 /// Sums below it are exact in f32.

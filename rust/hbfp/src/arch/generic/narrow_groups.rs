@@ -85,14 +85,20 @@ unsafe fn load<S: Simd, const FULL: bool>(s: S, x: *const f32, left: usize) -> S
     unsafe { if FULL { s.load(x.cast()) } else { s.load_first(x.cast(), left) } }
 }
 
-/// The same lanes back.
+/// The same lanes back; whole registers around the caches or not.
 ///
 /// # Safety
-/// As many are valid for writing.
+/// As many are valid for writing, and on a cache line if they go around them.
 #[inline(always)]
-unsafe fn store<S: Simd, const FULL: bool>(s: S, to: *mut f32, left: usize, v: S::V) {
+unsafe fn store<S: Simd, const FULL: bool>(s: S, to: *mut f32, left: usize, v: S::V, around: bool) {
     // SAFETY: the caller's word.
-    unsafe { if FULL { s.store(to.cast(), v) } else { s.store_first(to.cast(), left, v) } }
+    unsafe {
+        match (FULL, around) {
+            (true, true) => s.store_around(to.cast(), v),
+            (true, false) => s.store(to.cast(), v),
+            (false, _) => s.store_first(to.cast(), left, v),
+        }
+    }
 }
 
 /// The largest lane of each group.
@@ -123,6 +129,8 @@ pub(crate) struct Patches<'a> {
     /// Null: none.
     pub(crate) bias: *const f32,
     pub(crate) out: *mut f32,
+    /// Whether `out`, made of whole registers on cache lines, is written around the caches, up to a fence.
+    pub(crate) around: bool,
 }
 
 /// Flattened patches of all groups, encoded and multiplied by their kernels: `out` ← Σ over blocks. Returns whether a block
@@ -139,30 +147,8 @@ pub(crate) unsafe fn patches<S: Simd, const R: u8>(
     coding: &PanelCoding,
     found: &mut [*const f32],
 ) -> bool {
-    // SAFETY: the caller's word.
-    unsafe {
-        match of.group {
-            1 => patches_of::<S, R, 1>(s, of, coding, found),
-            2 => patches_of::<S, R, 2>(s, of, coding, found),
-            4 => patches_of::<S, R, 4>(s, of, coding, found),
-            _ => patches_of::<S, R, 8>(s, of, coding, found),
-        }
-    }
-}
-
-/// [`patches`] of groups of `C` channels.
-///
-/// # Safety
-/// As for [`patches`].
-#[inline(always)]
-unsafe fn patches_of<S: Simd, const R: u8, const C: usize>(
-    s: S,
-    of: &Patches<'_>,
-    coding: &PanelCoding,
-    found: &mut [*const f32],
-) -> bool {
     let (channels, taps) = (of.channels, of.taps);
-    let register_words = taps.div_ceil(of.together) * patch_block(S::LANES, of.together, C);
+    let register_words = taps.div_ceil(of.together) * patch_block(S::LANES, of.together, of.group);
     let whole = channels / S::LANES * S::LANES;
     let mut general = false;
     // SAFETY: the caller's word.
@@ -175,11 +161,11 @@ unsafe fn patches_of<S: Simd, const R: u8, const C: usize>(
             let (mut kernel, out) = (of.kernel, of.out.add(pixel * channels));
             for first in (0..whole).step_by(S::LANES) {
                 s.prefetch(found[taps - 1].wrapping_add(first + PATCHES_AHEAD));
-                general |= patch::<S, R, C, true>(s, of, coding, found, kernel, first, out);
+                general |= patch::<S, R, true>(s, of, coding, found, kernel, first, out);
                 kernel = kernel.add(register_words);
             }
             if whole < channels {
-                general |= patch::<S, R, C, false>(s, of, coding, found, kernel, whole, out);
+                general |= patch::<S, R, false>(s, of, coding, found, kernel, whole, out);
             }
         }
     }
@@ -191,7 +177,7 @@ unsafe fn patches_of<S: Simd, const R: u8, const C: usize>(
 /// # Safety
 /// As for [`patches`].
 #[inline(always)]
-unsafe fn patch<S: Simd, const R: u8, const C: usize, const FULL: bool>(
+unsafe fn patch<S: Simd, const R: u8, const FULL: bool>(
     s: S,
     of: &Patches<'_>,
     coding: &PanelCoding,
@@ -211,7 +197,7 @@ unsafe fn patch<S: Simd, const R: u8, const C: usize, const FULL: bool>(
             for x in found {
                 top = s.max_i32(top, s.and(load::<S, FULL>(s, x.add(first), left), magnitude));
             }
-            let Scales { scale, general: outside, .. } = scales(s, group_max(s, top, C), coding);
+            let Scales { scale, general: outside, .. } = scales(s, group_max(s, top, of.group), coding);
             general |= outside;
             let inverse = inverses(s, scale);
             let mut sums = s.load(kernel);
@@ -226,8 +212,8 @@ unsafe fn patch<S: Simd, const R: u8, const C: usize, const FULL: bool>(
                     *q = round::<S, R>(s, s.mul_f32(load::<S, FULL>(s, x[j].add(first), left), inverse), bits);
                 }
                 let word = s.xor(limits.apply(s, s.interleave_bytes(q)), raise);
-                sums = add_word::<S, C>(s, sums, word, words, of.small);
-                words = words.add(C * S::LANES);
+                sums = add_word(s, sums, word, words, of);
+                words = words.add(of.group * S::LANES);
             }
             if !rest.is_empty() {
                 let random = random.wrapping_add(4 * quads.len() * of.channels);
@@ -237,16 +223,16 @@ unsafe fn patch<S: Simd, const R: u8, const C: usize, const FULL: bool>(
                     *q = round::<S, R>(s, s.mul_f32(load::<S, FULL>(s, x.add(first), left), inverse), bits);
                 }
                 let word = s.xor(limits.apply(s, s.interleave_bytes(q)), raise);
-                sums = add_word::<S, C>(s, sums, word, words, of.small);
+                sums = add_word(s, sums, word, words, of);
             }
             let scale = s.add(s.load(kernel.add(S::LANES)), s.shl::<23>(scale));
             sum = s.mul_add_f32(s.to_f32(sums), scale, sum);
-            kernel = kernel.add(patch_block(S::LANES, of.together, C));
+            kernel = kernel.add(patch_block(S::LANES, of.together, of.group));
         }
         if !of.bias.is_null() {
             sum = s.add_f32(sum, load::<S, FULL>(s, of.bias.add(first), left));
         }
-        store::<S, FULL>(s, out.add(first), left, sum);
+        store::<S, FULL>(s, out.add(first), left, sum, of.around);
     }
     general
 }
@@ -261,12 +247,29 @@ unsafe fn random_lanes<S: Simd, const R: u8>(s: S, random: *const u16) -> S::V {
     if R == STOCHASTIC { unsafe { s.load_u16(random) } } else { s.splat(0) }
 }
 
-/// Adds a word of the left operand times `C` of the kernel's.
+/// Adds a word of the left operand times the kernel's, one for each of a group's channels.
 ///
 /// # Safety
 /// `words` is valid for reading them.
 #[inline(always)]
-unsafe fn add_word<S: Simd, const C: usize>(s: S, mut sums: S::V, word: S::V, words: *const i32, small: bool) -> S::V {
+unsafe fn add_word<S: Simd>(s: S, sums: S::V, word: S::V, words: *const i32, of: &Patches<'_>) -> S::V {
+    // SAFETY: the caller's word.
+    unsafe {
+        match of.group {
+            1 => add_words::<S, 1>(s, sums, word, words, of.small),
+            2 => add_words::<S, 2>(s, sums, word, words, of.small),
+            4 => add_words::<S, 4>(s, sums, word, words, of.small),
+            _ => add_words::<S, 8>(s, sums, word, words, of.small),
+        }
+    }
+}
+
+/// [`add_word`] of groups of `C` channels.
+///
+/// # Safety
+/// As for [`add_word`].
+#[inline(always)]
+unsafe fn add_words<S: Simd, const C: usize>(s: S, mut sums: S::V, word: S::V, words: *const i32, small: bool) -> S::V {
     for r in 0..C {
         // SAFETY: the caller's word.
         sums = dot(s, sums, exchanged(s, word, r), unsafe { s.load(words.add(S::LANES * r)) }, small);
@@ -379,6 +382,8 @@ pub(crate) struct Meetings<'a> {
     pub(crate) out: *mut f32,
     pub(crate) left: usize,
     pub(crate) stride: usize,
+    /// Whether `out`, made of whole registers on cache lines, is written around the caches, up to a fence.
+    pub(crate) around: bool,
 }
 
 /// `out` ← Σ over taps of pixel · kernel.
@@ -431,7 +436,11 @@ unsafe fn multiply_some<S: Simd, const N: usize>(s: S, of: &Meetings<'_>, pixel:
         for (i, sum) in sums.into_iter().enumerate() {
             let sum = if of.bias.is_null() { sum } else { s.add_f32(sum, bias) };
             let to = of.out.add((pixel + i) * of.stride);
-            if of.left >= S::LANES { s.store(to.cast(), sum) } else { s.store_first(to.cast(), of.left, sum) }
+            if of.left >= S::LANES {
+                store::<S, true>(s, to, of.left, sum, of.around);
+            } else {
+                store::<S, false>(s, to, of.left, sum, of.around);
+            }
         }
     }
 }

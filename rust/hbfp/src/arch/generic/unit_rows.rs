@@ -44,6 +44,8 @@ pub(crate) struct Products {
     pub(crate) c_stride: usize,
     /// Whether sums start from +0.0, whatever C holds.
     pub(crate) fresh: bool,
+    /// Whether C, which begins on cache lines and so do its rows, is written to memory around the caches.
+    pub(crate) around: bool,
 }
 
 /// Bytes of a product's right operand.
@@ -194,7 +196,8 @@ pub(crate) unsafe fn rows<S: MatrixUnit>(s: S, groups: &[Group<'_>], of: &Produc
                 }
             }
             for (row, c) in c.iter().enumerate() {
-                s.store(to.add(row * of.c_stride).cast(), *c);
+                let to = to.add(row * of.c_stride).cast();
+                if of.around { s.store_around(to, *c) } else { s.store(to, *c) }
             }
         }
     }

@@ -63,6 +63,15 @@ impl Simd for Avx512Vnni {
         unsafe { _mm512_storeu_si512(p.cast(), v) }
     }
     #[inline(always)]
+    unsafe fn store_around(self, p: *mut i32, v: Self::V) {
+        // SAFETY: the token proves the level, the caller what pointers reach.
+        unsafe { _mm512_stream_si512(p.cast(), v) }
+    }
+    #[inline(always)]
+    unsafe fn fence(self) {
+        level!(_mm_sfence());
+    }
+    #[inline(always)]
     unsafe fn load_first(self, p: *const i32, n: usize) -> Self::V {
         // SAFETY: the token proves the level, the caller n readable words; the others are not touched.
         unsafe { _mm512_maskz_loadu_epi32(first(n), p) }
@@ -370,11 +379,6 @@ impl Simd for Avx512Vnni {
 
 impl SixteenLanes for Avx512Vnni {
     #[inline(always)]
-    unsafe fn store_around(self, p: *mut i32, v: Self::V) {
-        // SAFETY: the token proves the level, the caller what pointers reach.
-        unsafe { _mm512_stream_si512(p.cast(), v) }
-    }
-    #[inline(always)]
     unsafe fn steps_of_lines(self, [a, b, c, d]: [*const u8; 4]) -> Self::V {
         // SAFETY: the token proves the level, the caller what pointers reach.
         unsafe {
@@ -383,10 +387,6 @@ impl SixteenLanes for Avx512Vnni {
             let rows = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(ab), cd);
             _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), rows)
         }
-    }
-    #[inline(always)]
-    unsafe fn fence(self) {
-        level!(_mm_sfence());
     }
 }
 

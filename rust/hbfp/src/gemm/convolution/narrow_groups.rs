@@ -308,6 +308,7 @@ impl PixelProduct<'_> {
         let coding = coding_of(self.left.format);
         let encode = ctx.kernels.narrow.patches[self.left.mode.rounding as usize];
         let shared = SharedMut::new(out);
+        let around = goes_around(ctx.kernels, shared, channels);
         for_each_task(ctx.team, workers, self.image.batch * shares, &|worker, task| {
             if general.load(Ordering::Relaxed) {
                 return;
@@ -346,12 +347,15 @@ impl PixelProduct<'_> {
                     random: bits.as_ptr(),
                     bias: self.bias.map_or(std::ptr::null(), <[f32]>::as_ptr),
                     out: shared.pointer((sample * row_pixels + pixel) * channels, count * channels),
+                    around,
                 };
                 // SAFETY: the image's size was checked; pixels belong to one task.
                 if unsafe { encode(&of, &coding, &mut found) } {
                     general.store(true, Ordering::Relaxed);
                 }
             }
+            // SAFETY: the level's own.
+            unsafe { (ctx.kernels.narrow.fence)() };
         });
         !general.into_inner()
     }
@@ -423,6 +427,7 @@ impl PixelProduct<'_> {
         let coding = coding_of(self.left.format);
         let encode = ctx.kernels.narrow.encode_pixels[self.left.mode.rounding as usize];
         let shared = SharedMut::new(out);
+        let around = goes_around(ctx.kernels, shared, channels);
         for_each_task(ctx.team, workers, self.image.batch * shares, &|worker, task| {
             if general.load(Ordering::Relaxed) {
                 return;
@@ -483,10 +488,13 @@ impl PixelProduct<'_> {
                     out: shared.pointer(at, (row - 1) * channels + left),
                     left,
                     stride: channels,
+                    around,
                 };
                 // SAFETY: pixels were encoded, of registers with a kernel; channels of a sample belong to one task.
                 unsafe { (ctx.kernels.narrow.multiply_pixels)(&of) };
             }
+            // SAFETY: the level's own.
+            unsafe { (ctx.kernels.narrow.fence)() };
         });
         !general.into_inner()
     }
@@ -528,6 +536,13 @@ impl PixelProduct<'_> {
         }
         Some(words)
     }
+}
+
+/// Whether what is written once, pixel by pixel, goes around the caches, where it would not stay: whole registers on cache
+/// lines.
+fn goes_around(kernels: &Kernels, out: SharedMut<'_, f32>, channels: usize) -> bool {
+    let large = size_of::<f32>() * out.len() >= 2 * Caches::get().l2;
+    large && channels.is_multiple_of(lanes(kernels)) && (out.as_ptr() as usize).is_multiple_of(64)
 }
 
 /// Random bits of the patches of one pixel, [taps, channels of all groups]: `row` is that of the first group's patch,

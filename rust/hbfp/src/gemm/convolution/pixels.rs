@@ -17,6 +17,7 @@ use crate::encode::panels::{PanelLayout, Panels, PanelsRef, Side};
 use crate::encode::{Context, check_size};
 use crate::error::Result;
 use crate::format::MAX_BLOCK;
+use crate::gemm::cache::Caches;
 use crate::gemm::tiles::{Kernel, Left, LeftBlocks, PanelBlocks, Task, Tiles};
 use crate::gemm::{Coding, Epilogue, Workspace, driver, fitting, general, offset, tiles};
 use crate::mem::SharedMut;
@@ -552,6 +553,11 @@ impl UnitRows {
         const ROWS: usize = unit_rows::ROWS;
         let Self { kernels, ref offsets, steps, width, raised, row } = *self;
         let each = row / PANEL_ROWS;
+        // Written once and not touched again, and no line stays in the caches.
+        let around = of.bias.is_none()
+            && size_of::<f32>() * out.len() >= 2 * Caches::get().l2
+            && (out.as_ptr() as usize).is_multiple_of(64)
+            && of.product.channels.is_multiple_of(ROWS);
         let c_stride = fours.stride() * of.product.channels;
         let right = scratch.tiles.unit_right.reserve(offsets.len() * unit_rows::right_bytes(steps)).as_ptr();
         let mut groups = Vec::with_capacity(range.len() * PANEL_ROWS / ROWS + range.len() / each);
@@ -569,7 +575,7 @@ impl UnitRows {
                     });
                 }
             }
-            let products = unit_rows::Products { steps, right, stride: fours.between(), c_stride, fresh: true };
+            let products = unit_rows::Products { steps, right, stride: fours.between(), c_stride, fresh: true, around };
             // SAFETY: the caller's word; the buffer has room for the products' columns.
             unsafe {
                 (kernels.rows.lay_out_columns)(offsets.len(), steps, width, raised, panel, column, right);

@@ -609,8 +609,14 @@ impl UnitRows<'_> {
                     c: out.pointer(at + row * width + column, (ROWS - 1) * width + ROWS),
                 };
                 let groups: Vec<_> = starts.iter().zip(offsets.chunks_exact(each)).map(group).collect();
-                let products =
-                    unit_rows::Products { steps, right, stride: line_bytes, c_stride: width, fresh: slice.start == 0 };
+                let products = unit_rows::Products {
+                    steps,
+                    right,
+                    stride: line_bytes,
+                    c_stride: width,
+                    fresh: slice.start == 0,
+                    around: false,
+                };
                 let panel = panel.wrapping_add(slice.start * blocks * joined.block_bytes);
                 // SAFETY: the caller's word; the buffer has room for the products' columns.
                 unsafe {
