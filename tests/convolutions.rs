@@ -515,6 +515,47 @@ fn passes_over_more_taps_and_pixels_than_a_cache_holds() {
 }
 
 #[test]
+fn results_larger_than_the_caches() {
+    // Hunted: rows that go around the caches and are not there, or not where they belong. Samples are all the same, and one
+    // of them alone is small.
+    const BATCH: usize = 100;
+    let pixels = [1, 40, 40];
+    let plane = Convolution { batch: BATCH, channels: [32, 32], input: pixels, output: pixels, ..SQUARE };
+    let sixteens = Convolution { channels: [16, 16], ..plane };
+    for (sizes, flatten) in
+        [(sixteens, false), (Convolution { groups: 32, ..plane }, true), (Convolution { groups: 8, ..plane }, true)]
+    {
+        let mut case = plain(Convolution { batch: 1, ..sizes }, flatten, [line(4, 16); 2], Rounding::NearestEven);
+        case.biases = [None, None];
+        for (name, ctx) in contexts() {
+            let mut workspace = Workspace::default();
+            let [[x, w], [dy, dw], _] = case.codings;
+            let single = &mut [vec![0.0; case.dy.len()], vec![0.0; case.x.len()]];
+            let tensor = &case.w.view();
+            case.sizes.forward(&ctx, &case.x, tensor, [x, w], flatten, None, &mut single[0], &mut workspace).unwrap();
+            case.sizes.input_gradient(&ctx, &case.dy, tensor, [dy, dw], None, &mut single[1], &mut workspace).unwrap();
+            let images = [&case.x, &case.dy].map(|image| image.repeat(BATCH));
+            for (product, single) in single.iter().enumerate() {
+                // On a cache line, as a tensor's memory is.
+                let mut memory = vec![f32::NAN; BATCH * single.len() + 16];
+                let first = memory.as_ptr().align_offset(64);
+                let out = &mut memory[first..][..BATCH * single.len()];
+                match product {
+                    0 => sizes.forward(&ctx, &images[0], tensor, [x, w], flatten, None, out, &mut workspace),
+                    _ => sizes.input_gradient(&ctx, &images[1], tensor, [dy, dw], None, out, &mut workspace),
+                }
+                .unwrap();
+                for (sample, found) in out.chunks_exact(single.len()).enumerate() {
+                    assert_same_bits(found, single, sizes.channels[0], &|| {
+                        format!("{name}: product {product}, sample {sample}, {sizes:?}")
+                    });
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn rows_of_sixteen_pixels_and_more() {
     // Hunted: a row that begins at the wrong line, the last sixteen of a row of pixels, which overlap those before, pixels
     // between the steps of a stride, margins before and behind in each dimension, blocks of all lengths that a matrix unit
