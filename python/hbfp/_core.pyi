@@ -246,25 +246,14 @@ def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: i
 _Codings = list[tuple[Format, int, int]]
 """Format, rounding and stream of the left and of the right operand of a product."""
 
-def attention(
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: Any | None,
-    out: Any,
-    causal: bool,
-    scale: float,
-    dropout: tuple[int, int] | None,
-    scores: _Codings,
-    context: _Codings,
-    seed: int,
-    threads: int,
-) -> None:
-    """out[.., L, Ev] = softmax(scale * q k^T + mask) v without the L x S matrix; the bits of product and softmax.
+_AttentionCall = tuple[Any, Any, Any, Any | None, bool, float, tuple[int, int] | None, _Codings, int]
+"""q [.., L, E], k [.., S, E], v [.., S, Ev] and mask [.., L, S], with equal batch dimensions and any strides; causal;
+scale; dropout of the softmax, `dropped` and `seed` as in the function of that name; codings of q and k, lines of at
+most 8 bits as all here; the seed of all random bits."""
 
-    q [.., L, E], k [.., S, E], v [.., S, Ev], mask [.., L, S] with equal batch dimensions and any strides; formats are
-    lines of at most 8 bits, `scores` those of q and k, `context` those of the softmax and v. `dropout` is that of the
-    softmax, `dropped` and `seed` as in the function of that name."""
+def attention(call: _AttentionCall, context: _Codings, out: Any, threads: int) -> None:
+    """out[.., L, Ev] = softmax(scale * q k^T + mask) v without the L x S matrix; the bits of product and softmax.
+    `context` are the codings of the softmax and v."""
 
 @final
 class KeptMatrix:
@@ -320,46 +309,21 @@ class GrownAttention:
     def __deepcopy__(self, memo: Any) -> GrownAttention: ...
 
 def attention_backward(
+    call: _AttentionCall,
     output: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: Any | None,
-    dq: Any | None,
-    dk: Any | None,
-    dv: Any | None,
-    causal: bool,
-    scale: float,
-    dropout: tuple[int, int] | None,
-    scores: _Codings,
-    weights: _Codings,
-    queries: _Codings,
-    keys: _Codings,
-    values: _Codings,
-    seed: int,
+    products: tuple[_Codings, _Codings, _Codings, _Codings],
+    gradients: tuple[Any | None, Any | None, Any | None],
     threads: int,
 ) -> None:
-    """The gradients that are not None, from `output`, that of the output. Codings: `scores` of q and k; `weights` of dO
-    and v; `queries` of dS and k; `keys` of dS and q; `values` of P and dO."""
+    """The gradients of q, k and v that are not None, from `output`, that of the output. Products: dO v^T, dS k, dS^T q
+    and P^T dO."""
 
 def attention_mask_gradient(
-    output: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    mask: Any,
-    out: Any,
-    summed: bool,
-    causal: bool,
-    scale: float,
-    dropout: tuple[int, int] | None,
-    scores: _Codings,
-    weights: _Codings,
-    seed: int,
-    threads: int,
+    call: _AttentionCall, output: Any, weights: _Codings, out: Any, summed: bool, threads: int
 ) -> None:
-    """out, the gradient of a mask of its shape: the dimensions of mask, [.., L, S], or 1 in place of any but the last,
-    where rows are then summed as by `column_sums`. summed: whether the mask was broadcast at all."""
+    """out, the gradient of a mask of its shape: the dimensions of the mask, [.., L, S], or 1 in place of any but the
+    last, where rows are then summed as by `column_sums`. weights: of dO v^T. summed: whether the mask was broadcast at
+    all."""
 
 _Triple = tuple[int, int, int]
 _Sizes = tuple[int, list[_Triple]]

@@ -409,10 +409,9 @@ class FusedAttentionFunction(torch.autograd.Function):
         ctx.causal, ctx.scale, ctx.dropped = causal, scale, dropped
         ctx.recipe, ctx.seed, ctx.stream, ctx.source = recipe, seed, stream, source
         policy = recipe.forward
-        return ops.attention(
-            *_expanded(q, k, v, mask), causal, scale, policy.formats, policy.roundings, seed,
-            (stream | _Q, stream | _K, stream | _P, stream | _V), dropped, word, source=source,
-        )  # fmt: skip
+        call = _call(q, k, v, mask, causal, scale, seed, dropped, word)
+        streams = stream | _Q, stream | _K, stream | _P, stream | _V
+        return ops.attention(call, policy.formats, policy.roundings, streams, source=source)
 
     @staticmethod
     @once
@@ -422,35 +421,30 @@ class FusedAttentionFunction(torch.autograd.Function):
         policies = recipe.forward, recipe.input_gradient, recipe.weight_gradient
         (f0, f1, f2), (r0, r1, r2) = [p.formats for p in policies], [p.roundings for p in policies]
         need_q, need_k, need_v, need_mask = ctx.needs_input_grad[:4]
-        dropout, expanded = (ctx.dropped, word), _expanded(q, k, v, mask)
+        call = _call(q, k, v, mask, ctx.causal, ctx.scale, ctx.seed, ctx.dropped, word)
         dq = dk = dv = dmask = None
         if need_q or need_k or need_v:
             roles = _Q, _K, _DO_P, _QKV, _DS_Q, _QKV, _DS_K, _QKV, _P_V, _DO_V
-            gradients = ops.attention_backward(
-                do, *expanded, ctx.causal, ctx.scale, (f0, f1, f2), (r0, r1, r2), ctx.seed,
-                [stream | role for role in roles], (need_q, need_k, need_v), *dropout, source=ctx.source,
-            )  # fmt: skip
+            streams, needs = [stream | role for role in roles], (need_q, need_k, need_v)
+            gradients = ops.attention_backward(do, call, (f0, f1, f2), (r0, r1, r2), streams, needs, source=ctx.source)
             dq, dk, dv = (
                 None if gradient is None else _sum_to(gradient, x.shape, ops)
                 for gradient, x in zip(gradients, (q, k, v), strict=True)
             )
         if need_mask:
-            q, k, v, wide_mask = expanded
-            assert wide_mask is not None
+            streams, alone = [stream | role for role in (_Q, _K, _DO_P, _QKV)], not (need_q or need_k)
             dmask = ops.attention_mask_gradient(
-                do, q, k, v, wide_mask, mask.shape, ctx.scale, (f0, f1), (r0, r1), ctx.seed,
-                [stream | role for role in (_Q, _K, _DO_P, _QKV)], *dropout, alone=not (need_q or need_k),
-                source=ctx.source,
-            )  # fmt: skip
+                do, call, mask.shape, (f0, f1), (r0, r1), streams, alone=alone, source=ctx.source
+            )
         return dq, dk, dv, dmask, None, None, None, None, None, None, None, None
 
 
-def _expanded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The operands with all batch dimensions, and the mask as float32 that is added to the scores; no copies of any."""
+def _call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *settings: Any) -> ops.AttentionCall:
+    """With all batch dimensions, and the mask as float32 that is added to the scores; no copies of any."""
     batch = _batch_of(q, k, v)
     if mask is not None:
         mask = _additive(mask).expand(*batch, q.shape[-2], k.shape[-2])
-    return _expand(q, batch), _expand(k, batch), _expand(v, batch), mask
+    return ops.AttentionCall(_expand(q, batch), _expand(k, batch), _expand(v, batch), mask, *settings)
 
 
 def _fuses(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, recipe: Recipe) -> bool:

@@ -4,11 +4,13 @@ Nothing here depends on how long anything takes.
 """
 
 import importlib.util
+import inspect
 import itertools
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -70,52 +72,107 @@ def row(case="packed", contestant="hbfp4b64", rounds=(1.0,), threads=1, shape=ga
 OURS = {"hbfp4b64", "hbfp6b64", "hbfp8b64"}
 TORCH = {"torch fp32", "torch bf16", "torch int8 dynamic"}
 ALL_ORIENTATIONS = {f"{o}, {r}" for o in cases.ORIENTATIONS for r in ("nearest_even", "stochastic")}
+FEW_ROWS = {"hbfp4b64"} | {peer.name for peer in peers.PEERS if peer.few_rows}
+NETWORK = {"hbfp4", "torch fp32", "torch bf16 autocast"}
+CALLS = {cases.EMPTY, "hbfp.linear", "hbfp.nn.functional.linear", "torch Linear, no grad"}
+CALLS |= {"converted Linear, no grad", "converted Linear, grad"}
+FROZEN = {"hbfp4, frozen", "torch fp32"}
 
 
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        (lambda b: cases.packed_product(b, 64), OURS | {"hbfp4b32", "hbfp4b16", "torch fp32"}),
-        (lambda b: cases.packed_product_far_apart(b, 64), {"hbfp4b64", "torch fp32"}),
-        (lambda b: cases.forward(b, 5, 64, 128), OURS | TORCH),
-        (lambda b: cases.few_rows(b, 2, 64, 128), {"hbfp4b64"} | TORCH),
-        (lambda b: cases.cold_row(b, 64, 64, total=20_000), {"hbfp4b64"} | TORCH),
-        (lambda b: cases.batched(b, 3, 9, 17, 64), {"hbfp4b64", "torch fp32"}),
-        (lambda b: cases.encode(b, 64), {name for name in ALL_ORIENTATIONS if name.startswith("right")}),
-        (lambda b: cases.training_step(b, 64, 64, 64), {"hbfp4", "torch fp32", "torch bf16 autocast"}),
-        (lambda b: cases.scaling(b, 64, (1, 2)), {"hbfp4b64"}),
-        (lambda b: cases.sweep(b, (64,), limit=1e9), OURS | TORCH),
-        (lambda b: cases.measure_ceilings(b, 1 << 16), {ceilings.PEAK, ceilings.L3, ceilings.DRAM}),
-        (
-            lambda b: cases.overhead(b, 1, 8, 8),
-            {"torch.empty", "hbfp.linear", "converted Linear, no grad", "converted Linear, grad"},
-        ),
-    ],
-    ids=[
-        "packed",
-        "far-apart",
-        "forward",
-        "few-rows",
-        "cold-row",
-        "batched",
-        "encode",
-        "training",
-        "scaling",
-        "sweep",
-        "ceilings",
-        "overhead",
-    ],
-)
-def test_a_case_gives_rows(bench, case, expected):
-    case(bench)
-    assert expected <= contestants(bench)
+@dataclass(frozen=True)
+class Rows:
+    """What a case adds to the results: its shapes, and the case itself, are made of the arguments it is called with."""
+
+    case: str
+    shapes: Callable[..., list[str]] | str
+    contestants: set[str]
+    small: Sequence[dict[str, object]] = ({},)
+    """Arguments that make it cheap: of each name of the case."""
+
+    def of(self, case, bench, **arguments):
+        bound = inspect.signature(case).bind(bench, **arguments)
+        bound.apply_defaults()
+        given = dict(bound.arguments)
+        given["dropped"] = f", dropout {given['dropout']}" if given.get("dropout") else ""
+        shapes = [self.shapes.format(**given)] if isinstance(self.shapes, str) else self.shapes(**given)
+        name = self.case.format(**given)
+        threads = given.get("thread_counts", [bench.threads])
+        return [row(name, each, shape=s, threads=t) for s in shapes for each in self.contestants for t in threads]
+
+
+MATRIX, CUBE = "{m}x{n}x{k}", "{size}x{size}x{size}"
+GPT = {"layers": 1, "width": 64, "context": 16, "batch": 2}
+HEADS = {"context": 16, "batch": 1, "heads": 2, "width": 16}
+# Of every case there is.
+ROWS = {
+    cases.packed_product: Rows("packed", CUBE, OURS | {"hbfp4b32", "hbfp4b16", "torch fp32"}, [{"size": 64}]),
+    cases.packed_product_far_apart: Rows("packed", CUBE + cases.FAR_APART, {"hbfp4b64", "torch fp32"}, [{"size": 64}]),
+    cases.forward: Rows("forward", MATRIX, OURS | set(peers.BY_NAME), [{"m": 5, "n": 64, "k": 128}]),
+    cases.few_rows: Rows("few rows", MATRIX, FEW_ROWS, [{"m": 2, "n": 64, "k": 128}]),
+    cases.cold_row: Rows("cold row", "1x{n}x{k}", FEW_ROWS, [{"n": 64, "k": 64, "total": 20_000}]),
+    cases.batched: Rows(
+        "batched", f"{{matrices}} of {MATRIX}", {"hbfp4b64", "torch fp32"}, [{"matrices": 3, "m": 9, "n": 17, "k": 64}]
+    ),
+    cases.encode: Rows("encode", "{size}x{size}", ALL_ORIENTATIONS, [{"size": 64}]),
+    cases.training_step: Rows("training step", MATRIX, NETWORK, [{"m": 64, "n": 64, "k": 64}]),
+    cases.scaling: Rows("scaling", CUBE, {"hbfp4b64"}, [{"size": 64, "thread_counts": (1, 2)}]),
+    cases.sweep: Rows("sweep", lambda sizes, **_: [f"{n}x{n}x{n}" for n in sizes], OURS | TORCH, [{"sizes": (64,)}]),
+    cases.measure_ceilings: Rows(
+        ceilings.CASE, "", {ceilings.PEAK, ceilings.L3, ceilings.DRAM}, [{"dram_bytes": 1 << 16}]
+    ),
+    cases.overhead: Rows("overhead", MATRIX, CALLS, [{"m": 1, "n": 8, "k": 8}]),
+    layers.convolution: Rows(
+        "convolution", "{batch}x{channels}x{pixels}x{pixels}", NETWORK, [{"channels": 16, "pixels": 4, "batch": 2}]
+    ),
+    layers.lstm: Rows("lstm", "{steps}x{batch}x{width}", NETWORK, [{"width": 16, "steps": 3, "batch": 2}]),
+    layers.attention: Rows(
+        "attention{dropped}", "{batch}x{heads}x{context}x{width}", NETWORK, [HEADS, {**HEADS, "dropout": 0.1}]
+    ),
+    layers.gpt: Rows("gpt", "{layers}x{width}, {batch}x{context}", NETWORK, [GPT]),
+    layers.resnet20: Rows("resnet20", "{batch}x3x32x32", NETWORK, [{"batch": 32}]),
+    layers.saved_activations: Rows(
+        "saved activations",
+        lambda **_: ["linear 1024", "transposed convolution 64", "lstm 512", "gru 512", "gpt"],
+        {"hbfp4", "torch fp32"},
+        [GPT],
+    ),
+    layers.peak_memory: Rows("peak memory", lambda **_: list(memory.STEPS), set(memory.CONTESTANTS)),
+    inference.frozen_linear: Rows(
+        "frozen linear",
+        MATRIX,
+        {"torch int8 dynamic"} | {name + way for name in FROZEN for way in ("", ", compiled")},
+        [{"m": 2, "n": 64, "k": 128}],
+    ),
+    inference.generation: Rows(
+        "generation", "{name}", FROZEN, [{"name": "x", "shape": GPTShape(11, 1, 64, 32), "tokens": 4, "prompt": 4}]
+    ),
+    inference.load: Rows(
+        "loading", "{megabytes} MB", {"load_model", "load_model and layout", "peak memory", "file"}, [{"megabytes": 1}]
+    ),
+}
+
+
+def places(rows):
+    return {(each.case, each.shape, each.contestant, each.threads) for each in rows}
+
+
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.__name__)
+def test_a_case_gives_its_rows(bench, case, monkeypatch):
+    """With the names by which the gates look for them."""
+    monkeypatch.setattr(memory, "peak", lambda *_: 1.0)  # processes, which have tests of their own
+    monkeypatch.setattr(loading, "measure", lambda *_: loading.Loading(0.1, 0.2, 1 << 20))
+    expected = []
+    for small in ROWS[case].small:
+        case(bench, **small)
+        expected += ROWS[case].of(case, bench, **small)
+    # Who did not run is told, with a reason, and in one list only.
+    absent = {gap.contestant for gap in bench.results.missing if gap.reason}
+    assert absent <= set(peers.BY_NAME) - TORCH | {"torch bf16 autocast"}
+    assert places(bench.results.rows) == places(each for each in expected if each.contestant not in absent)
     for each in bench.results.rows:
-        assert len(each.rounds) == BRIEF.rounds
+        assert len(each.rounds) >= (1 if each.unit == "MiB" else BRIEF.rounds)
         assert each.seconds > 0
         assert each.figure > 0
-    # Who did not run is told, with a reason; nobody is in both lists.
-    assert all(gap.reason for gap in bench.results.missing)
-    assert not contestants(bench) & {gap.contestant for gap in bench.results.missing}
 
 
 def test_all_orientations_are_encoded(bench):
@@ -327,88 +384,63 @@ def test_figures_are_read_off_the_right_rows():
 
 
 def test_a_full_run_measures_every_gate(monkeypatch):
-    """A gate whose case, shape or contestant is misspelt would be "not measured" for ever."""
+    """A gate whose case, shape or contestant is misspelt would be "not measured" for ever, and so would a case that is
+    in no plan."""
     results = Results("avx2", "cpu")
+    there = {
+        case
+        for module in (cases, layers, inference)
+        for name, case in inspect.getmembers(module, inspect.isfunction)
+        if case.__module__ == module.__name__
+        and not name.startswith("_")
+        and "bench" in inspect.signature(case).parameters
+    }
+    assert set(ROWS) == there
+    ran = set()
 
-    def record(case, shape, names):
-        def run(bench, *args, **kwargs):
-            shapes = shape(*args, **kwargs)
-            results.rows += [row(case, name, shape=shapes, threads=bench.threads) for name in names]
+    def stand_in(case):
+        def run(bench, **arguments):
+            ran.add(case)
+            results.rows += ROWS[case].of(case, bench, **arguments)
 
         return run
 
-    every = (*OURS, "hbfp4b32", "hbfp4b16", *peers.BY_NAME)
-    matrix = lambda m, n=4096, k=4096: f"{m}x{n}x{k}"  # noqa: E731
-    monkeypatch.setattr(cases, "packed_product", record("packed", lambda: gates._CUBE, every))
-    far_apart = record("packed", lambda: gates._CUBE + cases.FAR_APART, every)
-    monkeypatch.setattr(cases, "packed_product_far_apart", far_apart)
-    monkeypatch.setattr(cases, "forward", record("forward", matrix, every))
-    monkeypatch.setattr(cases, "few_rows", record("few rows", matrix, every))
-    monkeypatch.setattr(cases, "cold_row", record("cold row", lambda: matrix(1), every))
-    monkeypatch.setattr(cases, "encode", record("encode", lambda: "1024x1024", ALL_ORIENTATIONS))
-    batch = record("batched", lambda matrices, m, n, k: f"{matrices} of {matrix(m, n, k)}", every)
-    monkeypatch.setattr(cases, "batched", batch)
-    steps = ("hbfp4", "torch fp32", "torch bf16 autocast")
-    monkeypatch.setattr(cases, "training_step", record("training step", matrix, steps))
-    empty_and_ours = {gates.EMPTY, "hbfp.linear", "hbfp.nn.functional.linear"}
-    empty_and_ours |= {"converted Linear, no grad", "converted Linear, grad"}
-    monkeypatch.setattr(cases, "overhead", record("overhead", matrix, empty_and_ours))
-    for_one = record("scaling", lambda size, thread_counts: matrix(size, size, size), every)
-    monkeypatch.setattr(
-        cases, "scaling", lambda bench, **k: [for_one(replace(bench, threads=t), **k) for t in k["thread_counts"]]
-    )
-    monkeypatch.setattr(cases, "sweep", lambda bench, sizes: None)
-    tops = (ceilings.PEAK, ceilings.L3, ceilings.DRAM)
-    monkeypatch.setattr(cases, "measure_ceilings", record(ceilings.CASE, lambda: "", tops))
-    networks = {
-        "convolution": ("convolution", lambda channels, pixels: f"32x{channels}x{pixels}x{pixels}"),
-        "lstm": ("lstm", lambda: "100x32x512"),
-        "gpt": ("gpt", lambda: "6x384, 12x256"),
-        "resnet20": ("resnet20", lambda: "128x3x32x32"),
-    }
-    for name, (case, shape) in networks.items():
-        monkeypatch.setattr(layers, name, record(case, shape, steps))
-
-    def attention(bench, context, dropout=0.0):
-        case = "attention, dropout 0.1" if dropout == 0.1 else "attention"
-        record(case, lambda: f"4x8x{context}x64", steps)(bench)
-
-    monkeypatch.setattr(layers, "attention", attention)
-    for name in ("saved_activations", "peak_memory"):
-        monkeypatch.setattr(layers, name, lambda bench: None)
-    suite.run(results, suite.plan((1, 2)))
-    amounts = ("peak memory", "saved activations")
-    for count in (1, 2):
-        shapes = (*memory.STEPS, "linear 1024")
-        for case, shape in ((case, shape) for case in amounts for shape in shapes):
-            results.rows += [row(case, name, (1.0,), shape=shape, threads=count, unit="MiB") for name in steps]
-    assert [each.gate for each in evaluate(results, (1, 2)) if each.figure is None] == []
+    stand_ins = [stand_in(case) for case in ROWS]
+    for case, instead in zip(ROWS, stand_ins, strict=True):
+        monkeypatch.setattr(sys.modules[case.__module__], case.__name__, instead)
+    steps = suite.plan((1, 2))
+    # One that is planned under another name would run for minutes.
+    assert [step.label for step in steps if getattr(step.work, "func", step.work) not in stand_ins] == []
+    suite.run(results, steps)
+    assert ran == there
+    # Memory of layers is measured on the most threads alone.
+    once = ("peak memory of a", "saved activations of a")
+    left_out = [(each.gate, each.threads) for each in evaluate(results, (1, 2)) if each.figure is None]
+    assert left_out == [(gate.name, 1) for gate in gates.GATES if gate.name.startswith(once)]
 
 
-def test_cases_of_layers_name_their_rows_as_the_gates_do(monkeypatch):
-    # Tiny sizes through the real cases: each measures ours and FP32, and a memory is an amount and no rate.
-    results = Results("avx2", "cpu")
-    bench = Bench(results, 1, Effort(rounds=1, calls=1, sample=1e-6, slow_rounds=1))
-    torch.set_num_threads(1)
-    layers.convolution(bench, 16, 4, batch=2)
-    layers.lstm(bench, 16, 3, 2)
-    layers.attention(bench, 16, 1, 2, 16)
-    layers.attention(bench, 16, 1, 2, 16, dropout=0.1)
-    layers.gpt(bench, 1, 64, 16, 2)
-    layers.resnet20(bench, 32)
-    layers.saved_activations(bench, 1, 64, 16, 2)
-    assert {row.case for row in results.rows} == {
-        "convolution", "lstm", "attention", "attention, dropout 0.1", "gpt", "resnet20", "saved activations"
-    }  # fmt: skip
-    assert results.find("saved activations", "linear 1024", "torch fp32", 1).figure == 4.0
-    assert 7.0 < 4.0 / results.find("saved activations", "linear 1024", "hbfp4", 1).figure < 8.0
-    assert results.find("saved activations", "lstm 512", "hbfp4", 1).figure < 33.0  # four gates and a tanh are 31.25
-    assert (
-        results.find("convolution", "2x16x4x4", "hbfp4", 1).times_as_fast_as(
-            results.find("convolution", "2x16x4x4", "torch fp32", 1)
-        )
-        > 0
-    )
+def test_saved_activations_are_amounts_and_no_rates(bench):
+    layers.saved_activations(bench, **GPT)
+    found = bench.results.find
+    assert found("saved activations", "linear 1024", "torch fp32", 1).figure == 4.0
+    assert 7.0 < 4.0 / found("saved activations", "linear 1024", "hbfp4", 1).figure < 8.0
+    assert found("saved activations", "lstm 512", "hbfp4", 1).figure < 33.0  # four gates and a tanh are 31.25
+
+
+@pytest.mark.parametrize(
+    ("case", "process"), [(layers.peak_memory, (memory, "peak")), (inference.load, (loading, "measure"))]
+)
+def test_a_process_that_fails_is_told_and_does_not_end_the_bench(bench, monkeypatch, case, process):
+    def fail(*_):
+        raise NotRun("its process failed: killed")
+
+    monkeypatch.setattr(*process, fail)
+    case(bench, **ROWS[case].small[0])
+    assert bench.results.rows == []
+    for each in ROWS[case].of(case, bench, **ROWS[case].small[0]):
+        with pytest.raises(NotRun, match="killed") as caught:
+            bench.results.find(each.case, each.shape, each.contestant, 1)
+        assert caught.type is NotRun
 
 
 def test_a_layer_whose_bits_depend_on_threads_is_a_wrong_answer():

@@ -506,10 +506,11 @@ def test_results_of_the_core_that_overlap_are_refused():
     x, memory = values(2, 9, 8), torch.zeros(300)
     coding = [(hbfp.HBFP4.core, 0, 0)] * 2
     same, other = memory[:144].view(2, 9, 8), memory[143:287].view(2, 9, 8)
-    for dq, dk, dv in ((same, same, None), (same, None, other), (None, other, same)):
+    call = x, x, x, None, True, 0.3, None, coding, 0
+    for gradients in ((same, same, None), (same, None, other), (None, other, same)):
         with pytest.raises(hbfp.ShapeError, match="overlap"):
-            _core.attention_backward(x, x, x, x, None, dq, dk, dv, True, 0.3, None, *[coding] * 5, 0, 1)
+            _core.attention_backward(call, x, [coding] * 4, gradients, 1)
     mask = memory[:162].view(2, 9, 9)
     with pytest.raises(hbfp.ShapeError, match="overlap"):
-        _core.attention_mask_gradient(x, x, x, x, mask, mask, False, False, 0.3, None, coding, coding, 0, 1)
+        _core.attention_mask_gradient((x, x, x, mask, False, 0.3, None, coding, 0), x, coding, mask, False, 1)
     assert not memory.any()

@@ -22,6 +22,7 @@ from hbfp.format import HBFP
 __all__ = [
     "BATCHES",
     "COLD_BYTES",
+    "EMPTY",
     "FAR_APART",
     "ORIENTATIONS",
     "Bench",
@@ -30,8 +31,10 @@ __all__ = [
     "encode",
     "few_rows",
     "forward",
+    "measure_ceilings",
     "overhead",
     "packed_product",
+    "packed_product_far_apart",
     "scaling",
     "sweep",
     "training_step",

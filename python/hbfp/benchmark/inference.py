@@ -109,12 +109,18 @@ def load(bench: Bench, megabytes: int = 500) -> None:
     """A packed file of 4096 x 4096 layers, in a process of its own: until the model is loaded, until its weights are
     laid out for the kernels, and the most memory that this took."""
     shape = f"{megabytes} MB"
+    parts = {"loaded": "load_model", "laid_out": "load_model and layout"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         layers = loading.write(path, megabytes)
         size = path.stat().st_size
-        found = [loading.measure(path, layers, bench.threads) for _ in range(max(1, bench.effort.slow_rounds))]
-    for part, name in (("loaded", "load_model"), ("laid_out", "load_model and layout")):
+        try:
+            found = [loading.measure(path, layers, bench.threads) for _ in range(max(1, bench.effort.slow_rounds))]
+        except NotRun as reason:
+            for name in (*parts.values(), "peak memory", "file"):
+                bench.results.not_run("loading", name, str(reason))
+            return
+    for part, name in parts.items():
         rounds = tuple(getattr(one, part) for one in found)
         bench.results.rows.append(Row("loading", shape, name, bench.threads, size, "GB/s", rounds))
     peaks = tuple(one.peak / 2**20 for one in found)

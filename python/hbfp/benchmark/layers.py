@@ -267,6 +267,6 @@ def peak_memory(bench: Bench) -> None:
             try:
                 size = memory.peak(shape, name, bench.threads)
             except NotRun as error:
-                bench.results.not_run(f"peak memory {shape}", name, str(error))
+                bench.results.not_run("peak memory", name, f"{shape}: {error}")
             else:
                 bench.results.rows.append(Row("peak memory", shape, name, bench.threads, 0, "MiB", (size,)))

@@ -66,6 +66,7 @@ from hbfp.ops.products import (
     reference_product,
 )
 from hbfp.ops.softmax_attention import (
+    AttentionCall,
     GrownAttention,
     attend,
     attention,
@@ -79,6 +80,7 @@ from hbfp.ops.softmax_attention import (
 )
 
 __all__ = [
+    "AttentionCall",
     "Geometry",
     "GrownAttention",
     "KeptMatrix",

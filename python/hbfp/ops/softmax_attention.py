@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,11 +110,6 @@ def _run_dropout(x: Tensor, dropped: int, word: Tensor) -> Tensor:
     return out
 
 
-def _drawn_dropout(dropped: int, word: Tensor | None) -> tuple[int, int] | None:
-    """As the core takes it."""
-    return None if word is None else (dropped, int(word))
-
-
 GrownAttention = _core.GrownAttention
 
 
@@ -147,13 +142,44 @@ def attend(grown: GrownAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+class AttentionCall(NamedTuple):
+    """softmax(scale Q Kᵀ + mask) V: what the passes of one call of attention share.
+
+    Shapes:
+        q: [..., L, E]; k: [..., S, E]; v: [..., S, Ev]; mask: float32 [..., L, S], added to the scaled scores. All with
+            the same batch dimensions, and strides of 0 where something is shared; L, S, E and Ev are not 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    causal: bool
+    """Row i sees columns 0 … i; not where the mask has a gradient."""
+    scale: float
+    seed: int
+    dropped: int = 0
+    """As for `dropout`, which is applied to the softmax."""
+    word: Tensor | None = None
+    """As for `dropout`; None: nothing is dropped."""
+
+    def direct(self, *others: Tensor) -> bool:
+        """Whether `_core` may be called with all its tensors, and others."""
+        return direct(self.q, self.k, self.v, *others) and (self.mask is None or direct(self.mask))
+
+    def core(self, formats: Formats, roundings: Roundings, streams: Sequence[int]) -> _core._AttentionCall:
+        """As the core takes it; the arguments are those of Q and K."""
+        q, k, v = float32(self.q), float32(self.k), float32(self.v)
+        mask = None if self.mask is None else float32(self.mask)
+        dropout = None if self.word is None else (self.dropped, int(self.word))
+        return q, k, v, mask, self.causal, self.scale, dropout, codings(formats, roundings, streams), self.seed
+
+
 def _record_attention(
-    q: Tensor,
-    k: Tensor,
+    call: AttentionCall,
     depth: int,
     formats: Formats,
     roundings: Roundings,
-    seed: int,
     streams: Sequence[int],
     name: str,
     source: object,
@@ -161,250 +187,167 @@ def _record_attention(
     """Tells of one product of attention, whose multiply-accumulates are those of all rows with all columns."""
 
     def operands() -> tuple[Operand, ...]:
-        return tuple(Operand(None, formats[i], -1, roundings[i], seed, streams[i]) for i in (0, 1))
+        return tuple(Operand(None, formats[i], -1, roundings[i], call.seed, streams[i]) for i in (0, 1))
 
-    macs = prod(q.shape[:-1]) * k.shape[-2] * depth
+    macs = prod(call.q.shape[:-1]) * call.k.shape[-2] * depth
     tell(Product(name, source, macs, formats[0], formats[1], streams[0], operands))
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    formats: Formats,
-    roundings: Roundings,
-    seed: int,
-    streams: Sequence[int],
-    dropped: int = 0,
-    word: Tensor | None = None,
-    *,
-    source: object = None,
+    call: AttentionCall, formats: Formats, roundings: Roundings, streams: Sequence[int], *, source: object = None
 ) -> Tensor:
-    """softmax(scale Q Kᵀ + mask) V without the L x S matrix in memory: the bits of two `product`s and `softmax`.
-
-    Shapes:
-        q: [..., L, E]; k: [..., S, E]; v: [..., S, Ev]; mask: float32 [..., L, S], added to the scaled scores. All with
-            the same batch dimensions, and strides of 0 where something is shared; L, S, E and Ev are not 0.
-        result: [..., L, Ev], float32, contiguous.
+    """Attention without the L x S matrix in memory: [..., L, Ev], contiguous, the bits of two `product`s and `softmax`.
 
     Args:
-        causal: row i sees columns 0 … i.
         formats, roundings: of Q and P on the left, of K and V on the right; lines of at most 8 bits.
-        seed, streams: of Q, K, P and V.
-        dropped, word: as for `dropout`, which is applied to the softmax; no word: nothing is dropped.
+        streams: of Q, K, P and V.
         source: told to the recorders, no part of the result.
 
     Raises:
         ShapeError: the shapes do not fit; FormatError: the formats are others;
         DTypeError: a tensor is not real, dense and on the CPU.
     """
-    if direct(q, k, v) and (mask is None or direct(mask)):
-        out = _run_attention(q, k, v, mask, causal, scale, formats, roundings, seed, streams, dropped, word)
+    if call.direct():
+        out = _run_attention(call, formats, roundings, streams)
     else:
         numbers, drawn = crossing(streams)
         out = torch.ops.hbfp.attention(
-            q, k, v, mask, causal, scale, [str(format) for format in formats], list(roundings), numbers, signed(seed),
-            drawn, dropped, word,
+            call.q, call.k, call.v, call.mask, call.causal, call.scale, [str(format) for format in formats],
+            list(roundings), numbers, signed(call.seed), drawn, call.dropped, call.word,
         )  # fmt: skip
     if recorders and not is_compiling():
-        _record_attention(q, k, q.shape[-1], formats, roundings, seed, streams[:2], "scores", source)
-        _record_attention(q, k, v.shape[-1], formats, roundings, seed, streams[2:], "context", source)
+        _record_attention(call, call.q.shape[-1], formats, roundings, streams[:2], "scores", source)
+        _record_attention(call, call.v.shape[-1], formats, roundings, streams[2:], "context", source)
     return out
 
 
-def _run_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    formats: Formats,
-    roundings: Roundings,
-    seed: int,
-    streams: Sequence[int],
-    dropped: int,
-    word: Tensor | None,
-) -> Tensor:
-    q, k, v = float32(q), float32(k), float32(v)
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=torch.float32, device="cpu")
-    scores, context = (codings(formats, roundings, streams[i : i + 2]) for i in (0, 2))
-    _core.attention(
-        q,
-        k,
-        v,
-        None if mask is None else float32(mask),
-        out,
-        causal,
-        scale,
-        _drawn_dropout(dropped, word),
-        scores,
-        context,
-        seed,
-        threads(),
-    )
+def _run_attention(call: AttentionCall, formats: Formats, roundings: Roundings, streams: Sequence[int]) -> Tensor:
+    out = torch.empty((*call.q.shape[:-1], call.v.shape[-1]), dtype=torch.float32, device="cpu")
+    context = codings(formats, roundings, streams[2:])
+    _core.attention(call.core(formats, roundings, streams[:2]), context, out, threads())
     return out
 
 
 def attention_backward(
     do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
+    call: AttentionCall,
     formats: tuple[Formats, Formats, Formats],
     roundings: tuple[Roundings, Roundings, Roundings],
-    seed: int,
     streams: Sequence[int],
     needs: tuple[bool, bool, bool],
-    dropped: int = 0,
-    word: Tensor | None = None,
     *,
     source: object = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k and v, as far as `needs` says so, from that of the output; nothing but the inputs is kept.
 
-    Shapes: as for `attention`; do: [..., L, Ev]; results: the shapes of q, k and v, one matrix for each of the batch.
+    Shapes:
+        do: [..., L, Ev]; results: the shapes of q, k and v, one matrix for each of the batch.
 
     Args:
         formats, roundings: of the forward products; of dP = dO Vᵀ and dQ = dS K; of dK = dSᵀ Q and of dV = (dOᵀ P)ᵀ.
-        seed, streams: of Q, K (scores); dO, V (dP); dS, K (dQ); dS, Q (dK); P, dO (dV).
-        dropped, word: those of the forward pass.
+        streams: of Q, K (scores); dO, V (dP); dS, K (dQ); dS, Q (dK); P, dO (dV).
 
     Raises: as `attention`.
     """
-    if direct(do, q, k, v) and (mask is None or direct(mask)):
-        out = _run_attention_backward(
-            do, q, k, v, mask, causal, scale, formats, roundings, seed, streams, needs, dropped, word
-        )
+    if call.direct(do):
+        out = _run_attention_backward(do, call, formats, roundings, streams, needs)
     else:
         numbers, drawn = crossing(streams)
         found = torch.ops.hbfp.attention_backward(
-            do, q, k, v, mask, causal, scale, [str(format) for pair in formats for format in pair],
-            [rounding for pair in roundings for rounding in pair], numbers, signed(seed), list(needs), drawn,
-            dropped, word,
+            do, call.q, call.k, call.v, call.mask, call.causal, call.scale,
+            [str(format) for pair in formats for format in pair], [rounding for pair in roundings for rounding in pair],
+            numbers, signed(call.seed), list(needs), drawn, call.dropped, call.word,
         )  # fmt: skip
         dq, dk, dv = (x if needed else None for x, needed in zip(found, needs, strict=True))
         out = dq, dk, dv
     if recorders and not is_compiling():
         (_, toward, right), (_, toward_roundings, right_roundings) = formats, roundings
         for name, needed, x, pair, rounded, first in (
-            ("gradient of V", needs[2], v, (right[1], right[0]), (right_roundings[1], right_roundings[0]), 8),
-            ("gradient of P", needs[0] or needs[1], v, toward, toward_roundings, 2),
-            ("gradient of Q", needs[0], q, toward, toward_roundings, 4),
-            ("gradient of K", needs[1], q, right, right_roundings, 6),
+            ("gradient of V", needs[2], call.v, (right[1], right[0]), (right_roundings[1], right_roundings[0]), 8),
+            ("gradient of P", needs[0] or needs[1], call.v, toward, toward_roundings, 2),
+            ("gradient of Q", needs[0], call.q, toward, toward_roundings, 4),
+            ("gradient of K", needs[1], call.q, right, right_roundings, 6),
         ):
             if needed:
-                pick = streams[first : first + 2]
-                _record_attention(q, k, x.shape[-1], pair, rounded, seed, pick, name, source)
+                _record_attention(call, x.shape[-1], pair, rounded, streams[first : first + 2], name, source)
     return out
 
 
 def _run_attention_backward(
     do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
+    call: AttentionCall,
     formats: tuple[Formats, Formats, Formats],
     roundings: tuple[Roundings, Roundings, Roundings],
-    seed: int,
     streams: Sequence[int],
     needs: tuple[bool, bool, bool],
-    dropped: int,
-    word: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    do, q, k, v = float32(do), float32(q), float32(k), float32(v)
     dq, dk, dv = (
         torch.empty(x.shape, dtype=torch.float32, device="cpu") if needed else None
-        for x, needed in zip((q, k, v), needs, strict=True)
+        for x, needed in zip((call.q, call.k, call.v), needs, strict=True)
     )
-    chosen = [(formats[i], roundings[i]) for i in (0, 1, 1, 2)] + [(formats[2][::-1], roundings[2][::-1])]
-    scores, weights, queries, keys, values = (
-        codings(*pair, streams[2 * i : 2 * i + 2]) for i, pair in enumerate(chosen)
+    chosen = [(formats[i], roundings[i]) for i in (1, 1, 2)] + [(formats[2][::-1], roundings[2][::-1])]
+    weights, queries, keys, values = (
+        codings(*pair, streams[2 * i : 2 * i + 2]) for i, pair in enumerate(chosen, start=1)
     )
-    _core.attention_backward(
-        do, q, k, v, None if mask is None else float32(mask), dq, dk, dv, causal, scale, _drawn_dropout(dropped, word),
-        scores, weights, queries, keys, values, seed, threads(),
-    )  # fmt: skip
+    scores = call.core(formats[0], roundings[0], streams[:2])
+    _core.attention_backward(scores, float32(do), (weights, queries, keys, values), (dq, dk, dv), threads())
     return dq, dk, dv
 
 
 def attention_mask_gradient(
     do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
+    call: AttentionCall,
     shape: Sequence[int],
-    scale: float,
     formats: tuple[Formats, Formats],
     roundings: tuple[Roundings, Roundings],
-    seed: int,
     streams: Sequence[int],
-    dropped: int = 0,
-    word: Tensor | None = None,
     *,
     alone: bool = False,
     source: object = None,
 ) -> Tensor:
-    """Gradient of a mask of `shape` that was broadcast to `mask`, without anything of the size of the scores.
+    """Gradient of a mask of `shape` that was broadcast to that of the call, without anything of the size of the scores.
 
     The bits of `softmax_backward` with scale 1, summed as by `column_sums` over all that one element was added to.
 
-    Shapes: as for `attention`; do: [..., L, Ev]; shape: broadcasts to that of `mask`, and its last dimension is S.
+    Shapes:
+        do: [..., L, Ev]; shape: broadcasts to that of the call's mask, and its last dimension is S.
 
     Args:
         formats, roundings: of the forward products; of dP = dO Vᵀ.
-        seed, streams: of Q, K (scores); dO, V (dP).
-        dropped, word: those of the forward pass.
+        streams: of Q, K (scores); dO, V (dP).
         alone: no other gradient has need of dP, so that the recorders have not been told of its product yet.
 
     Raises: as `attention`.
     """
-    if direct(do, q, k, v, mask):
-        out = _run_mask_gradient(do, q, k, v, mask, shape, scale, formats, roundings, seed, streams, dropped, word)
+    if call.direct(do):
+        out = _run_mask_gradient(do, call, shape, formats, roundings, streams)
     else:
         numbers, drawn = crossing(streams)
         out = torch.ops.hbfp.attention_mask_gradient(
-            do, q, k, v, mask, list(shape), scale, [str(format) for pair in formats for format in pair],
-            [rounding for pair in roundings for rounding in pair], numbers, signed(seed), drawn, dropped, word,
+            do, call.q, call.k, call.v, call.mask, list(shape), call.scale,
+            [str(format) for pair in formats for format in pair], [rounding for pair in roundings for rounding in pair],
+            numbers, signed(call.seed), drawn, call.dropped, call.word,
         )  # fmt: skip
     if alone and recorders and not is_compiling():
-        _record_attention(
-            q, k, v.shape[-1], formats[1], roundings[1], seed, streams[2:], "gradient of P", source
-        )  # fmt: skip
+        depth = call.v.shape[-1]
+        _record_attention(call, depth, formats[1], roundings[1], streams[2:], "gradient of P", source)
     return out
 
 
 def _run_mask_gradient(
     do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor,
+    call: AttentionCall,
     shape: Sequence[int],
-    scale: float,
     formats: tuple[Formats, Formats],
     roundings: tuple[Roundings, Roundings],
-    seed: int,
     streams: Sequence[int],
-    dropped: int,
-    word: Tensor | None,
 ) -> Tensor:
-    out = torch.empty([1] * (mask.dim() - len(shape)) + list(shape), dtype=torch.float32, device="cpu")
-    scores, weights = (codings(formats[i], roundings[i], streams[2 * i : 2 * i + 2]) for i in (0, 1))
-    _core.attention_mask_gradient(
-        float32(do), float32(q), float32(k), float32(v), float32(mask), out, list(shape) != list(mask.shape), False,
-        scale, _drawn_dropout(dropped, word), scores, weights, seed, threads(),
-    )  # fmt: skip
+    assert call.mask is not None
+    wide = call.mask.shape
+    out = torch.empty([1] * (len(wide) - len(shape)) + list(shape), dtype=torch.float32, device="cpu")
+    weights = codings(formats[1], roundings[1], streams[2:])
+    scores = call.core(formats[0], roundings[0], streams[:2])
+    _core.attention_mask_gradient(scores, float32(do), weights, out, list(shape) != list(wide), threads())
     return out.view(list(shape))
 
 
@@ -456,10 +399,8 @@ def _attention_kernel(
     dropped: int = 0,
     word: Tensor | None = None,
 ) -> Tensor:
-    return _run_attention(
-        q, k, v, mask, causal, scale, pairs(map(format_of, formats))[0], pairs(roundings)[0], seed & WORD,
-        crossed(streams, drawn), dropped, word,
-    )  # fmt: skip
+    call = AttentionCall(q, k, v, mask, causal, scale, seed & WORD, dropped, word)
+    return _run_attention(call, pairs(map(format_of, formats))[0], pairs(roundings)[0], crossed(streams, drawn))
 
 
 @operator(
@@ -484,10 +425,15 @@ def _attention_backward_kernel(
     dropped: int = 0,
     word: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
+    call = AttentionCall(q, k, v, mask, causal, scale, seed & WORD, dropped, word)
     gradients = _run_attention_backward(
-        do, q, k, v, mask, causal, scale, pairs(map(format_of, formats)), pairs(roundings), seed & WORD,
-        crossed(streams, drawn), (needs[0], needs[1], needs[2]), dropped, word,
-    )  # fmt: skip
+        do,
+        call,
+        pairs(map(format_of, formats)),
+        pairs(roundings),
+        crossed(streams, drawn),
+        (needs[0], needs[1], needs[2]),
+    )
     # A schema has no optional results.
     return tuple(torch.empty(0) if x is None else x for x in gradients)
 
@@ -513,10 +459,10 @@ def _mask_gradient_kernel(
     dropped: int = 0,
     word: Tensor | None = None,
 ) -> Tensor:
+    call = AttentionCall(q, k, v, mask, False, scale, seed & WORD, dropped, word)
     return _run_mask_gradient(
-        do, q, k, v, mask, shape, scale, pairs(map(format_of, formats)), pairs(roundings), seed & WORD,
-        crossed(streams, drawn), dropped, word,
-    )  # fmt: skip
+        do, call, shape, pairs(map(format_of, formats)), pairs(roundings), crossed(streams, drawn)
+    )
 
 
 @torch.library.register_fake("hbfp::softmax", lib=LIBRARY)  # type: ignore[untyped-decorator]

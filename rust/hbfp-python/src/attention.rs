@@ -1,5 +1,4 @@
 //! Attention; softmax and bias gradients, the FP32 parts whose bits are fixed too.
-#![allow(clippy::too_many_arguments, reason = "Python signatures")]
 
 use crate::encode::mode;
 use crate::error::to_python;
@@ -23,7 +22,22 @@ pub(crate) fn codings([left, right]: &Codings<'_>, seed: u64) -> PyResult<[Codin
     Ok([coding(left)?, coding(right)?])
 }
 
-/// Views of q, k, v and the mask.
+/// What the passes of one call share, a tuple: q, k, v, the mask, whether it is causal, the scale, the dropout, the codings
+/// of q and k, and the seed of all random bits.
+#[derive(FromPyObject)]
+pub(crate) struct Call<'py>(
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Bound<'py, PyAny>,
+    Option<Bound<'py, PyAny>>,
+    bool,
+    f32,
+    Option<(u32, u64)>,
+    Codings<'py>,
+    u64,
+);
+
+/// Views of its tensors.
 struct Inputs<'py> {
     q: FloatView<'py>,
     k: FloatView<'py>,
@@ -32,22 +46,16 @@ struct Inputs<'py> {
 }
 
 impl<'py> Inputs<'py> {
-    fn new([q, k, v]: [&Bound<'py, PyAny>; 3], mask: Option<&Bound<'py, PyAny>>) -> PyResult<Self> {
+    fn new(Call(q, k, v, mask, ..): &Call<'py>) -> PyResult<Self> {
         let (q, k, v) = (FloatView::read(q, "q")?, FloatView::read(k, "k")?, FloatView::read(v, "v")?);
-        Ok(Self { q, k, v, mask: mask.map(|mask| FloatView::read(mask, "mask")).transpose()? })
+        Ok(Self { q, k, v, mask: mask.as_ref().map(|mask| FloatView::read(mask, "mask")).transpose()? })
     }
 
-    fn attention(
-        &self,
-        causal: bool,
-        scale: f32,
-        dropout: Option<(u32, u64)>,
-        scores: [Coding; 2],
-    ) -> PyResult<Attention<'_>> {
-        let Self { q, k, v, mask } = self;
-        let mask = mask.as_ref().map(FloatView::tensor);
+    fn attention(&self, Call(.., causal, scale, dropout, scores, seed): &Call<'_>) -> PyResult<Attention<'_>> {
+        let (q, k, v) = (self.q.tensor(), self.k.tensor(), self.v.tensor());
+        let (mask, scores) = (self.mask.as_ref().map(FloatView::tensor), codings(scores, *seed)?);
         let dropout = dropout.map(dropout_of).transpose()?;
-        Ok(Attention { q: q.tensor(), k: k.tensor(), v: v.tensor(), mask, causal, scale, dropout, scores })
+        Ok(Attention { q, k, v, mask, causal: *causal, scale: *scale, dropout, scores })
     }
 
     fn expect_apart(&self, out: &FloatView<'_>, what: &str) -> PyResult<()> {
@@ -80,73 +88,54 @@ fn result<'py>(
 #[pyfunction]
 pub(crate) fn attention(
     py: Python<'_>,
-    q: &Bound<'_, PyAny>,
-    k: &Bound<'_, PyAny>,
-    v: &Bound<'_, PyAny>,
-    mask: Option<&Bound<'_, PyAny>>,
-    out: &Bound<'_, PyAny>,
-    causal: bool,
-    scale: f32,
-    dropout: Option<(u32, u64)>,
-    scores: Codings<'_>,
+    call: Call<'_>,
     context: Codings<'_>,
-    seed: u64,
+    out: &Bound<'_, PyAny>,
     threads: usize,
 ) -> PyResult<()> {
-    let inputs = Inputs::new([q, k, v], mask)?;
-    let (scores, context) = (codings(&scores, seed)?, codings(&context, seed)?);
+    let inputs = Inputs::new(&call)?;
+    let context = codings(&context, call.8)?;
     let width = inputs.v.shape().last().copied().unwrap_or(0);
     let mut out = result(&inputs, out, inputs.q.shape(), width, "out")?;
-    let attention = inputs.attention(causal, scale, dropout, scores)?;
-    let out = out.as_mut_slice();
+    let (attention, out) = (inputs.attention(&call)?, out.as_mut_slice());
     run_attention(py, threads, |ctx, workspace| attention.forward(ctx, context, out, workspace))
 }
 
-/// Gradients of q, k and v.
+/// Gradients of q, k and v; products are those whose operands are `weights`, `queries`, `keys` and `values` of
+/// [`Gradients`].
 #[pyfunction]
 pub(crate) fn attention_backward(
     py: Python<'_>,
+    call: Call<'_>,
     output: &Bound<'_, PyAny>,
-    q: &Bound<'_, PyAny>,
-    k: &Bound<'_, PyAny>,
-    v: &Bound<'_, PyAny>,
-    mask: Option<&Bound<'_, PyAny>>,
-    dq: Option<&Bound<'_, PyAny>>,
-    dk: Option<&Bound<'_, PyAny>>,
-    dv: Option<&Bound<'_, PyAny>>,
-    causal: bool,
-    scale: f32,
-    dropout: Option<(u32, u64)>,
-    scores: Codings<'_>,
-    weights: Codings<'_>,
-    queries: Codings<'_>,
-    keys: Codings<'_>,
-    values: Codings<'_>,
-    seed: u64,
+    products: [Codings<'_>; 4],
+    gradients: [Option<Bound<'_, PyAny>>; 3],
     threads: usize,
 ) -> PyResult<()> {
-    let inputs = Inputs::new([q, k, v], mask)?;
+    let inputs = Inputs::new(&call)?;
     let output = FloatView::read(output, "output gradient")?;
     let mut results: Vec<Option<FloatView<'_>>> = Vec::with_capacity(3);
-    for (out, input, what) in [(dq, &inputs.q, "dq"), (dk, &inputs.k, "dk"), (dv, &inputs.v, "dv")] {
+    let places = [(&inputs.q, "dq"), (&inputs.k, "dk"), (&inputs.v, "dv")];
+    for (out, (input, what)) in gradients.iter().zip(places) {
         let last = input.shape().last().copied().unwrap_or(0);
-        let view = out.map(|out| result(&inputs, out, input.shape(), last, what)).transpose()?;
+        let view = out.as_ref().map(|out| result(&inputs, out, input.shape(), last, what)).transpose()?;
         if let Some(view) = &view {
             let others = results.iter().flatten().map(FloatView::extent);
             others.chain([output.extent()]).try_for_each(|other| view.expect_apart(other, what))?;
         }
         results.push(view);
     }
-    let attention = inputs.attention(causal, scale, dropout, codings(&scores, seed)?)?;
+    let [weights, queries, keys, values] = &products;
     let gradients = Gradients {
         output: output.tensor(),
-        values: codings(&values, seed)?,
-        weights: codings(&weights, seed)?,
-        queries: codings(&queries, seed)?,
-        keys: codings(&keys, seed)?,
+        values: codings(values, call.8)?,
+        weights: codings(weights, call.8)?,
+        queries: codings(queries, call.8)?,
+        keys: codings(keys, call.8)?,
     };
     let [dq, dk, dv] = &mut results[..] else { unreachable!("three were pushed") };
     let [dq, dk, dv] = [dq, dk, dv].map(|view| view.as_mut().map(FloatView::as_mut_slice));
+    let attention = inputs.attention(&call)?;
     run_attention(py, threads, |ctx, workspace| attention.backward(ctx, &gradients, dq, dk, dv, workspace))
 }
 
@@ -154,29 +143,20 @@ pub(crate) fn attention_backward(
 #[pyfunction]
 pub(crate) fn attention_mask_gradient(
     py: Python<'_>,
+    call: Call<'_>,
     output: &Bound<'_, PyAny>,
-    q: &Bound<'_, PyAny>,
-    k: &Bound<'_, PyAny>,
-    v: &Bound<'_, PyAny>,
-    mask: &Bound<'_, PyAny>,
+    weights: Codings<'_>,
     out: &Bound<'_, PyAny>,
     summed: bool,
-    causal: bool,
-    scale: f32,
-    dropout: Option<(u32, u64)>,
-    scores: Codings<'_>,
-    weights: Codings<'_>,
-    seed: u64,
     threads: usize,
 ) -> PyResult<()> {
-    let inputs = Inputs::new([q, k, v], Some(mask))?;
+    let inputs = Inputs::new(&call)?;
     let output = FloatView::read(output, "output gradient")?;
     let mut out = FloatView::write(out, "out")?;
     inputs.expect_apart(&out, "out")?;
     out.expect_apart(output.extent(), "out")?;
-    let attention = inputs.attention(causal, scale, dropout, codings(&scores, seed)?)?;
-    let (output, weights, shape) = (output.tensor(), codings(&weights, seed)?, out.shape().to_vec());
-    let out = out.as_mut_slice();
+    let (attention, output, weights) = (inputs.attention(&call)?, output.tensor(), codings(&weights, call.8)?);
+    let (shape, out) = (out.shape().to_vec(), out.as_mut_slice());
     run_attention(py, threads, |ctx, workspace| {
         attention.mask_gradient(ctx, &output, weights, &shape, summed, out, workspace)
     })

@@ -327,8 +327,11 @@ impl Packed {
     }
 }
 
-/// Buffers of products, reused from call to call. They grow to the panels of the largest product (about one byte an
-/// element of both operands) and a few hundred KiB a thread, some 1.5 MiB with a matrix unit.
+/// Buffers of products, reused from call to call. They grow to the panels of the largest product, 1 + 8 / B bytes an
+/// element of both operands, and 40 (B = 16) to 450 KiB (B = 1024) a thread. For tiles of 32 × 32, at levels avx512vnni and
+/// amx, a thread also holds the left panels of a task in their order, up to 5/8 of the second-level cache; at amx twice
+/// that, once there were products with lines that can be aligned and with others. What holds a MiB or more is rounded up to
+/// large pages, 2 MiB each.
 #[derive(Debug, Default)]
 pub struct Workspace {
     left: Panels,

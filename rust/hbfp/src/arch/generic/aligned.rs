@@ -323,7 +323,7 @@ unsafe fn store_piece<S: Simd>(s: S, words: [S::V; GROUP], to: *mut u8) {
 /// # Safety
 /// As for [`lay_out_right`].
 #[inline(always)]
-unsafe fn right_riders<S: Simd, const NIBBLES: bool>(s: S, steps: usize, block: *const u8) -> [S::V; 2] {
+pub(super) unsafe fn right_riders<S: Simd, const NIBBLES: bool>(s: S, steps: usize, block: *const u8) -> [S::V; 2] {
     // SAFETY: the caller's word.
     unsafe {
         if NIBBLES {
@@ -334,8 +334,8 @@ unsafe fn right_riders<S: Simd, const NIBBLES: bool>(s: S, steps: usize, block: 
     }
 }
 
-/// Lays out a right panel of codes raised by `offset`, bytes or nibbles, as signed codes or RAISED by 128. How many places the largest shift takes; None:
-/// the exponents of a line lie more than `room` places apart, and nothing was laid out.
+/// Lays out a right panel of codes raised by `offset`, bytes or nibbles, as signed codes or RAISED by 128. How many places
+/// the largest shift takes; None: the exponents of a line lie more than `room` places apart, and nothing was laid out.
 ///
 /// # Safety
 /// `panel` is valid for reading `blocks` blocks of `steps` steps, which [`fits`], of 32 columns, `out` for writing

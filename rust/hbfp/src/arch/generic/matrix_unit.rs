@@ -14,10 +14,8 @@
 //! ```
 //! Both are signed, so that nothing has to be corrected.
 
-use super::aligned::{PANELS, PIECE, PIECE_BYTES, SIDE, SixteenLanes, store_row};
-use super::product::{
-    PANEL_ROWS, RIDER, Tile, a_block_bytes, b_block_bytes, columns, nibble_block_bytes, nibble_riders, nibbles,
-};
+use super::aligned::{PANELS, PIECE, PIECE_BYTES, SIDE, SixteenLanes, right_riders, store_row};
+use super::product::{PANEL_ROWS, RIDER, Tile, a_block_bytes, b_block_bytes, columns, nibble_block_bytes, nibbles};
 use crate::arch::simd::Simd;
 use std::mem::MaybeUninit;
 
@@ -181,11 +179,7 @@ pub(crate) unsafe fn lay_out_right<S: MatrixUnit, const NIBBLES: bool>(
                 s.store(to.cast(), s.xor(s.add(x, raise), sign));
                 s.store(to.add(2 * SIDE).cast(), s.xor(s.add(y, raise), sign));
             }
-            let [x, y]: [S::V; 2] = if NIBBLES {
-                nibble_riders(s, from.add(4 * SIDE * steps.div_ceil(2)))
-            } else {
-                columns(s, from.add(4 * SIDE * steps))
-            };
+            let [x, y] = right_riders::<S, NIBBLES>(s, steps, from);
             let to = out.add(4 * SIDE * steps);
             s.store(to.cast(), s.add(x, one));
             s.store(to.add(2 * SIDE).cast(), s.add(y, one));
