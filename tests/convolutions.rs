@@ -3,11 +3,12 @@
 
 mod operands;
 
-use hbfp::gemm::convolution::{Convolution, Input, Place};
+use hbfp::encode::encode as encode_planes;
+use hbfp::gemm::convolution::{Convolution, Input, KeptKernel, Kernel, Place, keep_kernel, kept_kernel_bytes};
 use hbfp::gemm::{Coding, Workspace};
 use hbfp::parallel::Pool;
 use hbfp::reference::{self, Encoded};
-use hbfp::shape::FloatTensor;
+use hbfp::shape::{FloatTensor, PlaneLayout};
 use hbfp::testing::{Fill, Guarded, TestRng};
 use hbfp::{BlockFormat, BlockShape, Context, Error, Kernels, Level, Rounding};
 use operands::memory::{Placement, Storage, Tensor};
@@ -237,9 +238,9 @@ impl Case {
             .collect()
     }
 
-    /// All products, and those from what was kept of X, of dY and of both, in this order. Outputs stand between guard
-    /// bands, and hold NaN before.
-    fn run(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> [Vec<f32>; 6] {
+    /// All products, those from what was kept of X, of dY and of both, and the first two by a kept kernel, in this order.
+    /// Outputs stand between guard bands, and hold NaN before.
+    fn run(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> [Vec<f32>; 8] {
         let Convolution { batch, channels: [all, outs], input, output, kernel, .. } = self.sizes;
         let (sizes, w) = (self.sizes, self.w.view());
         let out = |len: usize| Guarded::new(len, f32::NAN);
@@ -247,9 +248,21 @@ impl Case {
         let weights = count(kernel) * all / sizes.groups * outs;
         let mut y = out(batch * count(output) * outs);
         let (codings, flatten) = (self.codings, self.flatten);
-        sizes.forward(ctx, &self.x, &w, codings[0], flatten, bias(1), y.elements(), workspace).unwrap();
+        let floats = Kernel::Floats(&w);
+        sizes.forward(ctx, &self.x, floats, codings[0], flatten, bias(1), y.elements(), workspace).unwrap();
         let mut dx = out(batch * count(input) * all);
-        sizes.input_gradient(ctx, &self.dy, &w, codings[1], bias(0), dx.elements(), workspace).unwrap();
+        sizes.input_gradient(ctx, &self.dy, floats, codings[1], bias(0), dx.elements(), workspace).unwrap();
+        let [mut kept_y, mut kept_dx] = [y.checked(), dx.checked()].map(|floats| floats.to_vec());
+        if let Some((layout, bytes)) = self.keep_kernel(ctx, 1).filter(|_| !flatten || count(kernel) == 1) {
+            let kept = Kernel::Kept(KeptKernel { layout: &layout, groups: sizes.groups, bytes: &bytes[65..] });
+            kept_y.fill(f32::NAN);
+            sizes.forward(ctx, &self.x, kept, codings[0], flatten, bias(1), &mut kept_y, workspace).unwrap();
+        }
+        if let Some((layout, bytes)) = self.keep_kernel(ctx, 0) {
+            let kept = Kernel::Kept(KeptKernel { layout: &layout, groups: sizes.groups, bytes: &bytes[65..] });
+            kept_dx.fill(f32::NAN);
+            sizes.input_gradient(ctx, &self.dy, kept, codings[1], bias(0), &mut kept_dx, workspace).unwrap();
+        }
         let kept = [Place::Input, Place::Output].map(|place| self.keep(ctx, place, workspace));
         let mut gradient = |keeps: [bool; 2]| {
             let mut dw = out(weights);
@@ -261,7 +274,27 @@ impl Case {
             dw.checked().to_vec()
         };
         let [a, b, c, d] = [[false, false], [true, false], [false, true], [true, true]].map(&mut gradient);
-        [y.checked().to_vec(), dx.checked().to_vec(), a, b, c, d]
+        [y.checked().to_vec(), dx.checked().to_vec(), a, b, c, d, kept_y, kept_dx]
+    }
+
+    /// The kernel's codes along an axis, laid out from its 65th byte on. None: it can't be kept. What was kept gives the
+    /// planes back.
+    fn keep_kernel(&self, ctx: &Context<'_>, axis: usize) -> Option<(PlaneLayout, Vec<u8>)> {
+        let Convolution { channels: [all, outs], groups, kernel, .. } = self.sizes;
+        let Coding { format, mode } = self.codings[1 - axis][1];
+        let layout = PlaneLayout::new(format, &[outs, all / groups, count(kernel)], axis).unwrap();
+        let len = kept_kernel_bytes(ctx, &layout, groups)?;
+        let planes = encode_planes(ctx, &self.w.view(), format, axis, mode).unwrap();
+        let mut bytes = vec![0xA5; 65 + len];
+        let halves = [&planes.exponents[..], &planes.mantissas[..]];
+        keep_kernel(ctx, &layout, groups, halves, &mut bytes[65..]).unwrap();
+        assert!(bytes[..65].iter().all(|&b| b == 0xA5), "a write outside the kept bytes");
+        let kept = KeptKernel { layout: &layout, groups, bytes: &bytes[65..] };
+        let (exponents, mantissas) = kept.planes(ctx).unwrap();
+        // The codes are zeros where a block has none, whatever its exponent was.
+        assert_eq!(mantissas, planes.mantissas, "{format} of {:?}", self.sizes);
+        assert!(exponents.iter().zip(&planes.exponents).all(|(&found, &c)| found == c || found == 0));
+        Some((layout, bytes))
     }
 
     /// What is kept of an image: between bands that must stay, at any alignment.
@@ -277,18 +310,25 @@ impl Case {
         Some(bytes[65..65 + len].to_vec())
     }
 
-    fn expected(&self) -> [Vec<f32>; 6] {
-        let dw = self.weight_gradient();
-        [self.forward(), self.input_gradient(), dw.clone(), dw.clone(), dw.clone(), dw]
+    fn expected(&self) -> [Vec<f32>; 8] {
+        let (y, dx, dw) = (self.forward(), self.input_gradient(), self.weight_gradient());
+        [y.clone(), dx.clone(), dw.clone(), dw.clone(), dw.clone(), dw, y, dx]
     }
 
     #[track_caller]
-    fn check(&self, found: &[Vec<f32>; 6], expected: &[Vec<f32>; 6], what: &dyn Fn() -> String) {
+    fn check(&self, found: &[Vec<f32>; 8], expected: &[Vec<f32>; 8], what: &dyn Fn() -> String) {
         let [channels, columns] = [self.sizes.channels, self.group_channels()].map(|channels| channels[1]);
-        let kept =
-            ["weight gradient", "weight gradient, X kept", "weight gradient, dY kept", "weight gradient, both kept"];
-        for (i, name) in ["forward", "input gradient"].into_iter().chain(kept).enumerate() {
-            let columns = [channels, self.sizes.channels[0]].get(i).copied().unwrap_or(columns);
+        let names = [
+            ("forward", channels),
+            ("input gradient", self.sizes.channels[0]),
+            ("weight gradient", columns),
+            ("weight gradient, X kept", columns),
+            ("weight gradient, dY kept", columns),
+            ("weight gradient, both kept", columns),
+            ("forward by a kept kernel", channels),
+            ("input gradient by a kept kernel", self.sizes.channels[0]),
+        ];
+        for (i, (name, columns)) in names.into_iter().enumerate() {
             assert_same_bits(&found[i], &expected[i], columns, &|| {
                 let formats =
                     self.codings.map(|pair| pair.map(|Coding { format, mode }| (format.to_string(), mode.rounding)));
@@ -700,9 +740,35 @@ fn sizes_that_fit_nothing_are_errors() {
         // Tensors of the usual sizes, and empty ones, to which a product that wraps around might be equal.
         for (image, out) in [(&image[..], image.len()), (&[][..], 0)] {
             let mut out = vec![7.0; out];
-            shape_error(sizes.forward(&ctx, image, &w, [coding; 2], false, None, &mut out, &mut workspace));
-            shape_error(sizes.forward(&ctx, image, &w, [coding; 2], true, None, &mut out, &mut workspace));
-            shape_error(sizes.input_gradient(&ctx, image, &w, [coding; 2], None, &mut out, &mut workspace));
+            shape_error(sizes.forward(
+                &ctx,
+                image,
+                Kernel::Floats(&w),
+                [coding; 2],
+                false,
+                None,
+                &mut out,
+                &mut workspace,
+            ));
+            shape_error(sizes.forward(
+                &ctx,
+                image,
+                Kernel::Floats(&w),
+                [coding; 2],
+                true,
+                None,
+                &mut out,
+                &mut workspace,
+            ));
+            shape_error(sizes.input_gradient(
+                &ctx,
+                image,
+                Kernel::Floats(&w),
+                [coding; 2],
+                None,
+                &mut out,
+                &mut workspace,
+            ));
             let x = Input::Floats(image);
             shape_error(sizes.weight_gradient(&ctx, x, x, [coding; 2], &mut out, &mut workspace));
             assert!(out.iter().all(|&x| x == 7.0), "{i}: a write before an error");
@@ -723,7 +789,7 @@ fn operands_that_do_not_fit_are_errors() {
     let (sizes, w, mut workspace) = (case.sizes, case.w.view(), Workspace::default());
     let mut out = vec![0.0; case.dy.len()];
     let mut forward = |codings: [BlockFormat; 2], bias: Option<&[f32]>| {
-        sizes.forward(&ctx, &case.x, &w, codings.map(coding), false, bias, &mut out, &mut workspace)
+        sizes.forward(&ctx, &case.x, Kernel::Floats(&w), codings.map(coding), false, bias, &mut out, &mut workspace)
     };
     let tile = BlockFormat::new(4, BlockShape::Tile(4)).unwrap();
     assert!(matches!(forward([tile, line(4, 4)], None), Err(Error::Format { .. })));

@@ -8,7 +8,7 @@ use crate::format::Format;
 use crate::run::{here, run_with_workspace};
 use crate::view::{BytesView, FloatView};
 use hbfp::gemm::Coding;
-use hbfp::gemm::convolution::{Convolution, Input, Place};
+use hbfp::gemm::convolution::{Convolution, Input, Kernel, Place};
 use pyo3::prelude::*;
 
 /// Groups; then for three spatial dimensions the sizes of X, of Y and of the kernel, stride, padding before, dilation.
@@ -87,7 +87,7 @@ pub(crate) fn convolution_forward<'py>(
     let (image, tensor, target) = (x.as_slice(), w.tensor(), out.as_mut_slice());
     let keep = kept.as_mut().map(|(bytes, coding)| (bytes.as_mut_slice(), *coding));
     run_with_workspace(py, threads, |ctx, workspace| {
-        convolution.forward(ctx, image, &tensor, codings, flatten, bias, target, workspace)?;
+        convolution.forward(ctx, image, Kernel::Floats(&tensor), codings, flatten, bias, target, workspace)?;
         keep.map_or(Ok(()), |(bytes, coding)| convolution.keep(ctx, Place::Input, image, coding, bytes, workspace))
     })?;
     Ok(kept.map(|(bytes, _)| bytes.into_tensor()))
@@ -119,7 +119,7 @@ pub(crate) fn convolution_input_gradient<'py>(
     let (image, tensor, target) = (dy.as_slice(), w.tensor(), out.as_mut_slice());
     let keep = kept.as_mut().map(|(bytes, coding)| (bytes.as_mut_slice(), *coding));
     run_with_workspace(py, threads, |ctx, workspace| {
-        convolution.input_gradient(ctx, image, &tensor, codings, bias, target, workspace)?;
+        convolution.input_gradient(ctx, image, Kernel::Floats(&tensor), codings, bias, target, workspace)?;
         keep.map_or(Ok(()), |(bytes, coding)| convolution.keep(ctx, Place::Output, image, coding, bytes, workspace))
     })?;
     Ok(kept.map(|(bytes, _)| bytes.into_tensor()))
