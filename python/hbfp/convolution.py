@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from hbfp import _core, emulation, ops
+from hbfp import emulation, ops
 from hbfp.autograd import Role, keeps_codes, once, require_plain, unseen
 from hbfp.backends import arithmetic
 from hbfp.errors import FormatError, HBFPError, ShapeError
@@ -249,7 +249,7 @@ def convolution(
     ops.require_real(x, weight, bias)
     require_plain(x, weight, bias)
     require_lines(recipe)
-    weight = _floats(weight)
+    weight = _as_read(weight, 1, groups)
     _check(x, weight, bias, rank, groups, transposed=False)
     if flatten is None:
         flatten = weight.shape[1] < FLATTENED_BELOW
@@ -283,7 +283,6 @@ def transposed_convolution(
     ops.require_real(x, weight, bias)
     require_plain(x, weight, bias)
     require_lines(recipe)
-    packed = weight
     _check(x, weight, bias, rank, groups, transposed=True)
     kernel = tuple(weight.shape[2:])
     strides, dilations = _sizes(stride, rank, "stride", 1), _sizes(dilation, rank, "dilation", 1)
@@ -304,11 +303,11 @@ def transposed_convolution(
             f"expected pixels in input and output; found input {tuple(x.shape)}, which gives output pixels {spatial} "
             f"with kernel {kernel}, padding {pads}: pad less"
         )
-    if _goes_quickly(batch, packed, bias, rank, recipe):
-        quick = _quickly(batch, packed, bias, ops.core_geometry(geometry), groups, recipe, seed, stream, spatial)
+    if _goes_quickly(batch, weight, bias, rank, recipe):
+        quick = _quickly(batch, weight, bias, ops.core_geometry(geometry), groups, recipe, seed, stream, spatial)
         if quick is not None:
             return quick if batch is x else quick.squeeze(0)
-    weight = _floats(packed)
+    weight = _as_read(weight, 0, groups)
     out: Tensor = TransposedConvolutionFunction.apply(
         batch, weight, bias, spatial, geometry, recipe, seed, stream, source
     )
@@ -329,7 +328,7 @@ def _geometry(
 
 
 @lru_cache(maxsize=1024)
-def _known_geometry(*arguments: Any) -> _core.Geometry:
+def _known_geometry(*arguments: Any) -> ops.CoreGeometry:
     """`_geometry` as the core takes it: what a layer has is the same at each call."""
     return ops.core_geometry(_geometry(*arguments))
 
@@ -352,7 +351,7 @@ def _quickly(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    geometry: _core.Geometry,
+    geometry: ops.CoreGeometry,
     groups: int,
     recipe: Recipe,
     seed: int,
@@ -403,9 +402,12 @@ def require_lines(recipe: Recipe) -> None:
                 )
 
 
-def _floats(weight: Tensor) -> Tensor:
-    """A weight as the core reads it: of codes, their values, here and not behind torch's dispatcher, which is slow."""
-    return weight.decode_as_it_lies() if type(weight) is PackedWeight and not is_compiling() else weight
+def _as_read(weight: Tensor, axis: int, groups: int) -> Tensor:
+    """A weight as the forward product reads it: of codes that it cannot read, their values, made here and not behind
+    torch's dispatcher, which is slow."""
+    if type(weight) is not PackedWeight or is_compiling() or weight.kept_kernel(axis, groups) is not None:
+        return weight
+    return weight.decode_as_it_lies()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, groups: int, *, transposed: bool) -> None:

@@ -12,6 +12,7 @@ seed and streams are arguments. There are no derivatives at this level: `hbfp.au
 """
 
 from hbfp.ops.convolutions import (
+    CoreGeometry,
     Geometry,
     channels_together,
     convolution,
@@ -86,6 +87,7 @@ from hbfp.ops.softmax_attention import (
 )
 
 __all__ = [
+    "CoreGeometry",
     "Geometry",
     "GrownAttention",
     "KeptKernel",

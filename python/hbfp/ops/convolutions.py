@@ -71,8 +71,11 @@ class Geometry:
         )
 
 
+CoreGeometry = _core.Geometry
+
+
 @lru_cache(maxsize=1024)
-def core_geometry(geometry: Geometry) -> _core.Geometry:
+def core_geometry(geometry: Geometry) -> CoreGeometry:
     """The same as the core takes it."""
     return _core.Geometry(
         geometry.groups, geometry.flatten, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation
@@ -312,7 +315,7 @@ def quick_convolution(
     seed: int,
     streams: tuple[int, int],
     bias: Tensor | None,
-    geometry: _core.Geometry,
+    geometry: CoreGeometry,
     spatial: Sequence[int] | None = None,
 ) -> Tensor | None:
     """`convolution`, or with `spatial` `convolution_input_gradient`, in one call of the core, told to no recorder; None
