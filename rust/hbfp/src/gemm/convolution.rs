@@ -17,7 +17,7 @@ mod weight;
 
 pub use self::kept::{KeptKernel, keep_kernel, kept_kernel_bytes};
 use self::prepared::Image;
-use self::reach::Reach;
+use self::reach::{AxisReach, Reach};
 use super::cache::Caches;
 use super::{Coding, ROOM, Workspace, driver};
 use crate::arch::generic::aligned;
@@ -155,7 +155,12 @@ impl Convolution {
 
     /// From pixels of Y to those of X.
     fn reach(&self) -> Reach {
-        Reach::new(self.output, self.kernel, self.input, |d, o, k| {
+        Reach::new(&self.axis_reach())
+    }
+
+    /// The same for each dimension by itself.
+    fn axis_reach(&self) -> AxisReach {
+        AxisReach::new(self.output, self.kernel, self.input, |d, o, k| {
             let p = (o * self.stride[d] + k * self.dilation[d]).checked_sub(self.padding[d])?;
             (p < self.input[d]).then_some(p)
         })
@@ -163,11 +168,11 @@ impl Convolution {
 
     /// From pixels of X to those of Y.
     fn reverse(&self) -> Reach {
-        Reach::new(self.input, self.kernel, self.output, |d, p, k| {
+        Reach::new(&AxisReach::new(self.input, self.kernel, self.output, |d, p, k| {
             let distance = (p + self.padding[d]).checked_sub(k * self.dilation[d])?;
             let o = distance / self.stride[d];
             (distance % self.stride[d] == 0 && o < self.output[d]).then_some(o)
-        })
+        }))
     }
 
     /// Y [batch, output pixels, out channels] ← X [batch, input pixels, in channels] with kernel w, plus bias.

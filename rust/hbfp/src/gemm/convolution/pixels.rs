@@ -169,8 +169,11 @@ impl<'a> PixelProduct<'a> {
         rows.saturating_mul(self.product.channels).saturating_mul(self.convolution.taps() * self.channels)
     }
 
-    fn workers(&self, ctx: &Context<'_>) -> usize {
-        if self.macs() < driver::SERIAL_MACS { 1 } else { ctx.threads.max(1) }
+    /// `encoded`: elements to encode that are put together one by one, as those of patches.
+    fn workers(&self, ctx: &Context<'_>, encoded: usize) -> usize {
+        const SERIAL_ENCODED: usize = 1 << 16;
+        let small = self.macs() < driver::SERIAL_MACS && encoded < SERIAL_ENCODED;
+        if small { 1 } else { ctx.threads.max(1) }
     }
 
     /// The kernel of group `g` as lines of the right operand, whose pieces are `taps`.
@@ -307,7 +310,7 @@ impl<'a> PixelProduct<'a> {
         let joined = layout.joined();
         let out = SharedMut::new(out);
         let right = Right { layout, joined, panels, tiles: self.tiles(ctx, al, joined, out) };
-        let workers = self.workers(ctx);
+        let workers = self.workers(ctx, 0);
         let mut first_piece = 0;
         let mut shares = Vec::with_capacity(lattices.all.len());
         for lattice in &lattices.all {
@@ -428,12 +431,12 @@ impl<'a> PixelProduct<'a> {
         scratch: &[Mutex<Scratch>],
         out: &mut [f32],
     ) -> Result<()> {
-        let patches = Patches::new(self, self.convolution.reach());
+        let patches = Patches::new(self);
         let joined = layout.joined();
         let row_pixels = product_of(self.product.pixels);
         let al = self.left_layout(ctx, row_pixels, true);
         let right = Right { layout, joined, panels, tiles: self.tiles(ctx, al, joined, SharedMut::new(out)) };
-        let workers = self.workers(ctx);
+        let workers = self.workers(ctx, self.image.batch * self.groups * row_pixels * al.k);
         // Rows of a task belong to one sample, as they have random bits of their own.
         let samples = self.image.batch;
         let row_panels = row_pixels.div_ceil(PANEL_ROWS);
@@ -510,7 +513,7 @@ impl<'a> PixelProduct<'a> {
             };
             Codes::from_floats(ctx, &lines, self.left.format, self.left.mode)
         });
-        let patches = Patches::new(self, reach);
+        let patches = Patches::new(self);
         let workers = ctx.workers(self.macs());
         let shared = SharedMut::new(out);
         for g in 0..self.groups {
@@ -526,7 +529,7 @@ impl<'a> PixelProduct<'a> {
                         let line = |&source: &i32| {
                             (source != NOWHERE).then(|| (sample * pixels + source as usize) * self.groups + g)
                         };
-                        pieces.extend(patches.reach.of(pixel).iter().map(line));
+                        pieces.extend(reach.of(pixel).iter().map(line));
                         image
                     }
                     None => {
