@@ -580,6 +580,108 @@ fn rows_of_sixteen_pixels_and_more() {
 }
 
 #[test]
+fn kept_kernels_of_groups_and_of_taps_that_meet_nothing() {
+    // Hunted: groups, panels, taps and blocks that change places, and taps left out for zeros that would have met a NaN.
+    let levels = contexts();
+    let sizes = [
+        Convolution { channels: [48, 96], groups: 3, ..SQUARE },
+        Convolution { channels: [64, 64], groups: 2, stride: [1, 2, 1], ..SQUARE },
+        Convolution { channels: [40, 72], stride: [1, 2, 3], output: [1, 3, 2], kernel: [1, 2, 3], ..SQUARE },
+        Convolution { channels: [16, 100], input: [1, 1, 2], output: [1, 1, 2], ..SQUARE },
+        Convolution { channels: [32, 32], input: [1, 1, 1], output: [1, 1, 1], batch: 5, ..SQUARE },
+        Convolution { channels: [80, 48], groups: 2, kernel: [1; 3], padding: [0; 3], ..SQUARE },
+    ];
+    for (number, sizes) in sizes.into_iter().enumerate() {
+        for (bits, block) in [(4, 64), (4, 16), (3, 7), (6, 32), (8, 16)] {
+            for (flatten, nan) in [(false, false), (false, true), (number == 5, false)] {
+                let mut case = plain(sizes, flatten, [line(bits, block); 2], Rounding::NearestEven);
+                if nan {
+                    let mut w = Fill::Plain.values(case.w.values().len(), 1);
+                    let taps = count(sizes.kernel);
+                    w[taps * 17] = f32::NAN;
+                    w[taps * 5..taps * 6].fill(1e-30);
+                    let [outs, channels] = [sizes.channels[1], sizes.channels[0] / sizes.groups];
+                    let [k0, k1, k2] = sizes.kernel;
+                    case.w = Tensor::new(&w, &[outs, channels, k0, k1, k2], Placement::DENSE, Storage::Poisoned);
+                }
+                let ctx = &levels[0].1;
+                let kept = [0, 1].map(|axis| case.keep_kernel(ctx, axis).is_some());
+                let whole = sizes.groups == 1 || (sizes.channels[1] / sizes.groups).is_multiple_of(block);
+                assert_eq!(kept, [whole, true], "{sizes:?} in blocks of {block}");
+                check_cases(&levels, [case].into_iter());
+            }
+        }
+    }
+}
+
+#[test]
+fn kernels_that_can_not_be_kept_are_errors() {
+    let ctx = Context::serial();
+    let layout = |format, shape: [usize; 3], axis| PlaneLayout::new(format, &shape, axis).unwrap();
+    let nibbles = line(4, 16);
+    let tile = BlockFormat::new(4, BlockShape::Tile(16)).unwrap();
+    for (format, shape, axis, groups) in [
+        (nibbles, [32, 15, 9], 1, 1), // few channels
+        (nibbles, [15, 32, 9], 0, 1),
+        (nibbles, [32, 32, 9], 1, 3), // groups that do not divide
+        (nibbles, [32, 32, 9], 1, 0),
+        (nibbles, [48, 32, 9], 0, 2), // groups that end inside a block
+        (nibbles, [32, 32, 9], 2, 1), // along the taps
+        (nibbles, [32, 32, 0], 1, 1), // nothing
+        (line(9, 16), [32, 32, 9], 1, 1),
+        (tile, [32, 32, 9], 1, 1),
+    ] {
+        let layout = layout(format, shape, axis);
+        assert_eq!(kept_kernel_bytes(&ctx, &layout, groups), None, "{format} of {shape:?} along {axis}");
+        let result = keep_kernel(&ctx, &layout, groups, [&[], &[]], &mut []);
+        assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    }
+    let (sizes, layout) = (Convolution { channels: [32, 64], ..SQUARE }, layout(nibbles, [64, 32, 9], 1));
+    let len = kept_kernel_bytes(&ctx, &layout, 1).unwrap();
+    let [exponents, mantissas] = [layout.exponents(), layout.mantissas()].map(|size| vec![0; size[0] * size[1]]);
+    let mut bytes = vec![0; len];
+    for (planes, len) in [([&exponents[1..], &mantissas], len), ([&exponents, &mantissas[1..]], len)] {
+        let result = keep_kernel(&ctx, &layout, 1, planes, &mut bytes[..len]);
+        assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    }
+    let result = keep_kernel(&ctx, &layout, 1, [&exponents, &mantissas], &mut bytes[1..]);
+    assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    keep_kernel(&ctx, &layout, 1, [&exponents, &mantissas], &mut bytes).unwrap();
+    let mut bad = mantissas.clone();
+    bad[0] = 0x88;
+    let result = keep_kernel(&ctx, &layout, 1, [&exponents, &bad], &mut bytes.clone());
+    assert!(matches!(result, Err(Error::Code { .. })), "{result:?}");
+
+    // And those that were kept for something else.
+    let coding = |format| Coding { format, mode: mode(Rounding::NearestEven, 1) };
+    let (mut workspace, image) = (Workspace::default(), vec![0.0; 2 * 36 * 64]);
+    let mut out = vec![7.0; 2 * 36 * 64];
+    let mut run = |sizes: Convolution, kept: KeptKernel<'_>, format, forward: bool| {
+        let (codings, w) = ([coding(line(4, 16)), coding(format)], Kernel::Kept(kept));
+        let [x, y] = sizes.channels.map(|channels| 2 * 36 * channels);
+        let result = if forward {
+            sizes.forward(&ctx, &image[..x], w, codings, false, None, &mut out[..y], &mut workspace)
+        } else {
+            sizes.input_gradient(&ctx, &image[..y], w, codings, None, &mut out[..x], &mut workspace)
+        };
+        assert!(result.is_ok() || out.iter().all(|&x| x == 7.0), "a write before an error");
+        result
+    };
+    let kept = KeptKernel { layout: &layout, groups: 1, bytes: &bytes };
+    let short = KeptKernel { bytes: &bytes[1..], ..kept };
+    let groups = Convolution { channels: [64, 64], groups: 2, ..sizes };
+    let taps = Convolution { kernel: [1, 3, 2], output: [1, 6, 6], ..sizes };
+    for (sizes, kept, forward) in [(sizes, short, true), (sizes, kept, false), (groups, kept, true), (taps, kept, true)]
+    {
+        let result = run(sizes, kept, nibbles, forward);
+        assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    }
+    let result = run(sizes, kept, line(6, 16), true);
+    assert!(matches!(result, Err(Error::Format { .. })), "{result:?}");
+    run(sizes, kept, nibbles, true).unwrap();
+}
+
+#[test]
 fn short_blocks_after_long_ones() {
     // Hunted: steps behind a short block's end that still hold what an earlier call left there.
     let sizes = Convolution { channels: [72, 72], input: [1, 3, 5], output: [1, 3, 5], ..SQUARE };

@@ -249,7 +249,7 @@ def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: i
     """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` or `keep` kept of an X [K, N] in
     `kept_format`, plus bias: the same bits as the product with that tensor."""
 
-_Codings = list[tuple[Format, int, int]]
+_Codings = Sequence[tuple[Format, int, int]]
 """Format, rounding and stream of the left and of the right operand of a product."""
 
 def attention(

@@ -239,10 +239,12 @@ def convolution(
 ) -> Tensor:
     """A convolution over `rank` spatial dimensions; see `hbfp.nn.functional.conv2d`."""
     if _goes_quickly(x, weight, bias, rank, recipe):
-        known = _known_geometry(
-            weight.shape[2:], rank, _hashable(stride), _hashable(padding), _hashable(dilation), groups,
-            weight.shape[1] < FLATTENED_BELOW if flatten is None else flatten,
-        )  # fmt: skip
+        kernel, flat = weight.shape[2:], weight.shape[1] < FLATTENED_BELOW if flatten is None else flatten
+        try:
+            known = _known_geometry(kernel, rank, stride, padding, dilation, groups, flat)
+        except TypeError:  # lists, which have no hash: a layer has none
+            sizes = map(_hashable, (stride, padding, dilation))
+            known = _known_geometry(kernel, rank, *sizes, groups, flat)
         quick = _quickly(x, weight, bias, known, groups, recipe, seed, stream)
         if quick is not None:
             return quick

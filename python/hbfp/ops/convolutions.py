@@ -327,9 +327,9 @@ def quick_convolution(
         return None
     together = _TOGETHER.get(x.dim())
     x = channels_together(x) if together is None else x.contiguous(memory_format=together)
-    out: Tensor | None = _core.tensor_convolution(
-        x, weight, codings(formats, roundings, streams), geometry, spatial, bias, seed, threads()
-    )
+    left, right = formats
+    coded = (left.core, roundings[0], streams[0]), (right.core, roundings[1], streams[1])
+    out: Tensor | None = _core.tensor_convolution(x, weight, coded, geometry, spatial, bias, seed, threads())
     return out
 
 

@@ -142,15 +142,15 @@ impl<'a> KeptKernel<'a> {
     /// # Errors
     /// [`Error::Shape`] for another number of bytes than such a kernel has at this level.
     pub fn planes(&self, ctx: &Context<'_>) -> Result<(Vec<u8>, Vec<u8>)> {
-        let Self { layout, groups, .. } = *self;
+        let layout = self.layout;
         let (panels, refs) = self.panels(ctx)?;
         let (format, k) = (layout.format(), layout.k);
         let (lines, block) = (layout.exponents()[0], format.block_along(k));
         let (codes, exponents) = (vec![0; lines * k], vec![0; lines * k.div_ceil(block)]);
         let mut all = Codes { format, matrices: 1, lines, k, block, codes, exponents };
         let (all_blocks, blocks) = (all.blocks(), panels.blocks);
-        for g in 0..groups {
-            let group = driver::codes_of_panels(&panels, refs[g], format);
+        for (g, of) in refs.into_iter().enumerate() {
+            let group = driver::codes_of_panels(&panels, of, format);
             for_each_line(layout, &panels, g, |row, (line, first)| {
                 let to = line * k + first;
                 all.codes[to..][..panels.k].copy_from_slice(&group.codes[row * panels.k..][..panels.k]);
