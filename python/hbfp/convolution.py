@@ -20,7 +20,6 @@ from hbfp import emulation, ops
 from hbfp.autograd import Role, keeps_codes, once, require_plain, unseen
 from hbfp.backends import arithmetic
 from hbfp.errors import FormatError, HBFPError, ShapeError
-from hbfp.format import Rounding
 from hbfp.ops import Geometry
 from hbfp.packed import PackedWeight
 from hbfp.policy import Backend, Recipe
@@ -45,7 +44,7 @@ FLATTENED_BELOW = 16
 """Channels of a group under which forward blocks run over the flattened patch, unless a layer says otherwise."""
 
 # Bound once, and plain numbers, as in `hbfp.autograd`.
-_INTEGER, _STOCHASTIC = Backend.INTEGER, Rounding.STOCHASTIC.code
+_INTEGER = Backend.INTEGER
 _X, _W = int(Role.X_FORWARD), int(Role.W_FORWARD)
 _DY_X, _W_X = int(Role.DY_FOR_DX), int(Role.W_FOR_DX)
 _DY_W, _X_W = int(Role.DY_FOR_DW), int(Role.X_FOR_DW)
@@ -366,7 +365,7 @@ def _quickly(
     kernel: Tensor | ops.KeptKernel = weight
     if type(weight) is PackedWeight:
         kept = weight.kept_kernel(1 if spatial is None else 0, groups)
-        if kept is None or policy.roundings[1] == _STOCHASTIC:
+        if kept is None:
             return None
         kernel = kept
     streams = (stream | _X, stream | _W)

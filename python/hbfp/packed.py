@@ -510,22 +510,21 @@ def _product(
 
 
 @_of(torch.ops.hbfp.convolution.default, torch.ops.hbfp.convolution_input_gradient.default)
-def _convolution(
-    func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, formats: list[str], roundings: list[int], *coded: Any
-) -> Any:
+def _convolution(func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, formats: list[str], *coded: Any) -> Any:
     if not isinstance(weight, PackedWeight) or isinstance(x, PackedWeight) or isinstance(bias, PackedWeight):
         return NotImplemented
     forward = func is torch.ops.hbfp.convolution.default
     groups = coded[_GROUPS]
-    if weight.axis != int(forward) or str(weight.format) != formats[1] or roundings[1] == Rounding.STOCHASTIC.code:
+    # Whatever the rounding: values of codes are exact in their own format.
+    if weight.axis != int(forward) or str(weight.format) != formats[1]:
         return NotImplemented
     if type(weight.codes) is Tensor:
         weight.lay_out(groups)
     if weight.exponents is not None or weight.groups != groups:
         return NotImplemented
     packed = torch.ops.hbfp.packed_convolution if forward else torch.ops.hbfp.packed_convolution_input_gradient
-    return packed(x, weight.codes, list(weight.shape), bias, formats, roundings, *coded)
+    return packed(x, weight.codes, list(weight.shape), bias, formats, *coded)
 
 
-_GROUPS = 7
-"""Place of the groups behind formats and roundings: streams, drawn, seed, kernel, stride, padding, dilation, groups."""
+_GROUPS = 8
+"""Their place behind the formats: roundings, streams, drawn, seed, kernel, stride, padding, dilation, groups."""
