@@ -3,11 +3,12 @@
 
 mod operands;
 
-use hbfp::gemm::convolution::{Convolution, Input, Place};
+use hbfp::encode::encode as encode_planes;
+use hbfp::gemm::convolution::{Convolution, Input, KeptKernel, Kernel, Place, keep_kernel, kept_kernel_bytes};
 use hbfp::gemm::{Coding, Workspace};
 use hbfp::parallel::Pool;
 use hbfp::reference::{self, Encoded};
-use hbfp::shape::FloatTensor;
+use hbfp::shape::{FloatTensor, PlaneLayout};
 use hbfp::testing::{Fill, Guarded, TestRng};
 use hbfp::{BlockFormat, BlockShape, Context, Error, Kernels, Level, Rounding};
 use operands::memory::{Placement, Storage, Tensor};
@@ -237,9 +238,9 @@ impl Case {
             .collect()
     }
 
-    /// All products, and those from what was kept of X, of dY and of both, in this order. Outputs stand between guard
-    /// bands, and hold NaN before.
-    fn run(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> [Vec<f32>; 6] {
+    /// All products, those from what was kept of X, of dY and of both, and the first two by a kept kernel, in this order.
+    /// Outputs stand between guard bands, and hold NaN before.
+    fn run(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> [Vec<f32>; 8] {
         let Convolution { batch, channels: [all, outs], input, output, kernel, .. } = self.sizes;
         let (sizes, w) = (self.sizes, self.w.view());
         let out = |len: usize| Guarded::new(len, f32::NAN);
@@ -247,9 +248,21 @@ impl Case {
         let weights = count(kernel) * all / sizes.groups * outs;
         let mut y = out(batch * count(output) * outs);
         let (codings, flatten) = (self.codings, self.flatten);
-        sizes.forward(ctx, &self.x, &w, codings[0], flatten, bias(1), y.elements(), workspace).unwrap();
+        let floats = Kernel::Floats(&w);
+        sizes.forward(ctx, &self.x, floats, codings[0], flatten, bias(1), y.elements(), workspace).unwrap();
         let mut dx = out(batch * count(input) * all);
-        sizes.input_gradient(ctx, &self.dy, &w, codings[1], bias(0), dx.elements(), workspace).unwrap();
+        sizes.input_gradient(ctx, &self.dy, floats, codings[1], bias(0), dx.elements(), workspace).unwrap();
+        let [mut kept_y, mut kept_dx] = [y.checked(), dx.checked()].map(|floats| floats.to_vec());
+        if let Some((layout, bytes)) = self.keep_kernel(ctx, 1).filter(|_| !flatten || count(kernel) == 1) {
+            let kept = Kernel::Kept(KeptKernel { layout: &layout, groups: sizes.groups, bytes: &bytes[65..] });
+            kept_y.fill(f32::NAN);
+            sizes.forward(ctx, &self.x, kept, codings[0], flatten, bias(1), &mut kept_y, workspace).unwrap();
+        }
+        if let Some((layout, bytes)) = self.keep_kernel(ctx, 0) {
+            let kept = Kernel::Kept(KeptKernel { layout: &layout, groups: sizes.groups, bytes: &bytes[65..] });
+            kept_dx.fill(f32::NAN);
+            sizes.input_gradient(ctx, &self.dy, kept, codings[1], bias(0), &mut kept_dx, workspace).unwrap();
+        }
         let kept = [Place::Input, Place::Output].map(|place| self.keep(ctx, place, workspace));
         let mut gradient = |keeps: [bool; 2]| {
             let mut dw = out(weights);
@@ -261,7 +274,27 @@ impl Case {
             dw.checked().to_vec()
         };
         let [a, b, c, d] = [[false, false], [true, false], [false, true], [true, true]].map(&mut gradient);
-        [y.checked().to_vec(), dx.checked().to_vec(), a, b, c, d]
+        [y.checked().to_vec(), dx.checked().to_vec(), a, b, c, d, kept_y, kept_dx]
+    }
+
+    /// The kernel's codes along an axis, laid out from its 65th byte on. None: it can't be kept. What was kept gives the
+    /// planes back.
+    fn keep_kernel(&self, ctx: &Context<'_>, axis: usize) -> Option<(PlaneLayout, Vec<u8>)> {
+        let Convolution { channels: [all, outs], groups, kernel, .. } = self.sizes;
+        let Coding { format, mode } = self.codings[1 - axis][1];
+        let layout = PlaneLayout::new(format, &[outs, all / groups, count(kernel)], axis).unwrap();
+        let len = kept_kernel_bytes(ctx, &layout, groups)?;
+        let planes = encode_planes(ctx, &self.w.view(), format, axis, mode).unwrap();
+        let mut bytes = vec![0xA5; 65 + len];
+        let halves = [&planes.exponents[..], &planes.mantissas[..]];
+        keep_kernel(ctx, &layout, groups, halves, &mut bytes[65..]).unwrap();
+        assert!(bytes[..65].iter().all(|&b| b == 0xA5), "a write outside the kept bytes");
+        let kept = KeptKernel { layout: &layout, groups, bytes: &bytes[65..] };
+        let (exponents, mantissas) = kept.planes(ctx).unwrap();
+        // The codes are zeros where a block has none, whatever its exponent was.
+        assert_eq!(mantissas, planes.mantissas, "{format} of {:?}", self.sizes);
+        assert!(exponents.iter().zip(&planes.exponents).all(|(&found, &c)| found == c || found == 0));
+        Some((layout, bytes))
     }
 
     /// What is kept of an image: between bands that must stay, at any alignment.
@@ -277,18 +310,25 @@ impl Case {
         Some(bytes[65..65 + len].to_vec())
     }
 
-    fn expected(&self) -> [Vec<f32>; 6] {
-        let dw = self.weight_gradient();
-        [self.forward(), self.input_gradient(), dw.clone(), dw.clone(), dw.clone(), dw]
+    fn expected(&self) -> [Vec<f32>; 8] {
+        let (y, dx, dw) = (self.forward(), self.input_gradient(), self.weight_gradient());
+        [y.clone(), dx.clone(), dw.clone(), dw.clone(), dw.clone(), dw, y, dx]
     }
 
     #[track_caller]
-    fn check(&self, found: &[Vec<f32>; 6], expected: &[Vec<f32>; 6], what: &dyn Fn() -> String) {
+    fn check(&self, found: &[Vec<f32>; 8], expected: &[Vec<f32>; 8], what: &dyn Fn() -> String) {
         let [channels, columns] = [self.sizes.channels, self.group_channels()].map(|channels| channels[1]);
-        let kept =
-            ["weight gradient", "weight gradient, X kept", "weight gradient, dY kept", "weight gradient, both kept"];
-        for (i, name) in ["forward", "input gradient"].into_iter().chain(kept).enumerate() {
-            let columns = [channels, self.sizes.channels[0]].get(i).copied().unwrap_or(columns);
+        let names = [
+            ("forward", channels),
+            ("input gradient", self.sizes.channels[0]),
+            ("weight gradient", columns),
+            ("weight gradient, X kept", columns),
+            ("weight gradient, dY kept", columns),
+            ("weight gradient, both kept", columns),
+            ("forward by a kept kernel", channels),
+            ("input gradient by a kept kernel", self.sizes.channels[0]),
+        ];
+        for (i, (name, columns)) in names.into_iter().enumerate() {
             assert_same_bits(&found[i], &expected[i], columns, &|| {
                 let formats =
                     self.codings.map(|pair| pair.map(|Coding { format, mode }| (format.to_string(), mode.rounding)));
@@ -531,7 +571,8 @@ fn results_larger_than_the_caches() {
             let mut workspace = Workspace::default();
             let [[x, w], [dy, dw], _] = case.codings;
             let single = &mut [vec![0.0; case.dy.len()], vec![0.0; case.x.len()]];
-            let tensor = &case.w.view();
+            let view = case.w.view();
+            let tensor = Kernel::Floats(&view);
             case.sizes.forward(&ctx, &case.x, tensor, [x, w], flatten, None, &mut single[0], &mut workspace).unwrap();
             case.sizes.input_gradient(&ctx, &case.dy, tensor, [dy, dw], None, &mut single[1], &mut workspace).unwrap();
             let images = [&case.x, &case.dy].map(|image| image.repeat(BATCH));
@@ -595,6 +636,108 @@ fn rows_of_sixteen_pixels_and_more() {
         }
     }
     check_cases(&levels, cases.into_iter());
+}
+
+#[test]
+fn kept_kernels_of_groups_and_of_taps_that_meet_nothing() {
+    // Hunted: groups, panels, taps and blocks that change places, and taps left out for zeros that would have met a NaN.
+    let levels = contexts();
+    let sizes = [
+        Convolution { channels: [48, 96], groups: 3, ..SQUARE },
+        Convolution { channels: [64, 64], groups: 2, stride: [1, 2, 1], ..SQUARE },
+        Convolution { channels: [40, 72], stride: [1, 2, 3], output: [1, 3, 2], kernel: [1, 2, 3], ..SQUARE },
+        Convolution { channels: [16, 100], input: [1, 1, 2], output: [1, 1, 2], ..SQUARE },
+        Convolution { channels: [32, 32], input: [1, 1, 1], output: [1, 1, 1], batch: 5, ..SQUARE },
+        Convolution { channels: [80, 48], groups: 2, kernel: [1; 3], padding: [0; 3], ..SQUARE },
+    ];
+    for (number, sizes) in sizes.into_iter().enumerate() {
+        for (bits, block) in [(4, 64), (4, 16), (3, 7), (6, 32), (8, 16)] {
+            for (flatten, nan) in [(false, false), (false, true), (number == 5, false)] {
+                let mut case = plain(sizes, flatten, [line(bits, block); 2], Rounding::NearestEven);
+                if nan {
+                    let mut w = Fill::Plain.values(case.w.values().len(), 1);
+                    let taps = count(sizes.kernel);
+                    w[taps * 17] = f32::NAN;
+                    w[taps * 5..taps * 6].fill(1e-30);
+                    let [outs, channels] = [sizes.channels[1], sizes.channels[0] / sizes.groups];
+                    let [k0, k1, k2] = sizes.kernel;
+                    case.w = Tensor::new(&w, &[outs, channels, k0, k1, k2], Placement::DENSE, Storage::Poisoned);
+                }
+                let ctx = &levels[0].1;
+                let kept = [0, 1].map(|axis| case.keep_kernel(ctx, axis).is_some());
+                let whole = sizes.groups == 1 || (sizes.channels[1] / sizes.groups).is_multiple_of(block);
+                assert_eq!(kept, [whole, true], "{sizes:?} in blocks of {block}");
+                check_cases(&levels, [case].into_iter());
+            }
+        }
+    }
+}
+
+#[test]
+fn kernels_that_can_not_be_kept_are_errors() {
+    let ctx = Context::serial();
+    let layout = |format, shape: [usize; 3], axis| PlaneLayout::new(format, &shape, axis).unwrap();
+    let nibbles = line(4, 16);
+    let tile = BlockFormat::new(4, BlockShape::Tile(16)).unwrap();
+    for (format, shape, axis, groups) in [
+        (nibbles, [32, 15, 9], 1, 1), // few channels
+        (nibbles, [15, 32, 9], 0, 1),
+        (nibbles, [32, 32, 9], 1, 3), // groups that do not divide
+        (nibbles, [32, 32, 9], 1, 0),
+        (nibbles, [48, 32, 9], 0, 2), // groups that end inside a block
+        (nibbles, [32, 32, 9], 2, 1), // along the taps
+        (nibbles, [32, 32, 0], 1, 1), // nothing
+        (line(9, 16), [32, 32, 9], 1, 1),
+        (tile, [32, 32, 9], 1, 1),
+    ] {
+        let layout = layout(format, shape, axis);
+        assert_eq!(kept_kernel_bytes(&ctx, &layout, groups), None, "{format} of {shape:?} along {axis}");
+        let result = keep_kernel(&ctx, &layout, groups, [&[], &[]], &mut []);
+        assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    }
+    let (sizes, layout) = (Convolution { channels: [32, 64], ..SQUARE }, layout(nibbles, [64, 32, 9], 1));
+    let len = kept_kernel_bytes(&ctx, &layout, 1).unwrap();
+    let [exponents, mantissas] = [layout.exponents(), layout.mantissas()].map(|size| vec![0; size[0] * size[1]]);
+    let mut bytes = vec![0; len];
+    for (planes, len) in [([&exponents[1..], &mantissas], len), ([&exponents, &mantissas[1..]], len)] {
+        let result = keep_kernel(&ctx, &layout, 1, planes, &mut bytes[..len]);
+        assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    }
+    let result = keep_kernel(&ctx, &layout, 1, [&exponents, &mantissas], &mut bytes[1..]);
+    assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    keep_kernel(&ctx, &layout, 1, [&exponents, &mantissas], &mut bytes).unwrap();
+    let mut bad = mantissas.clone();
+    bad[0] = 0x88;
+    let result = keep_kernel(&ctx, &layout, 1, [&exponents, &bad], &mut bytes.clone());
+    assert!(matches!(result, Err(Error::Code { .. })), "{result:?}");
+
+    // And those that were kept for something else.
+    let coding = |format| Coding { format, mode: mode(Rounding::NearestEven, 1) };
+    let (mut workspace, image) = (Workspace::default(), vec![0.0; 2 * 36 * 64]);
+    let mut out = vec![7.0; 2 * 36 * 64];
+    let mut run = |sizes: Convolution, kept: KeptKernel<'_>, format, forward: bool| {
+        let (codings, w) = ([coding(line(4, 16)), coding(format)], Kernel::Kept(kept));
+        let [x, y] = sizes.channels.map(|channels| 2 * 36 * channels);
+        let result = if forward {
+            sizes.forward(&ctx, &image[..x], w, codings, false, None, &mut out[..y], &mut workspace)
+        } else {
+            sizes.input_gradient(&ctx, &image[..y], w, codings, None, &mut out[..x], &mut workspace)
+        };
+        assert!(result.is_ok() || out.iter().all(|&x| x == 7.0), "a write before an error");
+        result
+    };
+    let kept = KeptKernel { layout: &layout, groups: 1, bytes: &bytes };
+    let short = KeptKernel { bytes: &bytes[1..], ..kept };
+    let groups = Convolution { channels: [64, 64], groups: 2, ..sizes };
+    let taps = Convolution { kernel: [1, 3, 2], output: [1, 6, 6], ..sizes };
+    for (sizes, kept, forward) in [(sizes, short, true), (sizes, kept, false), (groups, kept, true), (taps, kept, true)]
+    {
+        let result = run(sizes, kept, nibbles, forward);
+        assert!(matches!(result, Err(Error::Shape { .. })), "{result:?}");
+    }
+    let result = run(sizes, kept, line(6, 16), true);
+    assert!(matches!(result, Err(Error::Format { .. })), "{result:?}");
+    run(sizes, kept, nibbles, true).unwrap();
 }
 
 #[test]
@@ -758,9 +901,35 @@ fn sizes_that_fit_nothing_are_errors() {
         // Tensors of the usual sizes, and empty ones, to which a product that wraps around might be equal.
         for (image, out) in [(&image[..], image.len()), (&[][..], 0)] {
             let mut out = vec![7.0; out];
-            shape_error(sizes.forward(&ctx, image, &w, [coding; 2], false, None, &mut out, &mut workspace));
-            shape_error(sizes.forward(&ctx, image, &w, [coding; 2], true, None, &mut out, &mut workspace));
-            shape_error(sizes.input_gradient(&ctx, image, &w, [coding; 2], None, &mut out, &mut workspace));
+            shape_error(sizes.forward(
+                &ctx,
+                image,
+                Kernel::Floats(&w),
+                [coding; 2],
+                false,
+                None,
+                &mut out,
+                &mut workspace,
+            ));
+            shape_error(sizes.forward(
+                &ctx,
+                image,
+                Kernel::Floats(&w),
+                [coding; 2],
+                true,
+                None,
+                &mut out,
+                &mut workspace,
+            ));
+            shape_error(sizes.input_gradient(
+                &ctx,
+                image,
+                Kernel::Floats(&w),
+                [coding; 2],
+                None,
+                &mut out,
+                &mut workspace,
+            ));
             let x = Input::Floats(image);
             shape_error(sizes.weight_gradient(&ctx, x, x, [coding; 2], &mut out, &mut workspace));
             assert!(out.iter().all(|&x| x == 7.0), "{i}: a write before an error");
@@ -781,7 +950,7 @@ fn operands_that_do_not_fit_are_errors() {
     let (sizes, w, mut workspace) = (case.sizes, case.w.view(), Workspace::default());
     let mut out = vec![0.0; case.dy.len()];
     let mut forward = |codings: [BlockFormat; 2], bias: Option<&[f32]>| {
-        sizes.forward(&ctx, &case.x, &w, codings.map(coding), false, bias, &mut out, &mut workspace)
+        sizes.forward(&ctx, &case.x, Kernel::Floats(&w), codings.map(coding), false, bias, &mut out, &mut workspace)
     };
     let tile = BlockFormat::new(4, BlockShape::Tile(4)).unwrap();
     assert!(matches!(forward([tile, line(4, 4)], None), Err(Error::Format { .. })));

@@ -7,6 +7,7 @@ Roundings are numbered 0 nearest_even, 1 nearest_away, 2 toward_zero, 3 stochast
 never depend on it.
 """
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
@@ -18,8 +19,10 @@ __all__ = [
     "Floats",
     "Format",
     "FormatError",
+    "Geometry",
     "GrownAttention",
     "HBFPError",
+    "KeptKernel",
     "KeptMatrix",
     "LevelError",
     "NonFiniteError",
@@ -41,6 +44,8 @@ __all__ = [
     "encode",
     "info",
     "keep",
+    "keep_kernel",
+    "kept_kernel_bytes",
     "kept_panels",
     "kept_planes",
     "kept_product",
@@ -56,6 +61,7 @@ __all__ = [
     "set_tensor_type",
     "softmax",
     "softmax_backward",
+    "tensor_convolution",
     "tensor_product",
     "unpack",
 ]
@@ -243,7 +249,7 @@ def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: i
     """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` or `keep` kept of an X [K, N] in
     `kept_format`, plus bias: the same bits as the product with that tensor."""
 
-_Codings = list[tuple[Format, int, int]]
+_Codings = Sequence[tuple[Format, int, int]]
 """Format, rounding and stream of the left and of the right operand of a product."""
 
 _AttentionCall = tuple[Any, Any, Any, Any | None, bool, float, tuple[int, int] | None, _Codings, int]
@@ -358,6 +364,63 @@ def convolution_input_gradient(
 ) -> Any | None:
     """out [N, .., C] from dy [N, .., C_out] and w; codings of dy and w. Also a transposed convolution's forward, which
     keeps its input, in the place of dy, as `convolution_forward` does."""
+
+@final
+class Geometry:
+    """What of a convolution does not depend on the images, with an entry for each of one to three spatial dimensions:
+    taps, strides, zeros before and after the pixels, dilations; flatten: whether forward blocks run over the patch."""
+
+    def __new__(
+        cls,
+        groups: int,
+        flatten: bool,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[tuple[int, int]],
+        dilation: Sequence[int],
+    ) -> Geometry: ...
+
+def kept_kernel_bytes(format: Format, shape: _Triple, axis: int, groups: int) -> int | None:
+    """Bytes of a kernel of shape [C_out, C/g, taps] as `keep_kernel` lays it out; None: it can't be kept."""
+
+def keep_kernel(
+    exponents: NDArray[np.uint8],
+    mantissas: NDArray[np.uint8],
+    format: Format,
+    shape: _Triple,
+    axis: int,
+    groups: int,
+    threads: int,
+) -> Any | None:
+    """A uint8 tensor of the codes of a kernel of shape [C_out, C/g, taps], laid out for the products that reduce along
+    `axis`: 1 for Y, 0 for the input gradient. None: it has fewer than 16 channels there, groups that end inside a
+    block, or a format that can't be kept.
+
+    Raises:
+        CodeError: the planes hold what no encoder writes.
+    """
+
+@final
+class KeptKernel:
+    """What `keep_kernel` gave for such a kernel, for many products."""
+
+    def __new__(cls, codes: Any, format: Format, shape: _Triple, axis: int, groups: int) -> KeptKernel: ...
+    def planes(self) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """The exponent and the mantissa plane; blocks of zeros have the exponent byte 0."""
+
+def tensor_convolution(
+    x: Any,
+    w: Any,
+    operands: _Codings,
+    geometry: Geometry,
+    spatial: Sequence[int] | None,
+    bias: Any | None,
+    seed: int,
+    threads: int,
+) -> Any | None:
+    """Y [N, C_out, ..] of x [N, C, ..] and w [C_out, C/g, ..] or a `KeptKernel`, plus bias, in one call that allocates;
+    with `spatial`, pixels of an X, the input gradient of an x in the place of dY. x and the result have the channels of
+    a pixel together in memory. None for all that is not as usual, errors included."""
 
 def convolution_weight_gradient(
     dy: Any,

@@ -8,6 +8,7 @@ batch. Tensors may lie in memory as they like; results have the channels of one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from hbfp import emulation, ops
-from hbfp.autograd import Role, keeps_codes, once, require_plain
+from hbfp.autograd import Role, keeps_codes, once, require_plain, unseen
 from hbfp.backends import arithmetic
 from hbfp.errors import FormatError, HBFPError, ShapeError
 from hbfp.ops import Geometry
@@ -42,7 +43,8 @@ Paddings = str | int | Sequence[int]
 FLATTENED_BELOW = 16
 """Channels of a group under which forward blocks run over the flattened patch, unless a layer says otherwise."""
 
-# Plain numbers, as in `hbfp.autograd`.
+# Bound once, and plain numbers, as in `hbfp.autograd`.
+_INTEGER = Backend.INTEGER
 _X, _W = int(Role.X_FORWARD), int(Role.W_FORWARD)
 _DY_X, _W_X = int(Role.DY_FOR_DX), int(Role.W_FOR_DX)
 _DY_W, _X_W = int(Role.DY_FOR_DW), int(Role.X_FOR_DW)
@@ -235,21 +237,29 @@ def convolution(
     source: object = None,
 ) -> Tensor:
     """A convolution over `rank` spatial dimensions; see `hbfp.nn.functional.conv2d`."""
+    if _goes_quickly(x, weight, bias, rank, recipe):
+        kernel, flat = weight.shape[2:], weight.shape[1] < FLATTENED_BELOW if flatten is None else flatten
+        try:
+            known = _known_geometry(kernel, rank, stride, padding, dilation, groups, flat)
+        except TypeError:  # lists, which have no hash: a layer has none
+            sizes = map(_hashable, (stride, padding, dilation))
+            known = _known_geometry(kernel, rank, *sizes, groups, flat)
+        quick = _quickly(x, weight, bias, known, groups, recipe, seed, stream)
+        if quick is not None:
+            return quick
     ops.require_real(x, weight, bias)
     require_plain(x, weight, bias)
     require_lines(recipe)
-    weight = _floats(weight)
+    weight = _as_read(weight, 1, groups)
     _check(x, weight, bias, rank, groups, transposed=False)
-    kernel = tuple(weight.shape[2:])
-    strides, dilations = _sizes(stride, rank, "stride", 1), _sizes(dilation, rank, "dilation", 1)
     if flatten is None:
         flatten = weight.shape[1] < FLATTENED_BELOW
-    geometry = Geometry(kernel, strides, _paddings(padding, kernel, strides, dilations), dilations, groups, flatten)
+    geometry = _geometry(weight.shape[2:], rank, stride, padding, dilation, groups, flatten)
     batch = x if x.dim() == rank + 2 else x.unsqueeze(0)
     if min(geometry.outputs(batch.shape[2:])) < 1:
         raise ShapeError(
-            f"expected a kernel that fits the padded input; found kernel {kernel}, dilation {dilations}, padding "
-            f"{geometry.padding} and input {tuple(x.shape)}: pad more"
+            f"expected a kernel that fits the padded input; found kernel {geometry.kernel}, dilation "
+            f"{geometry.dilation}, padding {geometry.padding} and input {tuple(x.shape)}: pad more"
         )
     out: Tensor = ConvolutionFunction.apply(batch, weight, bias, geometry, recipe, seed, stream, source)
     return out if batch is x else out.squeeze(0)
@@ -274,7 +284,6 @@ def transposed_convolution(
     ops.require_real(x, weight, bias)
     require_plain(x, weight, bias)
     require_lines(recipe)
-    weight = _floats(weight)
     _check(x, weight, bias, rank, groups, transposed=True)
     kernel = tuple(weight.shape[2:])
     strides, dilations = _sizes(stride, rank, "stride", 1), _sizes(dilation, rank, "dilation", 1)
@@ -295,10 +304,72 @@ def transposed_convolution(
             f"expected pixels in input and output; found input {tuple(x.shape)}, which gives output pixels {spatial} "
             f"with kernel {kernel}, padding {pads}: pad less"
         )
+    if _goes_quickly(batch, weight, bias, rank, recipe):
+        quick = _quickly(batch, weight, bias, ops.core_geometry(geometry), groups, recipe, seed, stream, spatial)
+        if quick is not None:
+            return quick if batch is x else quick.squeeze(0)
+    weight = _as_read(weight, 0, groups)
     out: Tensor = TransposedConvolutionFunction.apply(
         batch, weight, bias, spatial, geometry, recipe, seed, stream, source
     )
     return out if batch is x else out.squeeze(0)
+
+
+def _geometry(
+    kernel: Sequence[int],
+    rank: int,
+    stride: Sizes,
+    padding: Paddings,
+    dilation: Sizes,
+    groups: int,
+    flatten: bool,
+) -> Geometry:
+    kernel, strides, dilations = tuple(kernel), _sizes(stride, rank, "stride", 1), _sizes(dilation, rank, "dilation", 1)
+    return Geometry(kernel, strides, _paddings(padding, kernel, strides, dilations), dilations, groups, flatten)
+
+
+@lru_cache(maxsize=1024)
+def _known_geometry(*arguments: Any) -> ops.CoreGeometry:
+    """`_geometry` as the core takes it: what a layer has is the same at each call."""
+    return ops.core_geometry(_geometry(*arguments))
+
+
+def _hashable(sizes: Paddings) -> Paddings:
+    return tuple(sizes) if type(sizes) is list else sizes
+
+
+def _goes_quickly(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, recipe: Recipe) -> bool:
+    """Whether nobody but the caller sees the product."""
+    return (
+        recipe.backends.forward is _INTEGER
+        and not ops.recorders
+        and x.dim() == weight.dim() == rank + 2
+        and unseen(x, weight, bias)
+    )
+
+
+def _quickly(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: ops.CoreGeometry,
+    groups: int,
+    recipe: Recipe,
+    seed: int,
+    stream: int,
+    spatial: Sequence[int] | None = None,
+) -> Tensor | None:
+    """The forward product in one call of the core, by the codes of a packed weight as they lie; None where anything is
+    not as usual, errors included."""
+    policy = recipe.forward
+    kernel: Tensor | ops.KeptKernel = weight
+    if type(weight) is PackedWeight:
+        kept = weight.kept_kernel(1 if spatial is None else 0, groups)
+        if kept is None:
+            return None
+        kernel = kept
+    streams = (stream | _X, stream | _W)
+    return ops.quick_convolution(x, kernel, policy.formats, policy.roundings, seed, streams, bias, geometry, spatial)
 
 
 def pad(x: Tensor, rank: int, padding: Sequence[int], mode: str) -> Tensor:
@@ -332,9 +403,12 @@ def require_lines(recipe: Recipe) -> None:
                 )
 
 
-def _floats(weight: Tensor) -> Tensor:
-    """A weight as the core reads it: of codes, their values, here and not behind torch's dispatcher, which is slow."""
-    return weight.decode_as_it_lies() if type(weight) is PackedWeight and not is_compiling() else weight
+def _as_read(weight: Tensor, axis: int, groups: int) -> Tensor:
+    """A weight as the forward product reads it: of codes that it cannot read, their values, made here and not behind
+    torch's dispatcher, which is slow."""
+    if type(weight) is not PackedWeight or is_compiling() or weight.kept_kernel(axis, groups) is not None:
+        return weight
+    return weight.decode_as_it_lies()
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, rank: int, groups: int, *, transposed: bool) -> None:

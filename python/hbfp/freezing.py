@@ -86,8 +86,9 @@ def freeze_(
 
     Outputs have the bits of the converted model's in evaluation mode. In lines of 4 bits or fewer a weight takes what
     its codes take, 4.125 bits an element in HBFP4, and up to 8 bits a byte an element; linear layers (those inside
-    attention, recurrent and transformer layers too) read the codes as they lie. Convolutions, and formats of tiles or
-    of more bits, hold the planes and lay them out at each call: they save memory, not time.
+    attention, recurrent and transformer layers too) and convolutions read the codes as they lie. Formats of tiles or of
+    more bits, and convolutions of few channels, hold the planes and lay them out at each call: they save memory, not
+    time.
 
     `parameters()` then yields `hbfp.packed.PackedWeight`s, float32 to torch and without gradients; `state_dict()` holds
     both planes of each (docs/spec.md, 7.8), and `load_state_dict` takes planes or floats. `save_model` and
@@ -126,7 +127,7 @@ def freeze_(
     if not frozen and not any(plan.policy is not None for plan in plans):
         reasons = "; ".join(f"{plan.name}: {plan.note}" for plan in plans[:8])
         raise ConversionError(f"{type(model).__name__} has no weight that can be packed: {reasons}")
-    rows = _pack(model, plans)
+    rows = _pack(model, plans, for_products=activations is None)
     model.eval()
     if activations is not None and any(state.undo is not None for *_, state in layer_states(model)):
         take_back(model)
@@ -177,7 +178,8 @@ def _plans(name: str, layer: nn.Module, state: LayerState) -> list[_Plan]:
     return plans
 
 
-def _pack(model: nn.Module, plans: list[_Plan]) -> tuple[FreezeRow, ...]:
+def _pack(model: nn.Module, plans: list[_Plan], *, for_products: bool) -> tuple[FreezeRow, ...]:
+    """`for_products`: the layers' own, which read the kernels of convolutions as they are laid out for them."""
     packed: dict[Any, nn.Parameter] = {}
     floats: dict[int, nn.Parameter] = {}
     replaced: list[tuple[_Plan, nn.Parameter, nn.Parameter]] = []
@@ -189,13 +191,15 @@ def _pack(model: nn.Module, plans: list[_Plan]) -> tuple[FreezeRow, ...]:
             size = 0 if old is None else old.numel() * old.element_size()
             rows[number] = FreezeRow(plan.name, None, size, size, plan.note)
         elif isinstance(old, PackedWeight):
+            old.lay_out(plan.weight.groups if for_products else 0)
             rows[number] = FreezeRow(plan.name, old.format, 4 * old.numel(), old.packed_bytes)
         else:
             policy = plan.policy
             floats[id(old)] = old  # as long as its identity counts
             key = id(old), policy, plan.weight.axis % old.dim()
             if key not in packed:
-                made = PackedWeight.of(old, policy.format, plan.weight.axis, policy.rounding).to(old.dtype)
+                groups = plan.weight.groups if for_products else 0
+                made = PackedWeight.of(old, policy.format, plan.weight.axis, policy.rounding, groups).to(old.dtype)
                 packed[key] = nn.Parameter(made, requires_grad=False)
             owner._parameters[name] = packed[key]
             replaced.append((plan, old, packed[key]))
@@ -288,5 +292,10 @@ def _read_planes(
             continue
         exponents, mantissas = planes
         state[key] = PackedWeight(
-            mantissas.contiguous(), exponents.contiguous(), weight.format, tuple(weight.shape), weight.axis
+            mantissas.contiguous(),
+            exponents.contiguous(),
+            weight.format,
+            tuple(weight.shape),
+            weight.axis,
+            groups=weight.groups,
         )

@@ -5,7 +5,8 @@ along its own axis; every other operator is given the decoded values, so the lay
 It is read-only but for `copy_` and `load_state_dict`, has no gradient, and lies on the CPU (or on "meta").
 
 In memory it is *panels*, in the order of this machine's kernels, where the format and the axis allow (`ops.packed`);
-what was read from a file stays the file's planes until the first product. Between machines, in pickles and state_dicts,
+what was read from a file stays the file's planes until the first product. The panels of a convolution's kernel are
+those of its groups, which the first product tells where nobody else did. Between machines, in pickles and state_dicts,
 it is planes.
 """
 
@@ -39,14 +40,18 @@ class PackedWeight(Tensor):
     Attributes:
         format: of the codes.
         axis: of the blocks, non-negative.
+        groups: of the convolution whose kernel it is; 0: none is known, or it is a matrix.
         codes, exponents: panels and None, or the mantissa and the exponent plane.
     """
 
     format: HBFP
     axis: int
+    groups: int
     _held: tuple[Tensor, Tensor | None]
     _kept: ops.KeptMatrix | None = None
     """What a product reads, once there was one; None: not asked for since `_held` changed."""
+    _kernel: ops.KeptKernel | None = None
+    """The same of a convolution."""
     _lent: tuple[NDArray[np.uint8], ...] = ()
     """Whose memory the planes share, until they are laid out."""
 
@@ -59,10 +64,11 @@ class PackedWeight(Tensor):
         shape: Sequence[int],
         axis: int,
         dtype: torch.dtype = torch.float32,
+        groups: int = 0,
     ) -> PackedWeight:
         """Takes what is held already, unchecked. `dtype` is what the decoded values are rounded to."""
         made: PackedWeight = torch.Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=dtype, device=codes.device)
-        made.format, made.axis, made._held = format, axis, (codes, exponents)
+        made.format, made.axis, made.groups, made._held = format, axis, groups, (codes, exponents)
         return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -72,7 +78,12 @@ class PackedWeight(Tensor):
 
     @classmethod
     def of(
-        cls, x: Tensor, format: HBFP | str, axis: int = -1, rounding: str | Rounding = "nearest_even"
+        cls,
+        x: Tensor,
+        format: HBFP | str,
+        axis: int = -1,
+        rounding: str | Rounding = "nearest_even",
+        groups: int = 0,
     ) -> PackedWeight:
         """Packs floats.
 
@@ -81,6 +92,7 @@ class PackedWeight(Tensor):
             format: of the codes.
             axis: of the blocks.
             rounding: any but "stochastic".
+            groups: of the convolution whose kernel it is; 0: it is no kernel, or the first product tells.
 
         Raises:
             ShapeError: no such axis. DTypeError: no floats. HBFPError: stochastic rounding.
@@ -92,13 +104,15 @@ class PackedWeight(Tensor):
         axis = format.blocked_axis(axis, shape)
         x = x.detach()
         if x.is_meta:
-            return cls._on_meta(format, shape, axis)
+            return cls._on_meta(format, shape, axis, groups=groups)
         codes = None
         if _has_panels(format, shape, axis):
             codes = ops.panels_of_floats(x.reshape(prod(shape[:-1]), shape[-1]), format, rounding.code)
         if codes is not None:
             return cls(codes, None, format, shape, axis)
-        return cls.from_block_array(_encode(x, format, axis=axis, rounding=rounding))
+        made = cls.from_block_array(_encode(x, format, axis=axis, rounding=rounding))
+        made.lay_out(groups)
+        return made
 
     @classmethod
     def from_block_array(cls, array: BlockArray) -> PackedWeight:
@@ -111,18 +125,20 @@ class PackedWeight(Tensor):
 
     @classmethod
     def _on_meta(
-        cls, format: HBFP, shape: tuple[int, ...], axis: int, dtype: torch.dtype = torch.float32
+        cls, format: HBFP, shape: tuple[int, ...], axis: int, dtype: torch.dtype = torch.float32, groups: int = 0
     ) -> PackedWeight:
         exponents, mantissas = (
             torch.empty(size, dtype=torch.uint8, device="meta") for size in format.plane_shapes(shape, axis)
         )
-        return cls(mantissas, exponents, format, shape, axis, dtype)
+        return cls(mantissas, exponents, format, shape, axis, dtype, groups)
 
     def planes(self) -> tuple[Tensor, Tensor]:
         """The exponent and the mantissa plane (docs/spec.md, section 7), uint8. Blocks of zeros have the byte 0."""
         codes, exponents = self._held
         if exponents is not None:
             return exponents, codes
+        if self._is_kernel:
+            return ops.planes_of_kernel_panels(codes, self.format, self.shape, self.axis, self.groups)
         return ops.planes_of_panels(codes, self.format, *self._matrix)
 
     def block_array(self) -> BlockArray:
@@ -132,15 +148,14 @@ class PackedWeight(Tensor):
 
     def decode(self) -> Tensor:
         """The values, a plain tensor of this one's dtype."""
-        values = ops.decode(*self._held, self.format, self.shape, self.axis)
+        values = ops.decode(*self._held, self.format, self.shape, self.axis, self.groups if self._is_kernel else 0)
         return values if self.dtype is torch.float32 else values.to(self.dtype)
 
     def decode_as_it_lies(self) -> Tensor:
         """The same, in memory along the blocks: of a convolution channels last, as its product reads them."""
-        codes, exponents = self._held
-        lined = self.format.block is not None and self.axis < len(self.shape) - 1 and self.dtype is torch.float32
-        if exponents is None or not lined:
+        if not (self._is_kernel and self.format.block is not None and self.dtype is torch.float32):
             return self.decode()
+        exponents, codes = self.planes()
         lines = [size for dimension, size in enumerate(self.shape) if dimension != self.axis]
         values = ops.decode(codes, exponents, self.format, [*lines, self.shape[self.axis]], -1)
         return values.movedim(-1, self.axis)
@@ -158,21 +173,41 @@ class PackedWeight(Tensor):
         """Bytes in memory, or of the file's part that stands for them."""
         return sum(x.numel() for x in self._held if x is not None)
 
-    def lay_out(self) -> None:
+    def lay_out(self, groups: int = 0) -> None:
         """Makes panels of planes, where the format has any; the next product would.
+
+        Args:
+            groups: of the convolution whose kernel it is; 0: those that it knows of.
 
         Raises:
             CodeError: the planes hold what no encoder writes.
         """
         codes, exponents = self._held
-        if exponents is None or codes.is_meta or not _has_panels(self.format, tuple(self.shape), self.axis):
+        if exponents is None:
             return
-        panels = ops.panels_of_planes(exponents, codes, self.format, *self._matrix)
+        self.groups = groups = groups or self.groups
+        shape = tuple(self.shape)
+        if codes.is_meta:
+            return
+        panels = None
+        if self._is_kernel:
+            if ops.has_kernel_panels(self.format, shape, self.axis, groups):
+                panels = ops.kernel_panels_of_planes(exponents, codes, self.format, shape, self.axis, groups)
+        elif _has_panels(self.format, shape, self.axis):
+            panels = ops.panels_of_planes(exponents, codes, self.format, *self._matrix)
         if panels is not None:
-            self._held, self._kept = (panels, None), None
+            self._hold(panels, None)
             lent, self._lent = self._lent, ()
             for plane in lent:
                 forget(plane)
+
+    def _hold(self, codes: Tensor, exponents: Tensor | None) -> None:
+        self._held, self._kept, self._kernel = (codes, exponents), None, None
+
+    @property
+    def _is_kernel(self) -> bool:
+        """Whether its panels, if it has any, are those of a kernel: the blocks do not run along its last axis."""
+        return self.axis < len(self.shape) - 1
 
     @property
     def _matrix(self) -> tuple[int, int]:
@@ -180,7 +215,8 @@ class PackedWeight(Tensor):
 
     def adopt(self, other: PackedWeight) -> None:
         """Holds what `other` holds, which has the same format, axis and shape, without copying it."""
-        self._held, self._lent, self._kept = other._held, other._lent, None
+        self._hold(*other._held)
+        self._lent, self.groups = other._lent, other.groups or self.groups
 
     # --- products --------------------------------------------------------------------------------------------------
 
@@ -205,18 +241,29 @@ class PackedWeight(Tensor):
             self._kept = ops.KeptMatrix(codes, self.format.core, self.shape[0], self.shape[1])
         return self._kept
 
+    def kept_kernel(self, axis: int, groups: int) -> ops.KeptKernel | None:
+        """Panels as a convolution of so many groups reads them that reduces along `axis`, laid out where they were not;
+        None: it has none."""
+        if self._kernel is None and self.axis == axis and self._is_kernel:
+            self.lay_out(groups)
+            codes, exponents = self._held
+            if exponents is None:
+                shape = ops.kernel_shape(self.shape)
+                self._kernel = ops.KeptKernel(codes, self.format.core, shape, axis, self.groups)
+        return self._kernel
+
     # --- what torch asks of a subclass -----------------------------------------------------------------------------
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         names = ["codes"] if self._held[1] is None else ["codes", "exponents"]
-        return names, (str(self.format), tuple(self.shape), self.axis, self.dtype)
+        return names, (str(self.format), tuple(self.shape), self.axis, self.dtype, self.groups)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: dict[str, Tensor], context: tuple[Any, ...], outer_size: Any, outer_stride: Any
     ) -> PackedWeight:
-        format, shape, axis, dtype = context
-        return PackedWeight(inner["codes"], inner.get("exponents"), HBFP.parse(format), shape, axis, dtype)
+        format, *rest = context
+        return PackedWeight(inner["codes"], inner.get("exponents"), HBFP.parse(format), *rest)
 
     def _stable_hash_for_caching(self) -> str:
         """What a compiled graph depends on: the description, not the codes."""
@@ -246,7 +293,7 @@ class PackedWeight(Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         exponents, mantissas = self.planes()
         described = str(self.format), tuple(self.shape), self.axis, self.dtype
-        return _rebuilt, (exponents, mantissas, *described, isinstance(self, nn.Parameter))
+        return _rebuilt, (exponents, mantissas, *described, isinstance(self, nn.Parameter), self.groups)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedWeight:
         if id(self) not in memo:
@@ -286,9 +333,10 @@ def _rebuilt(
     axis: int,
     dtype: torch.dtype,
     parameter: bool,
+    groups: int = 0,
 ) -> Tensor:
     """What a pickle holds."""
-    made = PackedWeight(mantissas, exponents, HBFP.parse(format), shape, axis, dtype)
+    made = PackedWeight(mantissas, exponents, HBFP.parse(format), shape, axis, dtype, groups)
     return nn.Parameter(made, requires_grad=False) if parameter else made
 
 
@@ -324,6 +372,7 @@ def _with(
         x.shape if shape is None else shape,
         x.axis if axis is None else axis,
         x.dtype if dtype is None else dtype,
+        x.groups,
     )
 
 
@@ -348,7 +397,7 @@ def _to_copy(func: Any, x: PackedWeight, *, dtype: Any = None, device: Any = Non
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
     if device is not None and torch.device(device).type == "meta":
-        return PackedWeight._on_meta(x.format, tuple(x.shape), x.axis, dtype or x.dtype)
+        return PackedWeight._on_meta(x.format, tuple(x.shape), x.axis, dtype or x.dtype, x.groups)
     if x.is_meta and device is not None:
         return NotImplemented
     return _with(x, func, dtype=dtype)
@@ -360,7 +409,7 @@ def _empty_like(func: Any, x: PackedWeight, *, dtype: Any = None, device: Any = 
     if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
     # Not uninitialised memory: there are codes that may not be.
-    planes = PackedWeight._on_meta(x.format, tuple(x.shape), x.axis, dtype or x.dtype)
+    planes = PackedWeight._on_meta(x.format, tuple(x.shape), x.axis, dtype or x.dtype, x.groups)
     to = x.device if device is None else device
     return (
         planes if torch.device(to).type == "meta" else _with(planes, lambda inner: torch.zeros_like(inner, device=to))
@@ -385,11 +434,13 @@ def _copy(func: Any, x: Tensor, source: Tensor, non_blocking: bool = False) -> A
         return x
     if isinstance(source, PackedWeight) and (source.format, source.axis) == (x.format, x.axis):
         codes, exponents = source._held
-        x._held, x._kept = (codes.clone(), None if exponents is None else exponents.clone()), None
+        if exponents is None and x._is_kernel and source.groups != x.groups:
+            exponents, codes = source.planes()
+        x._hold(codes.clone(), None if exponents is None else exponents.clone())
         x.lay_out()
     else:
         values = source.decode() if isinstance(source, PackedWeight) else source
-        x._held, x._kept = PackedWeight.of(values, x.format, x.axis)._held, None
+        x._hold(*PackedWeight.of(values, x.format, x.axis, groups=x.groups)._held)
     return x
 
 
@@ -456,3 +507,24 @@ def _product(
         a, a_format, a_rounding, a_stream, b.codes, b.exponents, b_format, b.shape[0], seed, bias,
         None if streams is None else [*streams][:1],
     )  # fmt: skip
+
+
+@_of(torch.ops.hbfp.convolution.default, torch.ops.hbfp.convolution_input_gradient.default)
+def _convolution(func: Any, x: Tensor, weight: Tensor, bias: Tensor | None, formats: list[str], *coded: Any) -> Any:
+    if not isinstance(weight, PackedWeight) or isinstance(x, PackedWeight) or isinstance(bias, PackedWeight):
+        return NotImplemented
+    forward = func is torch.ops.hbfp.convolution.default
+    groups = coded[_GROUPS]
+    # Whatever the rounding: values of codes are exact in their own format.
+    if weight.axis != int(forward) or str(weight.format) != formats[1]:
+        return NotImplemented
+    if type(weight.codes) is Tensor:
+        weight.lay_out(groups)
+    if weight.exponents is not None or weight.groups != groups:
+        return NotImplemented
+    packed = torch.ops.hbfp.packed_convolution if forward else torch.ops.hbfp.packed_convolution_input_gradient
+    return packed(x, weight.codes, list(weight.shape), bias, formats, *coded)
+
+
+_GROUPS = 8
+"""Their place behind the formats: roundings, streams, drawn, seed, kernel, stride, padding, dilation, groups."""

@@ -573,6 +573,8 @@ class Weight:
     """The axis of the blocks."""
     packs: bool = True
     """Whether encoding the tensor along this axis gives what the forward product reads."""
+    groups: int = 0
+    """Of the convolution whose kernel it is; 0: it is none."""
 
 
 def weights_of(module: nn.Module, format: HBFP) -> list[Weight]:

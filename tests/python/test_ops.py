@@ -47,6 +47,15 @@ CASES["attention_mask_gradient"] = (
 PANELS = PackedWeight.of(values(6, 70), "hbfp4b64")
 PLANES = hbfp.encode(values(6, 70), "hbfp6b64")
 CASES["packed_product"] = (values(5, 70), "hbfp4b64", 3, 1, PANELS.codes, None, "hbfp4b64", 6, -5, values(6))
+KERNEL, TRANSPOSED = (PackedWeight.of(values(32, 32, 3, 2), "hbfp4b16", axis, groups=2) for axis in (1, 0))
+CASES["packed_convolution"] = (
+    values(2, 64, 5, 6), KERNEL.codes, [32, 32, 3, 2], values(32), ["hbfp6b16", "hbfp4b16"], [3, 0], [1, -2], None, -5,
+    [3, 2], [2, 1], [1, 1, 0, 1], [1, 2], 2, False, [3, 5],
+)  # fmt: skip
+CASES["packed_convolution_input_gradient"] = (
+    values(2, 32, 3, 5), TRANSPOSED.codes, [32, 32, 3, 2], None, ["hbfp6b16", "hbfp4b16"], [3, 0], [1, -2], None, -5,
+    [3, 2], [2, 1], [1, 1, 0, 1], [1, 2], 2, [5, 6],
+)  # fmt: skip
 CASES["decode"] = (
     torch.from_numpy(PLANES.mantissa_plane.copy()), torch.from_numpy(PLANES.exponent_plane.copy()), "hbfp6b64",
     [2, 3, 70], 2,

@@ -71,6 +71,23 @@ def test_a_call_of_a_frozen_layer_stays_short():
         assert len(calls_within(lambda: model[0](X))) <= 5
 
 
+def test_a_call_of_a_convolution_stays_short():
+    dense = values(2, 32, 5, 5)
+    x = dense.contiguous(memory_format=torch.channels_last)
+    for change in (hbfp.convert_, hbfp.freeze_):
+        module = torch.nn.Conv2d(32, 32, 3)
+        change(module, "hbfp4")
+        module.eval()
+        with torch.no_grad():
+            module(x)  # the first call lays out, and reads recipes and geometry
+            for given in (x, dense):
+                assert len(calls_within(lambda module=module, given=given: module(given))) <= 9
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+                module(x)
+        names = [event.name for event in profile.events() if event.name.startswith("aten::")]
+        assert names == ["aten::new_empty_strided", "aten::empty_strided"]
+
+
 def test_a_call_with_gradients_stays_short():
     weight = W.clone().requires_grad_()
     linear(X, weight)
@@ -170,6 +187,90 @@ def test_the_short_way_declines_what_it_does_not_know(name):
     a, b, bias = UNUSUAL[name]
     formats = (hbfp.HBFP4, hbfp.HBFP4)
     assert ops.quick_product(a, -1, b, -1, formats, (0, 0), 0, (0, 0), bias) is None
+
+
+IMAGE, KERNEL, ADDED = values(2, 32, 6, 5), values(48, 32, 3, 3, seed=1), values(48, seed=2)
+ZI, ZK = (torch._neg_view(x) for x in (IMAGE.contiguous(memory_format=torch.channels_last), KERNEL))
+UNUSUAL_CONVOLUTIONS = {
+    "negated image": (ZI, KERNEL, None),
+    "negated kernel": (IMAGE, ZK, None),
+    "half": (IMAGE.bfloat16(), KERNEL, None),
+    "double kernel": (IMAGE, KERNEL.double(), None),
+    "subclass": (IMAGE.as_subclass(Marked), KERNEL, None),
+    "subclass as kernel": (IMAGE, KERNEL.as_subclass(Marked), None),
+    "meta": (IMAGE.to("meta"), KERNEL, None),
+    "sparse": (IMAGE.to_sparse(), KERNEL, None),
+    "no samples": (IMAGE[:0], KERNEL, None),
+    "no outputs": (IMAGE, KERNEL[:0], None),
+    "no batch": (IMAGE[0], KERNEL, None),
+    "other channels": (IMAGE[:, :31], KERNEL, None),
+    "other taps": (IMAGE, KERNEL[..., :2], None),
+    "another rank": (IMAGE, KERNEL[..., 0], None),
+    "smaller than the kernel": (IMAGE[..., :2], KERNEL, None),
+    "other bias": (IMAGE, KERNEL, ADDED[:47]),
+    "strided bias": (IMAGE, KERNEL, values(96)[::2]),
+    "half bias": (IMAGE, KERNEL, ADDED.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("spatial", [None, (8, 7)])
+@pytest.mark.parametrize("name", UNUSUAL_CONVOLUTIONS)
+def test_the_short_way_of_convolutions_declines_what_it_does_not_know(name, spatial):
+    x, weight, bias = UNUSUAL_CONVOLUTIONS[name]
+    if spatial is not None:  # an input gradient has channels and outputs exchanged
+        weight = weight.as_subclass(torch.Tensor).transpose(0, 1).as_subclass(type(weight))
+        if name == "smaller than the kernel":
+            return  # of an X there are more pixels than of its Y
+    geometry = ops.core_geometry(ops.Geometry((3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1)))
+    formats = (hbfp.HBFP4, hbfp.HBFP4)
+    assert ops.quick_convolution(x, weight, formats, (0, 0), 0, (0, 0), bias, geometry, spatial) is None
+
+
+@pytest.mark.parametrize("text", ["hbfp4t8", "hbfp4tensor"])
+def test_the_short_way_of_convolutions_declines_tiles(text):
+    geometry = ops.core_geometry(ops.Geometry((3, 3), (1, 1), ((0, 0), (0, 0)), (1, 1)))
+    formats = (hbfp.HBFP.parse(text),) * 2
+    assert ops.quick_convolution(IMAGE, KERNEL, formats, (0, 0), 0, (0, 0), None, geometry) is None
+
+
+def test_negated_images_are_multiplied_with_their_signs():
+    expected = functional.conv2d(-IMAGE, KERNEL, recipe="hbfp4")
+    assert torch.equal(functional.conv2d(ZI, KERNEL, recipe="hbfp4"), expected)
+    assert torch.equal(functional.conv2d(IMAGE, ZK, recipe="hbfp4"), functional.conv2d(IMAGE, -KERNEL, recipe="hbfp4"))
+
+
+IMAGES = {
+    "dense": IMAGE,
+    "channels last": IMAGE.contiguous(memory_format=torch.channels_last),
+    "every second": values(2, 32, 12, 10)[:, :, ::2, ::2],
+    "expanded": IMAGE[:1].expand(2, -1, -1, -1),
+    "one pixel": values(2, 32, 1, 1),
+    "one channel": values(2, 1, 6, 5),
+}
+WAYS = (
+    ("conv2d", {"padding": 1}),
+    ("conv2d", {"padding": [3, 2], "stride": [2, 1], "dilation": 2}),
+    ("conv2d", {"padding": "same"}),
+    ("conv_transpose2d", {"padding": 1}),
+    ("conv_transpose2d", {"stride": (2, 3), "output_padding": 1}),
+)
+
+
+@pytest.mark.parametrize("text", ["hbfp4b16", "hbfp6b64", "hbfp12b16", "hbfp4b512"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_the_short_way_of_convolutions_gives_the_same_bits(name, text):
+    """With a gradient to come the products go the long way, and keep what backward needs."""
+    x = IMAGES[name]
+    kernel = values(x.shape[1], 40, 3, 3, seed=1).transpose(2, 3)
+    for rounding in ("nearest_even", "stochastic"):
+        recipe = hbfp.recipe(text, forward=(hbfp.OperandPolicy(text, rounding),) * 2)
+        for way, options in WAYS:
+            weight = kernel if "transpose" in way else kernel.transpose(0, 1)
+            convolve, words = getattr(functional, way), {"seed": 2**64 - 1, "stream": 2**40}
+            short = convolve(x, weight, ADDED[:40], **options, **words, recipe=recipe)
+            full = convolve(x, weight.clone().requires_grad_(), ADDED[:40], **options, **words, recipe=recipe)
+            assert (short.shape, short.stride(), short.requires_grad) == (full.shape, full.stride(), False)
+            assert torch.equal(short, full)
 
 
 def test_negated_views_are_multiplied_with_their_signs():

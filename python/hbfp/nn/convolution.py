@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -48,7 +49,7 @@ class _Convolution(_ConvNd):
         """The weight, blocked along the channels at each tap; a flattened patch has blocks that no axis has."""
         channels, taps = self.in_channels // self.groups, prod(self.kernel_size)
         flat = channels < FLATTENED_BELOW if self.flatten is None else self.flatten
-        return [Weight(self, "weight", 1, format.block is not None and (not flat or taps == 1))]
+        return [Weight(self, "weight", 1, format.block is not None and (not flat or taps == 1), self.groups)]
 
     def forward(self, input: Tensor) -> Tensor:
         state = self.hbfp_state
@@ -62,11 +63,16 @@ class _Convolution(_ConvNd):
         given, rank, padding = input, len(self.kernel_size), cast(Paddings, self.padding)
         if self.padding_mode != "zeros":
             input, padding = pad(input, rank, self._reversed_padding_repeated_twice, self.padding_mode), 0
+        try:  # as in Linear
+            weight: Any = self._parameters["weight"]
+            bias: Tensor | None = self._parameters["bias"]
+        except KeyError:
+            weight, bias = self.weight, self.bias
         out = convolution(
-            input, self.weight, self.bias, rank, self.stride, padding, self.dilation, self.groups, self.flatten,
+            input, weight, bias, rank, self.stride, padding, self.dilation, self.groups, self.flatten,
             state.recipe, state.root.seed, state.stream(), state,
         )  # fmt: skip
-        return as_wide_as(given, out)
+        return out if given.dtype is torch.float32 else as_wide_as(given, out)
 
     def extra_repr(self) -> str:
         flatten = "" if self.flatten is None else f", flatten={self.flatten}"
@@ -92,7 +98,7 @@ class _TransposedConvolution(_ConvTransposeNd):
     def hbfp_weights(self, format: HBFP) -> list[Weight]:
         """The weight, blocked along the channels of the input at each tap: as the axis is, where groups end blocks."""
         whole = format.block is not None and (self.groups == 1 or self.in_channels // self.groups % format.block == 0)
-        return [Weight(self, "weight", 0, whole)]
+        return [Weight(self, "weight", 0, whole, self.groups)]
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         state = self.hbfp_state

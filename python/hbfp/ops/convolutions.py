@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -26,6 +27,7 @@ from hbfp.ops.entrance import (
     crossed,
     crossing,
     direct,
+    dispatch_modes,
     float32,
     format_of,
     numpy_of,
@@ -36,6 +38,7 @@ from hbfp.ops.entrance import (
     tell,
     threads,
 )
+from hbfp.ops.packed import KeptKernel, decode_here, kernel_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,17 @@ class Geometry:
             (size + sum(pad) - d * (k - 1) - 1) // s + 1
             for size, pad, d, k, s in zip(spatial, self.padding, self.dilation, self.kernel, self.stride, strict=True)
         )
+
+
+CoreGeometry = _core.Geometry
+
+
+@lru_cache(maxsize=1024)
+def core_geometry(geometry: Geometry) -> CoreGeometry:
+    """The same as the core takes it."""
+    return _core.Geometry(
+        geometry.groups, geometry.flatten, geometry.kernel, geometry.stride, geometry.padding, geometry.dilation
+    )
 
 
 def _pixels(like: Tensor, channels: int, spatial: Sequence[int]) -> Tensor:
@@ -293,6 +307,32 @@ def convolution_weight_gradient(
     return out
 
 
+def quick_convolution(
+    x: Tensor,
+    weight: Tensor | KeptKernel,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: CoreGeometry,
+    spatial: Sequence[int] | None = None,
+) -> Tensor | None:
+    """`convolution`, or with `spatial` `convolution_input_gradient`, in one call of the core, told to no recorder; None
+    where anything is not as usual, errors included.
+
+    Not for code that torch.compile traces.
+    """
+    if dispatch_modes() or x.layout is not torch.strided:
+        return None
+    together = _TOGETHER.get(x.dim())
+    x = channels_together(x) if together is None else x.contiguous(memory_format=together)
+    left, right = formats
+    coded = (left.core, roundings[0], streams[0]), (right.core, roundings[1], streams[1])
+    out: Tensor | None = _core.tensor_convolution(x, weight, coded, geometry, spatial, bias, seed, threads())
+    return out
+
+
 def _oracle_convolution(
     x: Tensor,
     weight: Tensor,
@@ -478,6 +518,26 @@ def _kernel(weight: Tensor) -> Tensor:
     return weight[(slice(None), slice(None), *(None,) * (5 - weight.dim()))] if weight.dim() < 5 else weight
 
 
+def _in_one_call(
+    x: Tensor,
+    weight: Tensor | KeptKernel,
+    formats: Formats,
+    roundings: Roundings,
+    seed: int,
+    streams: tuple[int, int],
+    bias: Tensor | None,
+    geometry: Geometry,
+    spatial: Sequence[int] | None = None,
+) -> Tensor | None:
+    """`quick_convolution` of tensors of any dtype and layout in memory, whatever mode of dispatch there is."""
+    out: Tensor | None = _core.tensor_convolution(
+        channels_together(float32(x)), weight if isinstance(weight, KeptKernel) else float32(weight),
+        codings(formats, roundings, streams), core_geometry(geometry), spatial,
+        None if bias is None else float32(bias).contiguous(), seed, threads(),
+    )  # fmt: skip
+    return out
+
+
 def _run_convolution(
     x: Tensor,
     weight: Tensor,
@@ -489,6 +549,10 @@ def _run_convolution(
     geometry: Geometry,
     outputs: Sequence[int],
 ) -> Tensor:
+    if tuple(outputs) == geometry.outputs(x.shape[2:]):
+        quick = _in_one_call(x, weight, formats, roundings, seed, streams, bias, geometry)
+        if quick is not None:
+            return quick
     return _run_convolution_keeping(x, weight, formats, roundings, seed, streams, bias, geometry, outputs, None)[0]
 
 
@@ -524,6 +588,9 @@ def _run_convolution_input_gradient(
     bias: Tensor | None,
     geometry: Geometry,
 ) -> Tensor:
+    quick = _in_one_call(dy, weight, formats, roundings, seed, streams, bias, geometry, spatial)
+    if quick is not None:
+        return quick
     return _run_input_gradient_keeping(dy, weight, spatial, formats, roundings, seed, streams, bias, geometry, None)[0]
 
 
@@ -756,6 +823,51 @@ def _behind_the_dispatcher(
     def weight_gradient_fake(dy: Tensor, x: Tensor, *coded: Any) -> Tensor:
         kernel, groups = coded[5], coded[-1]
         return dy.new_empty((dy.shape[1], x.shape[1] // groups, *kernel), dtype=torch.float32)
+
+
+@operator(
+    f"packed_convolution(Tensor x, Tensor codes, SymInt[] shape, Tensor? bias, {_CODED}, bool flatten, "
+    "SymInt[] outputs) -> Tensor"
+)
+def _packed_convolution_kernel(
+    x: Tensor, codes: Tensor, shape: Sequence[int], bias: Tensor | None, *coded: Any
+) -> Tensor:
+    formats, roundings, seed, streams, geometry = _crossed(*coded[:-1])
+    outputs = tuple(coded[-1])
+    kept = KeptKernel(codes, formats[1].core, kernel_shape(shape), 1, geometry.groups)
+    if outputs == geometry.outputs(x.shape[2:]):
+        quick = _in_one_call(x, kept, formats, roundings, seed, streams, bias, geometry)
+        if quick is not None:
+            return quick
+    weight = decode_here(codes, None, str(formats[1]), shape, 1, geometry.groups)
+    return _run_convolution(x, weight, formats, roundings, seed, streams, bias, geometry, outputs)
+
+
+@operator(
+    f"packed_convolution_input_gradient(Tensor dy, Tensor codes, SymInt[] shape, Tensor? bias, {_CODED}, "
+    "SymInt[] spatial) -> Tensor"
+)
+def _packed_input_gradient_kernel(
+    dy: Tensor, codes: Tensor, shape: Sequence[int], bias: Tensor | None, *coded: Any
+) -> Tensor:
+    formats, roundings, seed, streams, geometry = _crossed(*coded[:-1])
+    kept = KeptKernel(codes, formats[1].core, kernel_shape(shape), 0, geometry.groups)
+    quick = _in_one_call(dy, kept, formats, roundings, seed, streams, bias, geometry, coded[-1])
+    if quick is not None:
+        return quick
+    weight = decode_here(codes, None, str(formats[1]), shape, 0, geometry.groups)
+    return _run_convolution_input_gradient(dy, weight, coded[-1], formats, roundings, seed, streams, bias, geometry)
+
+
+@torch.library.register_fake("hbfp::packed_convolution", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _packed_convolution_fake(x: Tensor, codes: Tensor, shape: Sequence[int], *rest: Any) -> Tensor:
+    return _pixels(x, shape[0], rest[-1])
+
+
+@torch.library.register_fake("hbfp::packed_convolution_input_gradient", lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _packed_input_gradient_fake(dy: Tensor, codes: Tensor, shape: Sequence[int], *rest: Any) -> Tensor:
+    *_, groups, spatial = rest
+    return _pixels(dy, shape[1] * groups, spatial)
 
 
 _behind_the_dispatcher("", _run_convolution, _run_convolution_input_gradient, _run_convolution_weight_gradient)

@@ -1,8 +1,8 @@
 """Right operands that are encoded once and held as codes: laid out for the kernels, or as the two planes of a file.
 
 *Panels* are one uint8 tensor in the order of this machine's kernels, which read 4-bit codes from it as they are; they
-serve matrices blocked along their last axis in lines of at most 8 bits. Everything else is held as planes
-(docs/spec.md, section 7), which a product lays out at each call.
+serve matrices blocked along their last axis, and the kernels of convolutions, in lines of at most 8 bits. Everything
+else is held as planes (docs/spec.md, section 7), which a product lays out at each call.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ from hbfp.ops.entrance import (
 
 KeptMatrix = _core.KeptMatrix
 """Panels of a matrix [lines, k], and what they are: `KeptMatrix(panels, format.core, lines, k)`."""
+
+
+KeptKernel = _core.KeptKernel
+"""Panels of a kernel, and what they are: `KeptKernel(panels, format.core, kernel_shape(shape), axis, groups)`."""
 
 
 ResidualStream = _core.Residual
@@ -87,6 +91,42 @@ def planes_of_panels(panels: Tensor, format: HBFP, lines: int, k: int) -> tuple[
     return torch.from_numpy(exponents), torch.from_numpy(mantissas)
 
 
+def kernel_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """A kernel's shape [Co, C/g, *kernel] as the core takes it: [Co, C/g, taps]."""
+    return shape[0], shape[1], prod(shape[2:])
+
+
+def has_kernel_panels(format: HBFP, shape: Sequence[int], axis: int, groups: int) -> bool:
+    """Whether a kernel of this shape has panels, for products of a convolution with so many groups along `axis`.
+
+    None have those of fewer than 16 channels along the axis, and those along axis 0 whose blocks reach over the end of
+    a group.
+    """
+    fits = axis in (0, 1) and 2 < len(shape) < 6 and groups > 0
+    return fits and _core.kept_kernel_bytes(format.core, kernel_shape(shape), axis, groups) is not None
+
+
+def kernel_panels_of_planes(
+    exponents: Tensor, mantissas: Tensor, format: HBFP, shape: Sequence[int], axis: int, groups: int
+) -> Tensor | None:
+    """Panels of a kernel [Co, C/g, *kernel]; None: it has none. Arguments as of `has_kernel_panels`.
+
+    Raises:
+        CodeError: a plane holds what no encoder writes.
+    """
+    planes = bytes_in(exponents), bytes_in(mantissas)
+    panels: Tensor | None = _core.keep_kernel(*planes, format.core, kernel_shape(shape), axis, groups, threads())
+    return panels
+
+
+def planes_of_kernel_panels(
+    panels: Tensor, format: HBFP, shape: Sequence[int], axis: int, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Exponent and mantissa plane of a kernel in panels. Blocks of zeros get the exponent byte 0."""
+    exponents, mantissas = KeptKernel(panels, format.core, kernel_shape(shape), axis, groups).planes()
+    return torch.from_numpy(exponents), torch.from_numpy(mantissas)
+
+
 def packed_product(
     x: Tensor,
     formats: tuple[HBFP, HBFP],
@@ -112,12 +152,20 @@ def packed_product(
     return out
 
 
-def decode(codes: Tensor, exponents: Tensor | None, format: HBFP, shape: Sequence[int], axis: int) -> Tensor:
-    """What packed codes stand for, float32 of `shape`; arguments as of `packed_product`, `axis` that of the blocks."""
+def decode(
+    codes: Tensor, exponents: Tensor | None, format: HBFP, shape: Sequence[int], axis: int, groups: int = 0
+) -> Tensor:
+    """What packed codes stand for, float32 of `shape`.
+
+    Args:
+        codes, exponents: as of `packed_product`.
+        axis: of the blocks.
+        groups: of the convolution whose kernel lies in the panels; 0: a matrix does.
+    """
     if is_compiling() or dispatch_modes() or type(codes) is not Tensor or codes.is_meta:
-        out: Tensor = torch.ops.hbfp.decode(codes, exponents, str(format), list(shape), axis)
+        out: Tensor = torch.ops.hbfp.decode(codes, exponents, str(format), list(shape), axis, groups)
         return out
-    return cast(Tensor, _decode_kernel(codes, exponents, str(format), shape, axis))
+    return cast(Tensor, decode_here(codes, exponents, str(format), shape, axis, groups))
 
 
 # --- behind torch's dispatcher ---------------------------------------------------------------------------------------
@@ -162,16 +210,22 @@ def _packed_product_kernel(
     return out
 
 
-@operator("decode(Tensor codes, Tensor? exponents, str format, SymInt[] shape, int axis) -> Tensor")
-def _decode_kernel(codes: Tensor, exponents: Tensor | None, format: str, shape: Sequence[int], axis: int) -> Tensor:
+@operator("decode(Tensor codes, Tensor? exponents, str format, SymInt[] shape, int axis, int groups=0) -> Tensor")
+def decode_here(
+    codes: Tensor, exponents: Tensor | None, format: str, shape: Sequence[int], axis: int, groups: int = 0
+) -> Tensor:
+    """`decode` of tensors that nobody traces."""
     known = format_of(format)
-    if exponents is None:
+    if exponents is None and groups == 0:
         lines = prod(shape[:-1])
         planes = _core.kept_planes(codes, known.core, lines, shape[-1])
         held: tuple[int, ...] = (lines, shape[-1])
         axis = 1
     else:
-        planes = bytes_in(exponents), bytes_in(codes)
+        if exponents is None:
+            planes = KeptKernel(codes, known.core, kernel_shape(shape), axis, groups).planes()
+        else:
+            planes = bytes_in(exponents), bytes_in(codes)
         held, axis = known.core_layout(tuple(shape), axis)
     values: NDArray[Any] = _core.decode(*planes, known.core, held, axis, threads())
     return torch.from_numpy(values.reshape(tuple(shape)))
@@ -195,5 +249,7 @@ def _packed_product_fake(
 
 
 @torch.library.register_fake("hbfp::decode", lib=LIBRARY)  # type: ignore[untyped-decorator]
-def _decode_fake(codes: Tensor, exponents: Tensor | None, format: str, shape: Sequence[int], axis: int) -> Tensor:
+def _decode_fake(
+    codes: Tensor, exponents: Tensor | None, format: str, shape: Sequence[int], axis: int, groups: int = 0
+) -> Tensor:
     return codes.new_empty(list(shape), dtype=torch.float32)

@@ -31,7 +31,10 @@ mod _core {
     #[pymodule_export]
     use crate::ceilings::{multiply_adds, read_memory};
     #[pymodule_export]
-    use crate::convolution::{convolution_forward, convolution_input_gradient, convolution_weight_gradient};
+    use crate::convolution::{
+        Geometry, KeptKernel, convolution_forward, convolution_input_gradient, convolution_weight_gradient,
+        keep_kernel, kept_kernel_bytes, tensor_convolution,
+    };
     #[pymodule_export]
     use crate::encode::{check, decode, encode, measure, pack, philox4x32, quantize, unpack};
     #[pymodule_export]

@@ -178,6 +178,26 @@ impl<'py> FloatView<'py> {
         Some(self)
     }
 
+    /// A kernel [out, in, ..], or an image [N, C, ..], of `rank` spatial dimensions with three of them.
+    pub(crate) fn three_pixel_dimensions(mut self, rank: usize) -> Option<Self> {
+        if self.shape.len() != rank + 2 {
+            return None;
+        }
+        for _ in rank..3 {
+            self.shape.insert(2, 1);
+            self.strides.insert(2, 0);
+        }
+        Some(self)
+    }
+
+    /// An image [N, C, ..] as [N, p0, p1, p2, C], if it lies in memory so.
+    pub(crate) fn channels_last(self, rank: usize) -> Option<Self> {
+        let mut image = self.three_pixel_dimensions(rank)?;
+        image.shape[1..].rotate_left(1);
+        image.strides[1..].rotate_left(1);
+        Some(image).filter(Self::is_contiguous)
+    }
+
     fn from_tensor(x: &Bound<'py, PyAny>, what: &str) -> PyResult<Self> {
         let py = x.py();
         let dtype = x.getattr("dtype")?;

@@ -320,6 +320,11 @@ impl PlaneLayout {
     pub fn mantissas(&self) -> [usize; 2] {
         self.mantissas
     }
+    /// The blocked axis.
+    #[must_use]
+    pub fn axis(&self) -> usize {
+        self.axis
+    }
     /// Shape of the tensor.
     #[must_use]
     pub fn shape(&self) -> &[usize] {

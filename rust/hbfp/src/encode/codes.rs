@@ -35,6 +35,18 @@ impl Codes {
         self.k.div_ceil(self.block)
     }
 
+    /// Gives blocks of zeros the exponent byte 0, as the encoder does.
+    pub(crate) fn clear_zero_blocks(&mut self) {
+        let blocks = self.blocks();
+        for (place, c) in self.exponents.iter_mut().enumerate() {
+            let (line, at) = (place / blocks, place % blocks * self.block);
+            let block = &self.codes[line * self.k..][at..self.k.min(at + self.block)];
+            if *c != NAN_EXPONENT && block.iter().all(|&q| q == 0) {
+                *c = 0;
+            }
+        }
+    }
+
     /// Encodes all lines.
     pub(crate) fn from_floats(ctx: &Context<'_>, x: &FloatLines<'_>, format: BlockFormat, mode: RoundingMode) -> Self {
         let mut out = Self::zeros(format, x.matrices(), x.lines, x.k);

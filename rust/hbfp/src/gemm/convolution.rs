@@ -7,6 +7,7 @@
 #![allow(clippy::too_many_arguments, reason = "a product: two operands, their codings, the output")]
 
 mod field;
+mod kept;
 mod lattice;
 mod narrow_groups;
 mod patches;
@@ -15,8 +16,9 @@ mod prepared;
 mod reach;
 mod weight;
 
+pub use self::kept::{KeptKernel, keep_kernel, kept_kernel_bytes};
 use self::prepared::Image;
-use self::reach::Reach;
+use self::reach::{AxisReach, Reach};
 use super::cache::Caches;
 use super::{Coding, ROOM, Workspace, driver};
 use crate::arch::generic::aligned;
@@ -51,6 +53,15 @@ pub struct Convolution {
     pub padding: [usize; 3],
     /// Pixels of X from a tap to the next.
     pub dilation: [usize; 3],
+}
+
+/// The kernel of a product, [out, in / groups, taps].
+#[derive(Clone, Copy, Debug)]
+pub enum Kernel<'a> {
+    /// With all taps as they are, [out, in / groups, k0, k1, k2].
+    Floats(&'a FloatTensor<'a>),
+    /// Laid out before, for products of this direction.
+    Kept(KeptKernel<'a>),
 }
 
 /// X or dY of a weight gradient.
@@ -119,18 +130,38 @@ impl Convolution {
         Ok(())
     }
 
-    fn check_kernel(&self, w: &FloatTensor<'_>) -> Result<()> {
+    fn check_kernel(&self, w: &Kernel<'_>, taps: Taps, coding: Coding) -> Result<()> {
         let [k0, k1, k2] = self.kernel;
         let expected = [self.channels[1], self.group_channels()[0], k0, k1, k2];
-        if w.shape() != expected {
-            return Err(Error::shape(format!("a kernel of shape {expected:?}"), format!("{:?}", w.shape())));
+        match w {
+            Kernel::Floats(w) if w.shape() != expected => {
+                Err(Error::shape(format!("a kernel of shape {expected:?}"), format!("{:?}", w.shape())))
+            }
+            Kernel::Kept(kept) => {
+                let [outs, channels, ..] = expected;
+                let fits = kept.layout.shape() == [outs, channels, self.taps()] && kept.groups == self.groups;
+                if !fits || !kept.serves(taps) {
+                    let expected = format!("a kernel of shape {expected:?} in {} groups, kept for it", self.groups);
+                    return Err(Error::shape(expected, format!("{:?}", kept.layout)));
+                }
+                if kept.layout.format() != coding.format {
+                    let expected = format!("a kernel in {}, as it is multiplied", coding.format);
+                    return Err(Error::format(expected, kept.layout.format().to_string()));
+                }
+                Ok(())
+            }
+            Kernel::Floats(_) => element_count(&expected[..4]).and_then(|rows| check_rows(rows, "kernel")),
         }
-        element_count(&expected[..4]).and_then(|rows| check_rows(rows, "kernel"))
     }
 
     /// From pixels of Y to those of X.
     fn reach(&self) -> Reach {
-        Reach::new(self.output, self.kernel, self.input, |d, o, k| {
+        Reach::new(&self.axis_reach())
+    }
+
+    /// The same for each dimension by itself.
+    fn axis_reach(&self) -> AxisReach {
+        AxisReach::new(self.output, self.kernel, self.input, |d, o, k| {
             let p = (o * self.stride[d] + k * self.dilation[d]).checked_sub(self.padding[d])?;
             (p < self.input[d]).then_some(p)
         })
@@ -138,23 +169,24 @@ impl Convolution {
 
     /// From pixels of X to those of Y.
     fn reverse(&self) -> Reach {
-        Reach::new(self.input, self.kernel, self.output, |d, p, k| {
+        Reach::new(&AxisReach::new(self.input, self.kernel, self.output, |d, p, k| {
             let distance = (p + self.padding[d]).checked_sub(k * self.dilation[d])?;
             let o = distance / self.stride[d];
             (distance % self.stride[d] == 0 && o < self.output[d]).then_some(o)
-        })
+        }))
     }
 
     /// Y [batch, output pixels, out channels] ← X [batch, input pixels, in channels] with kernel w, plus bias.
-    /// `flatten`: blocks run over the flattened patch.
+    /// `flatten`: blocks run over the flattened patch. The coding of a kept kernel tells its format alone.
     ///
     /// # Errors
-    /// [`Error::Shape`] when sizes do not fit; [`Error::Format`] for tiles and whole tensors.
+    /// [`Error::Shape`] when sizes do not fit; [`Error::Format`] for tiles and whole tensors, and for a kernel that is kept
+    /// in another format.
     pub fn forward(
         &self,
         ctx: &Context<'_>,
         x: &[f32],
-        w: &FloatTensor<'_>,
+        w: Kernel<'_>,
         codings: [Coding; 2],
         flatten: bool,
         bias: Option<&[f32]>,
@@ -173,7 +205,7 @@ impl Convolution {
         &self,
         ctx: &Context<'_>,
         dy: &[f32],
-        w: &FloatTensor<'_>,
+        w: Kernel<'_>,
         codings: [Coding; 2],
         bias: Option<&[f32]>,
         out: &mut [f32],
@@ -254,7 +286,7 @@ impl Plan {
     ) -> Self {
         let caches = Caches::get();
         // Half of the first level for B, half of the second for A.
-        let depth = (caches.l1 / 2 / bl.block_bytes).max(1024 / al.block);
+        let depth = (caches.l1 / 2 / bl.plain_block_bytes()).max(1024 / al.block);
         let depth = if wide { driver::WIDE_DEPTH / al.block } else { depth };
         let pieces = (depth / al.blocks).clamp(1, pieces.max(1));
         let most = (caches.l2 / 2 / (pieces * al.blocks * al.block_bytes)).clamp(4, 128);

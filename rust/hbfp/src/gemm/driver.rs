@@ -215,11 +215,11 @@ pub(super) fn codes_of_panels(layout: &PanelLayout, panels: PanelsRef, format: B
     let nibbles = form == Form::Nibbles;
     let mut codes = vec![0i16; matrices * lines * k];
     let mut exponents = vec![0u8; matrices * lines * blocks];
-    // SAFETY: the panels were laid out with this layout.
-    let bytes = unsafe { std::slice::from_raw_parts(panels.bytes, layout.bytes()) };
     for (row, (matrix, line)) in (0..matrices).flat_map(|matrix| (0..lines).map(move |line| (matrix, line))).enumerate()
     {
-        let panel = &bytes[layout.panel_at(matrix, line / width)..][..blocks * layout.block_bytes];
+        let at = layout.panel_at(matrix, line / width);
+        // SAFETY: the panels were laid out with this layout.
+        let panel = unsafe { std::slice::from_raw_parts(panels.bytes.add(at), blocks * layout.block_bytes) };
         for (b, from) in panel.chunks_exact(layout.block_bytes).enumerate() {
             for j in 0..block.min(k - b * block) {
                 let at = |step: usize| 4 * (step * width + line % width) + j % 4;

@@ -18,7 +18,7 @@ use crate::encode::panels::{Form, PanelLayout, Panels, PanelsMut, PanelsRef, Sid
 use crate::encode::relayout::planes_of_nibbles;
 use crate::encode::{Context, RoundingMode, check_size};
 use crate::error::{Error, Result};
-use crate::format::{BlockFormat, BlockShape, MAX_BLOCK, NAN_EXPONENT};
+use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
 use crate::mem::AlignedBytes;
 use crate::shape::{FloatLines, FloatTensor, PlaneLayout, element_count};
 use std::sync::Mutex;
@@ -271,14 +271,7 @@ impl Kept<'_> {
             return Ok(planes_of_nibbles(&panel_layout, &self.bytes[..panel_layout.bytes()]));
         }
         let mut codes = driver::codes_of_panels(&panel_layout, panels, self.format);
-        let blocks = codes.blocks();
-        for (place, c) in codes.exponents.iter_mut().enumerate() {
-            let (line, at) = (place / blocks, place % blocks * codes.block);
-            let block = &codes.codes[line * self.k..][at..self.k.min(at + codes.block)];
-            if *c != NAN_EXPONENT && block.iter().all(|&q| q == 0) {
-                *c = 0;
-            }
-        }
+        codes.clear_zero_blocks();
         Ok(codes.to_planes(layout))
     }
 }

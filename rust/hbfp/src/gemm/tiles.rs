@@ -167,7 +167,7 @@ impl<'a> Tiles<'a> {
     }
 
     /// `blocks` blocks of a B panel, unpacked into `buffer` unless the kernel takes them as they are.
-    fn right_panel(&self, panel: PanelBlocks, blocks: usize, buffer: &mut AlignedBytes) -> PanelBlocks {
+    pub(super) fn right_panel(&self, panel: PanelBlocks, blocks: usize, buffer: &mut AlignedBytes) -> PanelBlocks {
         if self.bl.form == Form::Bytes || self.from_nibbles {
             return panel;
         }

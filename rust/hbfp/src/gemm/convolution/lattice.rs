@@ -70,6 +70,11 @@ impl Lattices {
         Self { all, leave_out }
     }
 
+    /// The taps of all lattices, one after the other.
+    pub(super) fn order(&self) -> Vec<usize> {
+        self.all.iter().flat_map(|lattice| &lattice.taps).copied().collect()
+    }
+
     /// The margin that the other image, of so many pixels, needs before and after them, so that all taps stay inside.
     pub(super) fn margin(&self, pixels: [usize; 3]) -> [[usize; 3]; 2] {
         let mut margin = [[0; 3]; 2];

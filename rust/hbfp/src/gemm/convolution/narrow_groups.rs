@@ -300,7 +300,7 @@ impl PixelProduct<'_> {
         let Some(words) = self.patch_kernel(ctx, kernel, together, memory) else { return false };
         let reach = self.convolution.reach();
         let (pixels, row_pixels) = (product_of(self.image.pixels), product_of(self.product.pixels));
-        let workers = self.workers(ctx);
+        let workers = self.workers(ctx, 0);
         let shares = (TASKS_PER_WORKER * workers).div_ceil(self.image.batch).min(row_pixels);
         let each = row_pixels.div_ceil(shares);
         let shares = row_pixels.div_ceil(each);
@@ -416,7 +416,7 @@ impl PixelProduct<'_> {
             Taps::Backward => self.convolution.reverse(),
         };
         let (pixels, row_pixels) = (product_of(self.image.pixels), product_of(self.product.pixels));
-        let workers = self.workers(ctx);
+        let workers = self.workers(ctx, 0);
         // Channels of a task: so many that its pixels stay in the second-level cache.
         let registers = channels.div_ceil(lanes);
         let most = (Caches::get().l2 / 2 / (4 * pixels.max(1) * pixel_words(lanes))).clamp(1, registers);

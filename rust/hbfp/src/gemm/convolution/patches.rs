@@ -3,7 +3,7 @@
 
 use super::pixels::PixelProduct;
 use super::product_of;
-use super::reach::{NOWHERE, Reach};
+use super::reach::AxisReach;
 use crate::arch::generic::product::PANEL_ROWS;
 use crate::encode::Context;
 use crate::encode::blocks::Scratch;
@@ -17,12 +17,12 @@ use std::sync::atomic::Ordering;
 
 pub(super) struct Patches<'a> {
     of: &'a PixelProduct<'a>,
-    pub(super) reach: Reach,
+    reach: AxisReach,
 }
 
 impl<'a> Patches<'a> {
-    pub(super) fn new(of: &'a PixelProduct<'a>, reach: Reach) -> Self {
-        Self { of, reach }
+    pub(super) fn new(of: &'a PixelProduct<'a>) -> Self {
+        Self { of, reach: of.convolution.axis_reach() }
     }
 
     /// Panels of the patches of some pixels of one sample, in `scratch`, with their flags.
@@ -65,29 +65,32 @@ impl<'a> Patches<'a> {
 
     /// Number of a patch's row among those of the tensor of patches.
     fn row(&self, sample: usize, g: usize, pixel: usize) -> usize {
-        (sample * self.of.groups + g) * self.reach.rows + pixel
+        (sample * self.of.groups + g) * self.reach.pixels() + pixel
     }
 
     /// Patches [pixels, taps · channels of the group] of one sample; the elements of one of them.
     fn rows(&self, sample: usize, g: usize, pixels: Range<usize>, patches: &mut Vec<f32>) -> usize {
         let (channels, all) = (self.of.channels, self.of.image.channels);
-        let k = self.reach.of(0).len() * channels;
+        let k = self.reach.taps() * channels;
         let image = &self.of.x[sample * product_of(self.of.image.pixels) * all..];
         patches.clear();
         patches.resize(pixels.len() * k, 0.0);
         let row = self.of.convolution.kernel[2];
         for (patch, pixel) in patches.chunks_exact_mut(k).zip(pixels) {
-            let rows = patch.chunks_exact_mut(row * channels).zip(self.reach.of(pixel).chunks_exact(row));
-            for (to, sources) in rows {
-                let (first, last) = (sources[0], sources[row - 1]);
-                // Neighbours all of them, and all of their channels.
-                if channels == all && first != NOWHERE && last == first + row as i32 - 1 {
-                    copy(to, &image[first as usize * all..][..row * all]);
+            let (begins, columns) = self.reach.of(pixel);
+            // Neighbours all of them, and all of their channels.
+            let run = channels == all && columns[0] >= 0 && columns[row - 1] == columns[0] + row as i32 - 1;
+            for (to, begin) in patch.chunks_exact_mut(row * channels).zip(begins) {
+                if begin < 0 {
                     continue;
                 }
-                for (to, &from) in to.chunks_exact_mut(channels).zip(sources) {
-                    if from != NOWHERE {
-                        copy(to, &image[from as usize * all + g * channels..][..channels]);
+                if run {
+                    copy(to, &image[(begin + columns[0]) as usize * all..][..row * all]);
+                    continue;
+                }
+                for (to, &column) in to.chunks_exact_mut(channels).zip(columns) {
+                    if column >= 0 {
+                        copy(to, &image[(begin + column) as usize * all + g * channels..][..channels]);
                     }
                 }
             }

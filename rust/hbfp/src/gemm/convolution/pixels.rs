@@ -6,7 +6,7 @@ use super::lattice::Lattices;
 use super::patches::Patches;
 use super::prepared::{Image, KernelCopy, Plane};
 use super::reach::NOWHERE;
-use super::{Convolution, NOTHING, Plan, Taps, product_of, run_stages};
+use super::{Convolution, KeptKernel, Kernel, NOTHING, Plan, Taps, kept, product_of, run_stages};
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::arch::generic::{aligned, unit_rows};
 use crate::arch::kernels::MatrixUnitKernels;
@@ -14,18 +14,18 @@ use crate::encode::blocks::Scratch;
 use crate::encode::codes::Codes;
 use crate::encode::filling::{Fillings, Job, Source, reserve_scratch};
 use crate::encode::panels::{PanelLayout, Panels, PanelsRef, Side};
-use crate::encode::{Context, check_size};
+use crate::encode::{Context, check_size, decode};
 use crate::error::Result;
 use crate::format::MAX_BLOCK;
 use crate::gemm::cache::Caches;
-use crate::gemm::tiles::{Kernel, Left, LeftBlocks, PanelBlocks, Task, Tiles};
+use crate::gemm::tiles::{Left, LeftBlocks, PanelBlocks, Task, Tiles};
 use crate::gemm::{Coding, Epilogue, Workspace, driver, fitting, general, offset, tiles};
 use crate::mem::SharedMut;
 use crate::parallel::{DefaultFloatMode, Stage, for_each_task};
 use crate::shape::{FloatLines, FloatTensor, element_count};
 use std::ops::Range;
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::sync::{Mutex, PoisonError};
 
 /// What all ways to compute such a product begin with.
 #[derive(Clone, Copy)]
@@ -52,7 +52,7 @@ impl Convolution {
         &self,
         ctx: &Context<'_>,
         x: &[f32],
-        w: &FloatTensor<'_>,
+        kernel: Kernel<'_>,
         taps: Taps,
         codings: [Coding; 2],
         flatten: bool,
@@ -71,7 +71,7 @@ impl Convolution {
         check_size("elements of the image", x.len(), self.batch * product_of(image.pixels) * image.channels)?;
         let row_pixels = product_of(product.pixels);
         check_size("elements of out", out.len(), self.batch * row_pixels * product.channels)?;
-        self.check_kernel(w)?;
+        self.check_kernel(&kernel, taps, codings[1])?;
         if let Some(bias) = bias {
             check_size("elements of bias", bias.len(), product.channels)?;
         }
@@ -110,6 +110,20 @@ impl Convolution {
             bias,
         };
         reserve_scratch(ctx, &mut workspace.scratch);
+        let w = match kernel {
+            Kernel::Floats(w) => w,
+            Kernel::Kept(kept) => {
+                if all.by_kept(ctx, &kept, flatten, out, workspace)? {
+                    return Ok(());
+                }
+                // The definition takes it by its values.
+                let (exponents, mantissas) = kept.planes(ctx)?;
+                let values = decode(ctx, kept.layout, &exponents, &mantissas)?;
+                let [k0, k1, k2] = self.kernel;
+                let w = FloatTensor::new(&values, &[self.channels[1], self.group_channels()[0], k0, k1, k2])?;
+                return self.by_pixels(ctx, x, Kernel::Floats(&w), taps, codings, flatten, bias, out, workspace);
+            }
+        };
         let (mut tap_memory, mut w_plane) =
             (std::mem::take(&mut workspace.taps), std::mem::take(&mut workspace.planes[0]));
         let kernel = KernelCopy::new(w, right, &mut tap_memory, &mut w_plane);
@@ -119,7 +133,7 @@ impl Convolution {
             Ok(())
         } else if by_panels && flatten {
             all.by_patches(ctx, &kernel, out, workspace)
-        } else if let Some(lattices) = all.lattices(&kernel).filter(|_| by_panels) {
+        } else if let Some(lattices) = all.lattices(kernel.has_nan_blocks()).filter(|_| by_panels) {
             all.by_lines(ctx, &kernel, &lattices, out, workspace)
         } else {
             all.by_codes(ctx, &kernel, flatten, out, workspace);
@@ -158,8 +172,11 @@ impl<'a> PixelProduct<'a> {
         rows.saturating_mul(self.product.channels).saturating_mul(self.convolution.taps() * self.channels)
     }
 
-    pub(super) fn workers(&self, ctx: &Context<'_>) -> usize {
-        if self.macs() < driver::SERIAL_MACS { 1 } else { ctx.threads.max(1) }
+    /// `encoded`: elements to encode that are put together one by one, as those of patches.
+    pub(super) fn workers(&self, ctx: &Context<'_>, encoded: usize) -> usize {
+        const SERIAL_ENCODED: usize = 1 << 16;
+        let small = self.macs() < driver::SERIAL_MACS && encoded < SERIAL_ENCODED;
+        if small { 1 } else { ctx.threads.max(1) }
     }
 
     /// The kernel of group `g` as lines of the right operand, whose pieces are `taps`.
@@ -201,7 +218,7 @@ impl<'a> PixelProduct<'a> {
         joined: PanelLayout,
         out: SharedMut<'b, f32>,
     ) -> Tiles<'b> {
-        let kernel = Kernel {
+        let kernel = tiles::Kernel {
             tile: fitting(ctx.kernels.tiles, self.block, self.left.format, self.right.format),
             from_nibbles: false,
             max_codes: [self.left.format.max_code(), self.right.format.max_code()],
@@ -212,11 +229,43 @@ impl<'a> PixelProduct<'a> {
 
     /// The lattices of the product's pixels. None: the image's margin would be out of all proportion, or a tap is left out
     /// for zeros that would have met a NaN.
-    fn lattices(&self, kernel: &KernelCopy<'_>) -> Option<Lattices> {
+    fn lattices(&self, nan_blocks: bool) -> Option<Lattices> {
         let lattices = Lattices::new(self.convolution, self.taps);
         let fits = field::is_fit(lattices.margin(self.image.pixels), self.image, self.product);
         let taps = lattices.all.iter().any(|lattice| !lattice.taps.is_empty());
-        (fits && taps && !(lattices.leave_out && kernel.has_nan_blocks())).then_some(lattices)
+        (fits && taps && !(lattices.leave_out && nan_blocks)).then_some(lattices)
+    }
+
+    /// By a kept kernel's panels. False: neither lines nor patches would do.
+    fn by_kept(
+        &self,
+        ctx: &Context<'_>,
+        kept: &KeptKernel<'_>,
+        flatten: bool,
+        out: &mut [f32],
+        workspace: &mut Workspace,
+    ) -> Result<bool> {
+        if !self.left.format.encodes_to_panels() {
+            return Ok(false);
+        }
+        let (layout, panels) = kept.panels(ctx)?;
+        let Workspace { left, groups, scratch, .. } = workspace;
+        let nothing = Fillings::new(ctx, [], 0);
+        if flatten {
+            // Patches of one tap are blocked as its lines are.
+            let one_tap = self.convolution.taps() == 1;
+            if one_tap {
+                self.patches_by(ctx, layout, panels, &nothing, scratch, out)?;
+            }
+            return Ok(one_tap);
+        }
+        let Some(lattices) = self.lattices(kept.has_general(ctx)?) else { return Ok(false) };
+        let order = lattices.order();
+        let whole = order.iter().copied().eq(0..self.convolution.taps());
+        let (layout, panels) =
+            if whole { (layout, panels) } else { kept::with_taps(ctx, (layout, &panels), &order, groups) };
+        self.lines_by(ctx, layout, panels, &nothing, &lattices, left, scratch, out)?;
+        Ok(true)
     }
 
     /// By lines of the image, each encoded once.
@@ -228,8 +277,27 @@ impl<'a> PixelProduct<'a> {
         out: &mut [f32],
         workspace: &mut Workspace,
     ) -> Result<()> {
-        let Workspace { left: left_panels, groups, scratch, .. } = workspace;
-        let scratch = &**scratch;
+        let Workspace { left, groups, scratch, .. } = workspace;
+        let order = lattices.order();
+        let right_lines: Vec<_> = (0..self.groups).map(|g| self.right_lines(kernel, g, Some(&order))).collect();
+        let layout = self.right_layout(ctx, &right_lines[0]);
+        let sources: Vec<_> = right_lines.iter().map(|lines| Source::Floats(lines, self.right.mode)).collect();
+        let (panels, fillings) = fillings(ctx, &sources, self.right, layout, groups);
+        self.lines_by(ctx, layout, panels, &fillings, lattices, left, scratch, out)
+    }
+
+    /// By lines of the image and the panels of each group, once these are filled: their pieces follow lattice after lattice.
+    fn lines_by(
+        &self,
+        ctx: &Context<'_>,
+        layout: PanelLayout,
+        panels: Vec<PanelsRef>,
+        fillings: &Fillings<'_>,
+        lattices: &Lattices,
+        left_panels: &mut Panels,
+        scratch: &[Mutex<Scratch>],
+        out: &mut [f32],
+    ) -> Result<()> {
         let rows = self.image.batch * product_of(self.product.pixels);
         let al = self.left_layout(ctx, rows, false).in_lines();
         let shape = field::Shape::new(self.image, self.groups, lattices.margin(self.image.pixels), &al);
@@ -242,16 +310,10 @@ impl<'a> PixelProduct<'a> {
             encoding.fill(ctx, task, &mut scratch);
         };
 
-        // The kernel's pieces lattice after lattice.
-        let order: Vec<usize> = lattices.all.iter().flat_map(|lattice| &lattice.taps).copied().collect();
-        let right_lines: Vec<_> = (0..self.groups).map(|g| self.right_lines(kernel, g, Some(&order))).collect();
-        let layout = self.right_layout(ctx, &right_lines[0]);
-        let sources: Vec<_> = right_lines.iter().map(|lines| Source::Floats(lines, self.right.mode)).collect();
-        let (panels, fillings) = fillings(ctx, &sources, self.right, layout, groups);
         let joined = layout.joined();
         let out = SharedMut::new(out);
         let right = Right { layout, joined, panels, tiles: self.tiles(ctx, al, joined, out) };
-        let workers = self.workers(ctx);
+        let workers = self.workers(ctx, 0);
         let mut first_piece = 0;
         let mut shares = Vec::with_capacity(lattices.all.len());
         for lattice in &lattices.all {
@@ -291,8 +353,11 @@ impl<'a> PixelProduct<'a> {
             let any_general = any_general.load(Ordering::Relaxed);
             let panel = right.blocks(g, j, pieces.start);
             if let Some(unit) = unit.as_ref().filter(|_| !any_general && !panel.general) {
+                let mut buffer = std::mem::take(&mut scratch.tiles.panel);
+                let panel = right.tiles.right_panel(panel, pieces.len() * al.blocks, &mut buffer);
                 // SAFETY: the lines and the panel hold the blocks; rows belong to one task.
                 unsafe { unit.run(self, find, range, g, lines, panel.bytes, out, scratch) };
+                scratch.tiles.panel = buffer;
                 return;
             }
             let (mut starts, mut fours) = (Vec::new(), Vec::new());
@@ -340,7 +405,7 @@ impl<'a> PixelProduct<'a> {
             }
         };
         let tasks = shares.iter().map(|share| share.tasks).sum();
-        run_stages(ctx, workers, Stage { tasks: shape.tasks(), task: &encode }, &fillings, scratch, tasks, &multiply)
+        run_stages(ctx, workers, Stage { tasks: shape.tasks(), task: &encode }, fillings, scratch, tasks, &multiply)
     }
 
     /// By patches, put together and encoded task by task.
@@ -352,17 +417,29 @@ impl<'a> PixelProduct<'a> {
         workspace: &mut Workspace,
     ) -> Result<()> {
         let Workspace { groups, scratch, .. } = workspace;
-        let scratch = &**scratch;
-        let patches = Patches::new(self, self.convolution.reach());
         let right_lines: Vec<_> = (0..self.groups).map(|g| self.right_lines(kernel, g, None)).collect();
         let layout = self.right_layout(ctx, &right_lines[0]);
         let sources: Vec<_> = right_lines.iter().map(|lines| Source::Floats(lines, self.right.mode)).collect();
         let (panels, fillings) = fillings(ctx, &sources, self.right, layout, groups);
+        self.patches_by(ctx, layout, panels, &fillings, scratch, out)
+    }
+
+    /// By patches and the panels of each group, once these are filled.
+    fn patches_by(
+        &self,
+        ctx: &Context<'_>,
+        layout: PanelLayout,
+        panels: Vec<PanelsRef>,
+        fillings: &Fillings<'_>,
+        scratch: &[Mutex<Scratch>],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let patches = Patches::new(self);
         let joined = layout.joined();
         let row_pixels = product_of(self.product.pixels);
         let al = self.left_layout(ctx, row_pixels, true);
         let right = Right { layout, joined, panels, tiles: self.tiles(ctx, al, joined, SharedMut::new(out)) };
-        let workers = self.workers(ctx);
+        let workers = self.workers(ctx, self.image.batch * self.groups * row_pixels * al.k);
         // Rows of a task belong to one sample, as they have random bits of their own.
         let samples = self.image.batch;
         let row_panels = row_pixels.div_ceil(PANEL_ROWS);
@@ -411,7 +488,7 @@ impl<'a> PixelProduct<'a> {
             // SAFETY: the panels hold the blocks; a tile belongs to one task.
             unsafe { task.run(&right.tiles, &mut scratch.tiles) };
         };
-        run_stages(ctx, workers, NOTHING, &fillings, scratch, products * row_tasks * column_tasks, &multiply)
+        run_stages(ctx, workers, NOTHING, fillings, scratch, products * row_tasks * column_tasks, &multiply)
     }
 
     /// By the definition: for formats that do not go by panels, and where lines would not do.
@@ -439,7 +516,7 @@ impl<'a> PixelProduct<'a> {
             };
             Codes::from_floats(ctx, &lines, self.left.format, self.left.mode)
         });
-        let patches = Patches::new(self, reach);
+        let patches = Patches::new(self);
         let workers = ctx.workers(self.macs());
         let shared = SharedMut::new(out);
         for g in 0..self.groups {
@@ -455,7 +532,7 @@ impl<'a> PixelProduct<'a> {
                         let line = |&source: &i32| {
                             (source != NOWHERE).then(|| (sample * pixels + source as usize) * self.groups + g)
                         };
-                        pieces.extend(patches.reach.of(pixel).iter().map(line));
+                        pieces.extend(reach.of(pixel).iter().map(line));
                         image
                     }
                     None => {
