@@ -121,6 +121,12 @@ ROWS = {
         ceilings.CASE, "", {ceilings.PEAK, ceilings.L3, ceilings.DRAM}, [{"dram_bytes": 1 << 16}]
     ),
     cases.overhead: Rows("overhead", MATRIX, CALLS, [{"m": 1, "n": 8, "k": 8}]),
+    layers.grouped_convolution: Rows(
+        "grouped convolution",
+        "{batch}x{channels}x{pixels}x{pixels}, {groups} groups of {size}x{size}",
+        NETWORK,
+        [{"channels": 16, "pixels": 4, "groups": 8, "size": 3, "batch": 2}],
+    ),
     layers.convolution: Rows(
         "convolution", "{batch}x{channels}x{pixels}x{pixels}", NETWORK, [{"channels": 16, "pixels": 4, "batch": 2}]
     ),

@@ -241,7 +241,9 @@ def _speed_up(size: int) -> Gate:
     return Gate(f"packed product {size}³, times as fast as one thread", figure, bars, threads="several", loosened=False)
 
 
-def _layer(label: str, case: str, shape: str, avx2: tuple[float, float], vnni: tuple[float, float]) -> Gate:
+def _layer(
+    label: str, case: str, shape: str, avx2: tuple[float, float] | None, vnni: tuple[float, float] | None
+) -> Gate:
     figure = ratio(case, shape, "hbfp4", _FP32)
     # These bars are those of two threads.
     return Gate(f"{label} / FP32", figure, _bars(avx2, vnni), loosened=False)
@@ -354,6 +356,31 @@ GATES: tuple[Gate, ...] = (
             (2.0, 3.0),
         )
         for channels, pixels in ((64, 56), (128, 28), (256, 14))
+    ),
+    # No bars: in depthwise 3 x 3 ones an element meets nine others, and is encoded three times.
+    _layer(
+        "depthwise 3x3 convolution, 128 at 28², forward and backward",
+        "grouped convolution",
+        "32x128x28x28, 128 groups of 3x3",
+        None,
+        None,
+    ),
+    _layer(
+        "depthwise 7x7 convolution, 96 at 56², forward and backward",
+        "grouped convolution",
+        "8x96x56x56, 96 groups of 7x7",
+        None,
+        (1.0, 1.5),
+    ),
+    *(
+        _layer(
+            f"3x3 convolution 128 at 28² in {groups} groups, forward and backward",
+            "grouped convolution",
+            f"32x128x28x28, {groups} groups of 3x3",
+            None,
+            (1.0, 1.5),
+        )
+        for groups in (32, 16)
     ),
     _layer("ResNet20 step", "resnet20", "128x3x32x32", (1.1, 1.5), (1.3, 1.8)),
     _layer("causal attention, context 512", "attention", "4x8x512x64", (1.0, 1.5), (1.0, 1.5)),

@@ -20,10 +20,24 @@ from hbfp.benchmark.timing import Call
 from hbfp.training.gpt import GPT, GPTShape
 from hbfp.training.resnet import ResNet, ResNetShape
 
-__all__ = ["CONVOLUTIONS", "attention", "convolution", "gpt", "lstm", "peak_memory", "resnet20", "saved_activations"]
+__all__ = [
+    "CONVOLUTIONS",
+    "GROUPED",
+    "attention",
+    "convolution",
+    "gpt",
+    "grouped_convolution",
+    "lstm",
+    "peak_memory",
+    "resnet20",
+    "saved_activations",
+]
 
 CONVOLUTIONS = ((64, 56), (128, 28), (256, 14))
 """Channels in and out, and pixels each way, of the 3 x 3 convolutions."""
+
+GROUPED = ((128, 28, 128, 3, 32), (96, 56, 96, 7, 8), (128, 28, 32, 3, 32), (128, 28, 16, 3, 32))
+"""Convolutions of many groups: channels in and out, pixels each way, groups, the kernel's size each way, the batch."""
 
 _SEED = 20
 _OURS, _FP32, _BF16 = "hbfp4", "torch fp32", "torch bf16 autocast"
@@ -82,7 +96,8 @@ def _layer_case(
     """Forward and backward of one layer, whose inputs and parameters all want gradients."""
     models = _pair(model)
     with torch.no_grad():
-        dy = torch.randn(first(model(x)).shape, generator=torch.Generator().manual_seed(_SEED + 1))
+        y = first(model(x))
+        dy = torch.empty_like(y).copy_(torch.randn(y.shape, generator=torch.Generator().manual_seed(_SEED + 1)))
 
     def step(name: str) -> tuple[Tensor, ...]:
         layer = models[name]
@@ -107,6 +122,16 @@ def convolution(bench: Bench, channels: int, pixels: int, batch: int = 32) -> No
     shape = f"{batch}x{channels}x{pixels}x{pixels}"
     layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     _layer_case(bench, "convolution", shape, work, layer, x, lambda y: y)
+
+
+def grouped_convolution(bench: Bench, channels: int, pixels: int, groups: int, size: int, batch: int) -> None:
+    """A convolution of many groups, forward and backward, on images whose channels lie together: torch's faster way."""
+    torch.manual_seed(_SEED)
+    x = torch.randn(batch, channels, pixels, pixels).contiguous(memory_format=torch.channels_last).requires_grad_()
+    work = 3 * 2 * batch * pixels**2 * size**2 * channels * (channels // groups)
+    shape = f"{batch}x{channels}x{pixels}x{pixels}, {groups} groups of {size}x{size}"
+    layer = nn.Conv2d(channels, channels, size, padding=size // 2, groups=groups, bias=False)
+    _layer_case(bench, "grouped convolution", shape, work, layer.to(memory_format=torch.channels_last), x, lambda y: y)
 
 
 def lstm(bench: Bench, width: int = 512, steps: int = 100, batch: int = 32) -> None:

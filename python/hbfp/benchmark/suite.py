@@ -81,6 +81,11 @@ def plan(threads: Sequence[int], *, quick: bool = False, only: Sequence[str] = (
             for channels, pixels in layers.CONVOLUTIONS:
                 work = partial(layers.convolution, channels=channels, pixels=pixels)
                 add("layers", f"convolution {channels} at {pixels}²", count, work, _LAYERS)
+            for channels, pixels, groups, size, batch in layers.GROUPED:
+                work = partial(
+                    layers.grouped_convolution, channels=channels, pixels=pixels, groups=groups, size=size, batch=batch
+                )
+                add("layers", f"convolution {channels} at {pixels}², {groups} groups", count, work, _LAYERS)
             add("layers", "ResNet20 step", count, layers.resnet20, _LAYERS)
             for context in (512, 2048):
                 add("layers", f"attention {context}", count, partial(layers.attention, context=context), _LAYERS)
