@@ -54,7 +54,7 @@ def case(kind: Any, channels: tuple[int, int], pixels: tuple[int, ...], kernel: 
 
 CASES = {
     "plain": case(nn.Conv2d, (32, 64), (7, 6), padding=1),
-    "one panel": case(nn.Conv2d, (32, 32), (18, 17), padding=1, bias=False),
+    "one panel": case(nn.Conv2d, (32, 32), (18, 20), padding=1, bias=False),
     "narrow": case(nn.Conv2d, (20, 13), (18, 16), padding=1),
     "strides": case(nn.Conv2d, (16, 70), (9, 8), (3, 2), stride=(2, 3), padding=(1, 0)),
     "dilation": case(nn.Conv2d, (48, 33), (9, 10), dilation=(2, 3), padding=3, bias=False),
