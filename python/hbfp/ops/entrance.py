@@ -103,7 +103,7 @@ def require_real(*tensors: Tensor | None) -> None:
 
 
 def float32(x: Tensor) -> Tensor:
-    """`x` as the core reads it: real, float32, strided, on the CPU; the same tensor where that is what it is."""
+    """`x` as the core reads it: real, float32, strided, aligned, on the CPU; the same tensor where it is so already."""
     if x.dtype is not torch.float32:
         require_real(x)
         x = x.to(torch.float32)
@@ -114,7 +114,9 @@ def float32(x: Tensor) -> Tensor:
             "'emulate'"
         )
     # A lazily negated view (the imaginary part of a conjugate) holds the wrong signs in memory.
-    return x.resolve_neg() if x.is_neg() else x
+    x = x.resolve_neg() if x.is_neg() else x
+    # What torch.frombuffer makes may begin at any address.
+    return x.clone() if x.data_ptr() % 4 else x
 
 
 def direct(*tensors: Tensor) -> bool:

@@ -252,9 +252,20 @@ impl GrownAttention {
     }
 }
 
-/// Copies `from` to `out` unless they are the same object; `out` alone is worked on then.
-fn in_place<'py>(from: &Bound<'py, PyAny>, out: &Bound<'py, PyAny>, what: &str) -> PyResult<FloatView<'py>> {
+/// Copies `from` to `out` unless they are the same object; `out` alone is worked on then. `other`, which is read beside it,
+/// has its shape and lies apart.
+fn in_place<'py>(
+    from: &Bound<'py, PyAny>,
+    out: &Bound<'py, PyAny>,
+    what: &str,
+    other: Option<(&FloatView<'_>, &str)>,
+) -> PyResult<FloatView<'py>> {
     let mut view = FloatView::write(out, "out")?;
+    if let Some((other, name)) = other {
+        other.expect_contiguous(name)?;
+        other.expect_shape(view.shape(), name)?;
+        view.expect_apart(other.extent(), "out")?;
+    }
     if !from.is(out) {
         let from = FloatView::read(from, what)?;
         from.expect_contiguous(what)?;
@@ -278,13 +289,8 @@ pub(crate) fn softmax(
     mask: Option<&Bound<'_, PyAny>>,
     threads: usize,
 ) -> PyResult<()> {
-    let mut view = in_place(scores, out, "scores")?;
     let mask = mask.map(|mask| FloatView::read(mask, "mask")).transpose()?;
-    if let Some(mask) = &mask {
-        mask.expect_contiguous("mask")?;
-        mask.expect_shape(view.shape(), "mask")?;
-        view.expect_apart(mask.extent(), "out")?;
-    }
+    let mut view = in_place(scores, out, "scores", mask.as_ref().map(|mask| (mask, "mask")))?;
     let mut last = view.shape().iter().rev().copied();
     let (columns, rows) = (last.next().unwrap_or(1), last.next().unwrap_or(1));
     let softmax =
@@ -303,11 +309,8 @@ pub(crate) fn softmax_backward(
     scale: f32,
     threads: usize,
 ) -> PyResult<()> {
-    let mut view = in_place(dp, out, "dp")?;
     let p = FloatView::read(p, "p")?;
-    p.expect_contiguous("p")?;
-    p.expect_shape(view.shape(), "p")?;
-    view.expect_apart(p.extent(), "out")?;
+    let mut view = in_place(dp, out, "dp", Some((&p, "p")))?;
     let columns = view.shape().last().copied().unwrap_or(1);
     let grad = view.as_mut_slice();
     run(py, threads, |ctx| hbfp::attention::softmax_backward(ctx, p.as_slice(), grad, columns, scale))
@@ -323,8 +326,8 @@ pub(crate) fn dropout(
     seed: u64,
     threads: usize,
 ) -> PyResult<()> {
-    let mut view = in_place(x, out, "x")?;
     let dropout = dropout_of((dropped, seed))?;
+    let mut view = in_place(x, out, "x", None)?;
     let columns = view.shape().last().copied().unwrap_or(1);
     let x = view.as_mut_slice();
     run(py, threads, |ctx| dropout.apply(ctx, x, columns))

@@ -108,9 +108,8 @@ impl<'py> FloatView<'py> {
         let ptr = array.data();
         let bytes = array.strides();
         let count: usize = shape.iter().product();
-        if count > 0 && (ptr.addr() % 4 != 0 || bytes.iter().any(|s| s % 4 != 0)) {
-            let text = format!("{what}: expected elements aligned to 4 bytes; found others: copy the array first");
-            return Err(DTypeError::new_err(text));
+        if count > 0 && (!ptr.is_aligned() || bytes.iter().any(|s| s % 4 != 0)) {
+            return Err(misaligned(what));
         }
         let strides = bytes.iter().map(|s| s / 4).collect();
         let busy = |e: &dyn std::fmt::Display, need: &str| {
@@ -164,6 +163,8 @@ impl<'py> FloatView<'py> {
             return None;
         }
         let (ptr, shape, strides) = dlpack::elements::<f32>(x, describe)?;
+        // torch.frombuffer begins anywhere.
+        ptr.is_aligned().then_some(())?;
         Some(Self { ptr, shape, strides, _owner: Owner::Tensor { _tensor: x.clone() } })
     }
 
@@ -215,7 +216,10 @@ impl<'py> FloatView<'py> {
         if ptr == 0 && shape.iter().product::<usize>() > 0 {
             return Err(DTypeError::new_err(format!("{what}: expected a tensor with memory; found one without")));
         }
-        let ptr = std::ptr::with_exposed_provenance_mut(ptr);
+        let ptr = std::ptr::with_exposed_provenance_mut::<f32>(ptr);
+        if !ptr.is_aligned() {
+            return Err(misaligned(what));
+        }
         Ok(Self { ptr, shape, strides, _owner: Owner::Tensor { _tensor: x.clone() } })
     }
 
@@ -308,6 +312,10 @@ impl<'py> FloatView<'py> {
     pub(crate) fn as_mut_ptr(&self) -> *mut f32 {
         self.ptr
     }
+}
+
+fn misaligned(what: &str) -> PyErr {
+    DTypeError::new_err(format!("{what}: expected elements aligned to 4 bytes; found others: copy the array first"))
 }
 
 // SAFETY: used inside one call, which holds the owner and hands the memory to its threads.
