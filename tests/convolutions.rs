@@ -479,6 +479,26 @@ fn narrow_groups_equal_the_definition() {
 }
 
 #[test]
+fn largest_codes_of_narrow_groups() {
+    // Hunted: sums of two products that leave 16 bits.
+    let mut cases = Vec::new();
+    for (group, sign) in [(1, 1.0), (2, -1.0), (4, 1.0), (8, -1.0)] {
+        for bits in [[8, 8], [7, 8], [8, 7], [6, 8], [8, 4]] {
+            let sizes = Convolution { batch: 8, channels: [16, 16], groups: 16 / group, ..SQUARE };
+            for flatten in [false, true] {
+                let mut case = plain(sizes, flatten, bits.map(|bits| line(bits, 64)), Rounding::TowardZero);
+                case.x.fill(1.99999);
+                case.dy.fill(1.99999 * sign);
+                let w = vec![1.99999 * sign; case.w.values().len()];
+                case.w = Tensor::new(&w, case.w.shape(), Placement::DENSE, Storage::Poisoned);
+                cases.push(case);
+            }
+        }
+    }
+    check_cases(&contexts(), cases.into_iter());
+}
+
+#[test]
 fn formats_without_panels_equal_the_definition() {
     let mut rng = TestRng(52);
     check_cases(&contexts(), (0..40).map(|_| draw(&mut rng, &[4, 8, 9, 12, 16], 5)));

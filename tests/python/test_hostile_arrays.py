@@ -7,6 +7,7 @@ a loop without its first turn; memory that another thread writes to, read twice 
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import threading
 from contextlib import suppress
@@ -404,3 +405,61 @@ def test_layers_copy_tensors_at_odd_addresses():
             out.square().sum().backward()
             found[-1] += [out.detach().numpy(), *(leaf.grad.numpy() for leaf in leaves)]
         assert bits(found[0]) == bits(found[1]), function.__name__
+
+
+# --- memory that one side knows as bytes and the other as floats -----------------------------------------------------
+
+
+@pytest.fixture
+def torch():
+    torch = pytest.importorskip("torch")
+    importlib.import_module("hbfp.ops")  # which hands torch to the core
+    return torch
+
+
+def test_codes_that_lie_in_the_output(torch):
+    memory = torch.zeros(1 << 14, dtype=torch.float32)
+    kept = _core.keep(operand(floats(64, 40), 0), 1)
+    inside = memory.view(torch.uint8)[100 : 100 + len(kept)]
+    inside.copy_(kept)
+    left = operand(floats(64, 30), 0)
+    out = memory[: 30 * 40].view(30, 40)
+    with pytest.raises(ShapeError, match="memory apart"):
+        _core.kept_product(left, inside, FORMAT, out, 1)
+    elsewhere = memory[8192 : 8192 + 30 * 40].view(30, 40)
+    expected = torch.empty(30, 40)
+    _core.kept_product(left, kept, FORMAT, expected, 1)
+    _core.kept_product(left, inside, FORMAT, elsewhere, 1)
+    assert torch.equal(elsewhere, expected)
+
+
+def test_planes_that_lie_in_the_output(torch):
+    memory = np.zeros(64 + 6 * 5, np.float32)
+    mantissas = memory.view(np.uint8)[: PLANES["mantissas"].size].reshape(PLANES["mantissas"].shape)
+    mantissas[...] = PLANES["mantissas"]
+    right = _core.Planes(PLANES["exponents"], mantissas, FORMAT, B.shape, -1)
+    out = torch.from_numpy(memory)
+    with pytest.raises(ShapeError, match="memory apart"):
+        _core.product(operand(A), right, out[:30].view(6, 5), None, False, 1)
+    _core.product(operand(A), right, out[64:].view(6, 5), None, False, 1)
+    expected = np.empty((6, 5), np.float32)
+    whole = _core.Planes(**PLANES, format=FORMAT, shape=B.shape, axis=-1)
+    _core.product(operand(A), whole, expected, None, False, 1)
+    assert np.array_equal(memory[64:].reshape(6, 5), expected)
+
+
+def test_a_kept_image_that_lies_in_the_output(torch):
+    y, out = torch.empty(DY.shape), (1, 1, 8, 6)
+    image, kernel, dy = map(torch.from_numpy, (IMAGE, KERNEL, DY))
+    kept = _core.convolution_forward(image, kernel, y, SIZES, CODING, False, None, 0, 1, (FORMAT, 0, 0))
+    memory = torch.zeros(4096, dtype=torch.float32)
+    inside = memory.view(torch.uint8)[4:][: len(kept)]
+    inside.copy_(kept)
+
+    def gradient(x, out):
+        _core.convolution_weight_gradient(dy, x, [False, True], len(IMAGE), [6, 8], out, SIZES, CODING, 0, 1)
+        return out
+
+    with pytest.raises(ShapeError, match="memory apart"):
+        gradient(inside, memory[:48].view(out))
+    assert torch.equal(gradient(inside, memory[2048:2096].view(out)), gradient(kept, torch.empty(out)))

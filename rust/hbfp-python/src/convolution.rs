@@ -146,7 +146,9 @@ impl<'py> Borrowed<'py> {
         what: &str,
     ) -> PyResult<Self> {
         if kept {
-            return Ok(Self::Kept(BytesView::read(x, what)?));
+            let bytes = BytesView::read(x, what)?;
+            out.expect_apart(bytes.extent(), "out")?;
+            return Ok(Self::Kept(bytes));
         }
         let view = FloatView::read(x, what)?;
         if image(&view, pixels, what)? != sizes {

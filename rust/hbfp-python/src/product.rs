@@ -132,7 +132,16 @@ impl<'py> Borrowed<'py> {
     }
 
     fn expect_apart(&self, out: &FloatView<'_>) -> PyResult<()> {
-        if let Self::Floats(view, ..) = self { out.expect_apart(view.extent(), "out") } else { Ok(()) }
+        match self {
+            Self::Floats(view, ..) => out.expect_apart(view.extent(), "out"),
+            // Numpy knows which of its own arrays are borrowed, but not whose memory a tensor is.
+            Self::Planes(exponents, mantissas, ..) => [exponents, mantissas].into_iter().try_for_each(|plane| {
+                let addresses = plane
+                    .as_slice()
+                    .map_or(0..0, |bytes| bytes.as_ptr_range().start.addr()..bytes.as_ptr_range().end.addr());
+                out.expect_apart(addresses, "out")
+            }),
+        }
     }
 }
 
@@ -437,6 +446,7 @@ pub(crate) fn kept_product(
     let bytes = BytesView::read(kept, "kept")?;
     let mut out = FloatView::write(out, "out")?;
     left.expect_apart(&out)?;
+    out.expect_apart(bytes.extent(), "out")?;
     let bias = bias.map(|bias| FloatView::read(bias, "bias")).transpose()?;
     if let Some(bias) = &bias {
         bias.expect_contiguous("bias")?;

@@ -372,6 +372,11 @@ impl<'py> BytesView<'py> {
         Some(Self { ptr, len, tensor: x.clone() })
     }
 
+    /// Addresses from the first to behind the last byte.
+    pub(crate) fn extent(&self) -> Range<usize> {
+        self.ptr.addr()..self.ptr.addr() + self.len
+    }
+
     pub(crate) fn into_tensor(self) -> Bound<'py, PyAny> {
         self.tensor
     }

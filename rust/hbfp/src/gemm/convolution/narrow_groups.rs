@@ -268,9 +268,8 @@ impl PixelProduct<'_> {
         out: &mut [f32],
         workspace: &mut Workspace,
     ) -> bool {
-        // Blocks of whole taps, or of one tap.
-        let whole = self.block.is_multiple_of(self.channels) || self.block >= self.line(flatten);
-        let fits = whole && (flatten || self.block >= self.channels);
+        // Blocks of whole taps, or the only ones.
+        let fits = self.block.is_multiple_of(self.channels) || self.block >= self.line(flatten);
         let finite = self.bias.is_none_or(|bias| bias.iter().all(|x| x.is_finite()));
         if !(self.convolution.is_narrow() && fits && finite) {
             return false;
@@ -390,7 +389,7 @@ impl PixelProduct<'_> {
                     for r in 0..group {
                         words[lanes * (2 + quad * group + r) + lane] = word(|i| {
                             let tap = first + 4 * quad + i;
-                            if tap < end { code[tap * group + (channel % group ^ r)] } else { 0 }
+                            if tap < end { code[tap * group + ((channel % group) ^ r)] } else { 0 }
                         });
                     }
                 }
