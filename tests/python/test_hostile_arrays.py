@@ -140,9 +140,9 @@ ENTRANCES = {
     ),
     "read_memory": ({"x": A}, {}, lambda x: _core.read_memory(x, 2, 2)),
 }
-# Those that take torch's tensors and nothing else, and those that take no arrays.
-OF_TORCH = {"keep", "kept_planes", "kept_product", "tensor_product"}
-NO_ARRAYS = {"info", "kept_panels", "multiply_adds", "philox4x32", "set_tensor_type"}
+# Those that take or give torch's tensors and nothing else, and those that take no arrays.
+OF_TORCH = {"keep", "keep_kernel", "kept_planes", "kept_product", "tensor_convolution", "tensor_product"}
+NO_ARRAYS = {"info", "kept_kernel_bytes", "kept_panels", "multiply_adds", "philox4x32", "set_tensor_type"}
 
 
 def test_every_entrance_is_here():
@@ -463,3 +463,16 @@ def test_a_kept_image_that_lies_in_the_output(torch):
     with pytest.raises(ShapeError, match="memory apart"):
         gradient(inside, memory[:48].view(out))
     assert torch.equal(gradient(inside, memory[2048:2096].view(out)), gradient(kept, torch.empty(out)))
+
+
+def test_planes_of_a_kernel_that_do_not_lie_as_they_should(torch):
+    shape, axis = (6, 20, 1), 1
+    planes = _core.encode(floats(*shape), FORMAT, axis, 0, 0, 0, False, 1)
+    kept = _core.keep_kernel(*planes, FORMAT, shape, axis, 1, 1)
+    assert torch.equal(_core.keep_kernel(*(plane.copy() for plane in planes), FORMAT, shape, axis, 1, 2), kept)
+    for i in range(2):
+        apart = np.zeros((*planes[i].shape[:-1], 2 * planes[i].shape[-1]), np.uint8)[..., ::2]
+        for wrong in (apart, planes[i][:-1], planes[i].ravel(), planes[i].astype(np.float32)):
+            given = [wrong if j == i else plane for j, plane in enumerate(planes)]
+            with pytest.raises((HBFPError, TypeError)):
+                _core.keep_kernel(*given, FORMAT, shape, axis, 1, 1)
