@@ -12,6 +12,12 @@
 //! columns         for each register of channels and pixel  blocks of [quads of samples] words (two quads a word if
 //!                                                          nibbles, the first one low), then u8 exponents + 127
 //! ```
+//!
+//! # Ceiling
+//! On two ports, for a register of channels and nine taps: a patch takes 18 operations for its largest magnitude, 12 for
+//! scales, 18 to scale and round, 18 to pack and 3 products for each of a group's channels, 36 cycles; encoded pixels take 4
+//! operations a tap, 18 cycles. A weight gradient takes one product for each quad of samples and channel of a group, and 4
+//! operations to add each sum. What is read and written once, 192 bytes a register, takes 13 to 20 ns of memory.
 
 use super::encode::{Limits, PanelCoding, STOCHASTIC, Scales, inverses, load_up_to, round, scales};
 use crate::arch::simd::Simd;
