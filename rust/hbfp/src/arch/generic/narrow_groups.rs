@@ -611,7 +611,7 @@ pub(crate) struct Sums<'a> {
     /// For every pixel of dY and every tap the pixel of X, negative for none.
     pub(crate) sources: &'a [i32],
     pub(crate) taps: usize,
-    /// The first of those that are summed up, and where the sums go, [taps, r, LANES]: as many as there is room for.
+    /// The first of those that are summed up; sums, [taps, r, LANES], are of as many as there is room for.
     pub(crate) first: usize,
 }
 
