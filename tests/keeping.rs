@@ -1,9 +1,9 @@
 //! Operands kept beside a product: the codes along another axis that [`Keep`] writes in the same pass, and products that
-//! read them, against the definition.
+//! read them, against the definition; and sums of the lines of their left operands.
 
 mod operands;
 
-use hbfp::gemm::{Epilogue, Keep, Kept, Operand, Right, Workspace, keep, kept_bytes, product, product_keeping};
+use hbfp::gemm::{Beside, Epilogue, Keep, Kept, Operand, Right, Workspace, keep, kept_bytes, product, product_beside};
 use hbfp::parallel::Pool;
 use hbfp::shape::PlaneLayout;
 use hbfp::testing::{Fill, Guarded, TestRng};
@@ -11,7 +11,7 @@ use hbfp::{BlockFormat, BlockShape, Context, Error, Kernels, Level, Rounding};
 use operands::memory::{Placement, Storage};
 use operands::{ROUNDINGS, TestOperand, assert_same_bits, contexts, line, mode, pick, products, serial};
 
-/// A · Wᵀ, beside which the tensor of A is kept in the codes of `kept`; then D · keptᵀ.
+/// A · Wᵀ, beside which the tensor of A is kept in the codes of `kept`; then D · keptᵀ, beside which D is summed.
 struct Case {
     a: TestOperand,
     w: TestOperand,
@@ -50,13 +50,13 @@ impl Case {
         let along = by_line == kept_by_line;
         let (lines, length) = if along { (m, k) } else { (k, m) };
         let kept = TestOperand::of(&values, &[], (lines, length), kept_by_line, format, rounding);
-        let few = pick(rng, &[1, 2, 5, 8, 9, 13]);
+        let few = pick(rng, &[1, 2, 5, 8, 9, 13, 70]);
         let d = operand(rng, few, length, kept_block, 4);
         Self { a, w, kept, d, bias: Fill::Plain.values(n, 5) }
     }
 
-    /// Both products, and the kept bytes.
-    fn run(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> ([Vec<f32>; 2], Vec<u8>) {
+    /// Both products and the sums, and the kept bytes.
+    fn run(&self, ctx: &Context<'_>, workspace: &mut Workspace) -> ([Vec<f32>; 3], Vec<u8>) {
         let (lines, k, format) = (self.kept.lines(), self.kept.k(), self.kept.format);
         let len = kept_bytes(ctx, lines, k, format).unwrap();
         let mut bytes = vec![0xA5; len + 130];
@@ -64,23 +64,40 @@ impl Case {
         let mut out = Guarded::new(self.a.lines() * self.w.lines(), f32::NAN);
         let epilogue = Epilogue { accumulate: false, bias: Some(&self.bias) };
         let w = Right::Operand(self.w.operand());
-        product_keeping(ctx, &self.a.operand(), Some(keep), &w, out.elements(), epilogue, workspace).unwrap();
+        let beside = Beside { keep: Some(keep), sums: None };
+        product_beside(ctx, &self.a.operand(), beside, &w, out.elements(), epilogue, workspace).unwrap();
         assert!(bytes[..65].iter().chain(&bytes[65 + len..]).all(|&b| b == 0xA5), "a write outside the kept bytes");
         let bytes = bytes[65..65 + len].to_vec();
         let mut later = Guarded::new(self.d.lines() * lines, f32::NAN);
         let kept = Right::Kept(Kept { lines, k, format, bytes: &bytes });
-        product(ctx, &self.d.operand(), &kept, later.elements(), Epilogue::default(), workspace).unwrap();
-        ([out, later].map(|out| out.checked().to_vec()), bytes)
+        let mut sums = Guarded::new(self.d.lines(), f32::NAN);
+        let (d, beside) = (self.d.operand(), Beside { keep: None, sums: Some(sums.elements()) });
+        product_beside(ctx, &d, beside, &kept, later.elements(), Epilogue::default(), workspace).unwrap();
+        ([out, later, sums].map(|out| out.checked().to_vec()), bytes)
     }
 
-    fn expected(&self) -> [Vec<f32>; 2] {
-        [products(&self.a, &self.w, None, Some(&self.bias)), products(&self.d, &self.kept, None, None)]
+    fn expected(&self) -> [Vec<f32>; 3] {
+        let both = [products(&self.a, &self.w, None, Some(&self.bias)), products(&self.d, &self.kept, None, None)];
+        let [product, later] = both;
+        [product, later, self.expected_sums()]
+    }
+
+    /// Sums of D's lines in blocks of 64, by clause 6.7.
+    fn expected_sums(&self) -> Vec<f32> {
+        let (values, lines, k) = (self.d.tensor.values(), self.d.lines(), self.d.k());
+        let at = |line: usize, k_: usize| if self.d.by_line { line * k + k_ } else { k_ * lines + line };
+        let sum = |line: usize| {
+            let block = |from: usize| (from..k.min(from + 64)).fold(0.0, |sum: f32, k| sum + values[at(line, k)]);
+            let total = (0..k).step_by(64).fold(0.0, |sum, from| sum + block(from));
+            if total.is_nan() { f32::from_bits(0x7FC0_0000) } else { total }
+        };
+        (0..lines).map(sum).collect()
     }
 
     #[track_caller]
-    fn check(&self, found: &[Vec<f32>; 2], expected: &[Vec<f32>; 2], what: &dyn Fn() -> String) {
-        let columns = [self.w.lines(), self.kept.lines()];
-        for (i, name) in ["the product", "the later product"].into_iter().enumerate() {
+    fn check(&self, found: &[Vec<f32>; 3], expected: &[Vec<f32>; 3], what: &dyn Fn() -> String) {
+        let columns = [self.w.lines(), self.kept.lines(), 1];
+        for (i, name) in ["the product", "the later product", "sums"].into_iter().enumerate() {
             let operands = [&self.a, &self.w, &self.kept, &self.d];
             assert_same_bits(&found[i], &expected[i], columns[i], &|| {
                 let text = |x: &TestOperand| {
@@ -144,7 +161,7 @@ fn teams_of_any_size_keep_the_same() {
             let a = operand(m, k, by_line, coded(4, 1), 1);
             let (format, rounding) = coded(kept_bits, 3);
             let kept = TestOperand::of(&a.tensor.values(), &[], (k, m), !by_line, format, rounding);
-            let d = operand(5, m, false, coded(6, 4), 3);
+            let d = operand(70, m, false, coded(6, 4), 3);
             let case = Case { a, w: operand(n, k, true, coded(5, 2), 2), kept, d, bias: vec![0.5; n] };
             let expected = case.expected();
             for (name, ctx) in contexts() {
@@ -201,17 +218,19 @@ fn what_cannot_be_kept_is_an_error() {
         let keep = Keep { axis, format: case.kept.format, mode: case.kept.mode, bytes: &mut bytes };
         let mut out = vec![7.0; case.a.lines() * case.w.lines()];
         let w = Right::Operand(case.w.operand());
-        let error = product_keeping(
-            &ctx,
-            &case.a.operand(),
-            Some(keep),
-            &w,
-            &mut out,
-            Epilogue::default(),
-            &mut Workspace::default(),
-        );
+        let (a, beside, mut workspace) =
+            (case.a.operand(), Beside { keep: Some(keep), sums: None }, Workspace::default());
+        let error = product_beside(&ctx, &a, beside, &w, &mut out, Epilogue::default(), &mut workspace);
         assert!(matches!(error, Err(Error::Shape { .. })), "{error:?}");
         assert!(out.iter().all(|&x| x == 7.0), "a write before an error");
+    }
+    for len in [case.a.lines() - 1, case.a.lines() + 1] {
+        let (mut sums, mut out) = (vec![7.0; len], vec![7.0; case.a.lines() * case.w.lines()]);
+        let (w, beside) = (Right::Operand(case.w.operand()), Beside { keep: None, sums: Some(&mut sums) });
+        let (a, mut workspace) = (case.a.operand(), Workspace::default());
+        let error = product_beside(&ctx, &a, beside, &w, &mut out, Epilogue::default(), &mut workspace);
+        assert!(matches!(error, Err(Error::Shape { .. })), "{error:?}");
+        assert!(sums.iter().chain(&out).all(|&x| x == 7.0), "a write before an error");
     }
 }
 

@@ -245,9 +245,12 @@ def kept_panels(format: Format, lines: int, k: int) -> tuple[int, int, int] | No
 def kept_planes(kept: Any, format: Format, lines: int, k: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Exponent and mantissa plane of what `keep` gave for [lines, k]. Blocks of zeros get the exponent byte 0."""
 
-def kept_product(a: Floats, kept: Any, kept_format: Format, out: Any, threads: int, bias: Any | None = None) -> None:
+def kept_product(
+    a: Floats, kept: Any, kept_format: Format, out: Any, threads: int, bias: Any | None = None, sums: Any | None = None
+) -> None:
     """out [M, N] = a, reduced along its K rows or columns, times what `tensor_product` or `keep` kept of an X [K, N] in
-    `kept_format`, plus bias: the same bits as the product with that tensor."""
+    `kept_format`, plus bias: the same bits as the product with that tensor. sums [M]: of a along its reduction, as by
+    `column_sums`, in the same pass."""
 
 _Codings = Sequence[tuple[Format, int, int]]
 """Format, rounding and stream of the left and of the right operand of a product."""

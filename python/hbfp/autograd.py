@@ -199,9 +199,11 @@ class LinearFunction(torch.autograd.Function):
         rows = dy.flatten(0, -2) if need_weight or need_bias else dy
         if need_weight and ctx.kept:
             policy = recipe.weight_gradient
+            if need_bias:
+                dbias = torch.empty(rows.shape[1], dtype=torch.float32)
             dweight = ops.kept_product(
                 rows, x, ctx.columns, policy.formats, policy.roundings, seed, (stream | _DY_W, stream | _X_W),
-                name="weight gradient", source=source,
+                sums=dbias, name="weight gradient", source=source,
             )  # fmt: skip
         elif need_weight:
             policy = recipe.weight_gradient
@@ -209,7 +211,7 @@ class LinearFunction(torch.autograd.Function):
                 rows, -2, x.flatten(0, -2), -2, policy.formats, policy.roundings, seed,
                 (stream | _DY_W, stream | _X_W), name="weight gradient", source=source,
             )  # fmt: skip
-        if need_bias:
+        if need_bias and dbias is None:
             dbias = for_dw.column_sums(rows)
         return dx, dweight, dbias, None, None, None, None
 

@@ -426,6 +426,11 @@ def test_codes_that_lie_in_the_output(torch):
     out = memory[: 30 * 40].view(30, 40)
     with pytest.raises(ShapeError, match="memory apart"):
         _core.kept_product(left, inside, FORMAT, out, 1)
+    for sums in (memory[:30], memory[25:55], memory[1200:1230]):
+        with pytest.raises(ShapeError, match="memory apart"):
+            _core.kept_product(left, kept, FORMAT, memory[25 : 25 + 30 * 40].view(30, 40), 1, None, sums)
+    with pytest.raises(ShapeError, match="memory apart"):
+        _core.kept_product(left, inside, FORMAT, torch.empty(30, 40), 1, None, memory[40:70])
     elsewhere = memory[8192 : 8192 + 30 * 40].view(30, 40)
     expected = torch.empty(30, 40)
     _core.kept_product(left, kept, FORMAT, expected, 1)

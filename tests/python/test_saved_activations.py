@@ -104,6 +104,24 @@ def test_bytes_of_another_size_are_refused():
     ops.kept_product(dy, torch.full_like(kept, 255), 32, formats, (0, 0), 0, (0, 0))
 
 
+@pytest.mark.parametrize("rows", [40, 64, 65, 400])
+def test_bias_gradients_come_with_the_weight_gradient(rows):
+    # One pass over dY serves both; dY may be a view with any strides, and be summed by another way.
+    generator = torch.Generator().manual_seed(rows)
+    x, w = torch.randn(rows, 32, generator=generator), torch.randn(70, 32, generator=generator)
+    wide = torch.randn(rows, 140, generator=generator)
+    for block in (16, 64):
+        formats = (hbfp.HBFP(4, block=block),) * 2
+        _, kept = ops.product_keeping(x, w, -1, formats, (0, 0), 0, (0, 0), None, (formats[1], 0, 0))
+        for dy in (wide[:, :70], wide[:, ::2], wide[:, :70].t().contiguous().t()):
+            sums = torch.full((70,), float("nan"))
+            alone = ops.kept_product(dy, kept, 32, formats, (3, 0), 1, (2, 0))
+            assert torch.equal(ops.kept_product(dy, kept, 32, formats, (3, 0), 1, (2, 0), sums=sums), alone)
+            assert torch.equal(sums, ops.column_sums(dy))
+    with pytest.raises(hbfp.HBFPError, match="sums of lines"):
+        ops.kept_product(wide[:, :70], kept, 32, formats, (0, 0), 0, (0, 0), sums=torch.empty(71))
+
+
 def test_nothing_is_kept_that_is_larger_than_the_floats():
     # Codes of a few columns, or of depthwise channels, are padded to whole strips: keeping them would waste memory.
     layer, convolution = torch.nn.Linear(3, 8), torch.nn.Conv2d(32, 32, 3, groups=32)

@@ -180,17 +180,21 @@ def kept_product(
     seed: int,
     streams: tuple[int, int],
     *,
+    sums: Tensor | None = None,
     name: str = "product",
     source: object = None,
 ) -> Tensor:
     """aᵀ X, float32 [M, columns], of a [K, M] and what `product_keeping` kept of an X [K, columns].
 
     The formats, roundings and streams are those of a and X; X's have had their effect when it was kept.
+
+    Args:
+        sums: float32 [M], where `column_sums` of a are written, taken in the same pass over it.
     """
     a = float32(a)
     out = torch.empty(a.shape[1], columns, dtype=torch.float32, device="cpu")
     floats = _core.Floats(a, -2, formats[0].core, roundings[0], seed, streams[0])
-    _core.kept_product(floats, kept, formats[1].core, out, threads())
+    _core.kept_product(floats, kept, formats[1].core, out, threads(), None, sums)
     if recorders:
         _record(a, -2, None, -2, out, formats, roundings, seed, streams, name, source)
     return out

@@ -7,7 +7,7 @@ use crate::format::{Format, layout, resolve_axis};
 use crate::run::{here, run, run_here, run_with_workspace, with_workspace};
 use crate::view::{BytesView, FloatView, contiguous};
 use hbfp::encode::RoundingMode;
-use hbfp::gemm::{self, Epilogue, Keep, Kept, Operand, Right, Workspace};
+use hbfp::gemm::{self, Beside, Epilogue, Keep, Kept, Operand, Right, Workspace};
 use hbfp::shape::PlaneLayout;
 use hbfp::{BlockFormat, Context};
 use numpy::{PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn};
@@ -281,7 +281,7 @@ pub(crate) fn tensor_product<'py>(
         bytes: bytes.as_mut_slice(),
     });
     let multiply = |ctx: &Context<'_>, workspace: &mut Workspace| {
-        gemm::product_keeping(ctx, &a, keep, &b, slice, epilogue, workspace)
+        gemm::product_beside(ctx, &a, Beside { keep, sums: None }, &b, slice, epilogue, workspace)
     };
     if small {
         run_here(|ctx| with_workspace(ctx, multiply))?;
@@ -430,9 +430,9 @@ fn plain_or_none<'py>(bias: Option<&Bound<'py, PyAny>>) -> PyResult<Option<Optio
 }
 
 /// out [M, N] = a [K, M] along its rows, or [M, K] along its columns, times what [`tensor_product`] or [`keep`] kept of an
-/// X [K, N], plus bias.
+/// X [K, N], plus bias; and sums [M], those of the lines of a.
 #[pyfunction]
-#[pyo3(signature = (a, kept, kept_format, out, threads, bias=None))]
+#[pyo3(signature = (a, kept, kept_format, out, threads, bias=None, sums=None))]
 pub(crate) fn kept_product(
     py: Python<'_>,
     a: &Bound<'_, PyAny>,
@@ -441,6 +441,7 @@ pub(crate) fn kept_product(
     out: &Bound<'_, PyAny>,
     threads: usize,
     bias: Option<&Bound<'_, PyAny>>,
+    sums: Option<&Bound<'_, PyAny>>,
 ) -> PyResult<()> {
     let left = Borrowed::new(a, "a")?;
     let bytes = BytesView::read(kept, "kept")?;
@@ -451,6 +452,15 @@ pub(crate) fn kept_product(
     if let Some(bias) = &bias {
         bias.expect_contiguous("bias")?;
         out.expect_apart(bias.extent(), "out")?;
+    }
+    let mut sums = sums.map(|sums| FloatView::write(sums, "sums")).transpose()?;
+    if let Some(sums) = &mut sums {
+        left.expect_apart(sums)?;
+        sums.expect_apart(bytes.extent(), "sums")?;
+        sums.expect_apart(out.extent(), "sums")?;
+        if let Some(bias) = &bias {
+            sums.expect_apart(bias.extent(), "sums")?;
+        }
     }
     let Borrowed::Floats(view, axis, ..) = &left else {
         return Err(DTypeError::new_err("a: expected Floats; found Planes"));
@@ -463,7 +473,8 @@ pub(crate) fn kept_product(
     let a = left.operand()?;
     let epilogue = Epilogue { accumulate: false, bias: bias.as_ref().map(FloatView::as_slice) };
     let slice = out.as_mut_slice();
+    let beside = Beside { keep: None, sums: sums.as_mut().map(FloatView::as_mut_slice) };
     run_with_workspace(py, threads, |ctx, workspace| {
-        gemm::product(ctx, &a, &Right::Kept(kept), slice, epilogue, workspace)
+        gemm::product_beside(ctx, &a, beside, &Right::Kept(kept), slice, epilogue, workspace)
     })
 }

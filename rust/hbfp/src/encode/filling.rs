@@ -10,10 +10,11 @@ use crate::arch::generic::encode::{BlockPlace, FAST_SCALES, PanelCoding, ROW_PAD
 use crate::arch::generic::product::{Correction, PANEL_ROWS, RIDER};
 use crate::error::{Error, Result};
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT};
-use crate::mem::ask_for;
+use crate::mem::{SharedMut, ask_for};
 use crate::pack::packed_bytes;
 use crate::parallel::for_each_task;
 use crate::shape::FloatLines;
+use crate::sums::{BLOCK, sum_block};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
@@ -63,6 +64,10 @@ impl Source<'_> {
     pub(crate) fn shape(&self) -> [usize; 3] {
         [self.matrices(), self.lines(), self.k()]
     }
+    /// Whether sums of its blocks can be taken as it is encoded: they are those that bias gradients are made of.
+    pub(crate) fn sums_blocks(&self, block: usize) -> bool {
+        matches!(self, Self::Floats(x, mode) if x.matrices() == 1 && takes_strips(x, *mode)) && block == BLOCK
+    }
 }
 
 /// Panels that are to be filled.
@@ -71,9 +76,15 @@ pub(crate) struct Job<'a> {
     pub(crate) format: BlockFormat,
     pub(crate) layout: PanelLayout,
     pub(crate) panels: PanelsMut<'a>,
+    /// Where the sums of blocks go, [blocks, lines], if [`Source::sums_blocks`].
+    pub(crate) sums: Option<SharedMut<'a, f32>>,
 }
 
-impl Job<'_> {
+impl<'a> Job<'a> {
+    pub(crate) fn new(source: &'a Source<'a>, format: BlockFormat, layout: PanelLayout, panels: PanelsMut<'a>) -> Self {
+        Self { source, format, layout, panels, sums: None }
+    }
+
     /// Lines that lie side by side are taken a few blocks at a time: tasks follow each other down the rows of the tensor.
     fn blocks_together(&self) -> usize {
         match self.source {
@@ -113,7 +124,7 @@ impl<'a> Filling<'a> {
     /// # Safety
     /// No other call for the same task is under way.
     unsafe fn run(&self, ctx: &Context<'_>, task: usize, scratch: &mut Scratch) -> Result<()> {
-        let Job { source, format, ref layout, ref panels } = self.job;
+        let Job { source, format, ref layout, ref panels, sums } = self.job;
         let (groups, runs) =
             (layout.strips().div_ceil(self.strips_together), layout.blocks.div_ceil(self.blocks_together));
         let (matrix, rest) = (task / (groups * runs), task % (groups * runs));
@@ -169,6 +180,9 @@ impl<'a> Filling<'a> {
                     while strip < strips.end {
                         let together = STRIPS_STAGED.min(strips.end - strip);
                         let amax = writer(strip).stage(x, b, together, scratch);
+                        for (i, sums) in (0..together).filter_map(|i| Some((i, sums?))) {
+                            writer(strip + i).sum_staged(b, i, scratch, sums);
+                        }
                         for (i, amax) in amax[..together].iter().enumerate() {
                             writer(strip + i).strip_of_floats(x, *mode, b, i, amax, scratch);
                         }
@@ -405,6 +419,14 @@ impl StripWriter<'_> {
             staged[part.n * STRIP..].fill(0.0);
         }
         amax
+    }
+
+    /// Sums of block `b` of this strip, staged as number `staged` of several, to `sums` [blocks, lines].
+    fn sum_staged(&self, b: usize, staged: usize, scratch: &Scratch, sums: SharedMut<'_, f32>) {
+        let n = self.part(0, self.lines, b).n;
+        let rows = scratch.staging[staged * 4 * self.layout.steps * STRIP..].as_chunks::<STRIP>().0;
+        // SAFETY: a strip's block belongs to one task.
+        sum_block(rows.iter().take(n), unsafe { sums.part(b * self.layout.lines + self.line, self.lines) });
     }
 
     /// Block `b` of lines that lie side by side, staged as number `staged` of several strips.

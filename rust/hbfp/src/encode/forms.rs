@@ -262,7 +262,7 @@ mod tests {
         let source = Source::Floats(&lines, RoundingMode::NEAREST_EVEN);
         let panels = |&layout: &PanelLayout| {
             let mut panels = Panels::default();
-            let job = Job { source: &source, format, layout, panels: panels.reserve(&layout) };
+            let job = Job::new(&source, format, layout, panels.reserve(&layout));
             fill(&ctx, job, &mut Vec::new()).unwrap();
             // SAFETY: the first panel was written.
             unsafe { std::slice::from_raw_parts(panels.bytes.as_ptr(), layout.panel_bytes()) }.to_vec()

@@ -293,7 +293,7 @@ fn lay_out(
     let source = Source::Floats(&x, side.mode);
     let panels = panels.reserve(&layout);
     let ctx = Context { kernels: ctx.kernels, team: &Serial, threads: 1 };
-    Filling::new(&ctx, Job { source: &source, format: side.format, layout, panels })
+    Filling::new(&ctx, Job::new(&source, side.format, layout, panels))
         .run_all(&ctx, scratch)
         .expect("floats can always be encoded");
     panels.as_ref()

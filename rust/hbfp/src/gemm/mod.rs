@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::format::{BlockFormat, BlockShape, MAX_BLOCK};
 use crate::mem::AlignedBytes;
 use crate::shape::{FloatLines, FloatTensor, PlaneLayout, element_count};
+use crate::sums::LineSums;
 use std::sync::Mutex;
 
 pub use strips::Coding;
@@ -161,6 +162,16 @@ pub struct Keep<'a> {
     pub bytes: &'a mut [u8],
 }
 
+/// What a product makes of its left tensor besides, in the same pass over it.
+#[derive(Debug, Default)]
+pub struct Beside<'a> {
+    /// Another encoding.
+    pub keep: Option<Keep<'a>>,
+    /// Sums of the lines that are reduced, one for each row of C, in the order of [`crate::sums::column_sums`]: of dYᵀ the
+    /// bias gradient. The tensor is one matrix.
+    pub sums: Option<&'a mut [f32]>,
+}
+
 /// What [`Keep`] wrote.
 #[derive(Clone, Copy, Debug)]
 pub struct Kept<'a> {
@@ -172,6 +183,14 @@ pub struct Kept<'a> {
     pub format: BlockFormat,
     /// As many bytes as were kept, by the same level.
     pub bytes: &'a [u8],
+}
+
+/// Lines of a matrix of floats along its reduction, to be summed.
+fn summed_lines<'a>(of: &Operand<'a>) -> Result<FloatLines<'a>> {
+    match of {
+        Operand::Floats { x, axis, .. } if x.shape().len() == 2 => x.lines(*axis),
+        _ => Err(Error::shape("one matrix of floats to sum", "another operand")),
+    }
 }
 
 impl<'a> Keep<'a> {
@@ -191,7 +210,7 @@ impl<'a> Keep<'a> {
         check_size("bytes to keep the operand in", self.bytes.len(), expected)?;
         let layout = kept_layout(self.format, source.shape(), ctx.kernels.columns);
         let (bytes, general) = self.bytes.split_at_mut(layout.bytes());
-        Ok(Job { source, format: self.format, layout, panels: PanelsMut::new(bytes, general) })
+        Ok(Job::new(source, self.format, layout, PanelsMut::new(bytes, general)))
     }
 }
 
@@ -249,7 +268,7 @@ pub fn keep(ctx: &Context<'_>, operand: &Operand<'_>, bytes: &mut [u8]) -> Resul
     let layout = kept_layout(format, source.shape(), ctx.kernels.columns);
     let (bytes, general) = bytes.split_at_mut(layout.bytes());
     let panels = PanelsMut { fresh: true, ..PanelsMut::new(&mut *bytes, general) };
-    fill(ctx, Job { source: &source, format, layout, panels }, &mut Vec::new())?;
+    fill(ctx, Job::new(&source, format, layout, panels), &mut Vec::new())?;
     // Panels that the last strip has beyond the last line: nothing reads them, but they are copied and compared.
     bytes[layout.lines.div_ceil(layout.width) * layout.panel_bytes()..].fill(0);
     Ok(())
@@ -333,6 +352,8 @@ pub struct Workspace {
     groups: Vec<Panels>,
     taps: AlignedBytes,
     planes: [AlignedBytes; 2],
+    /// Of blocks.
+    sums: AlignedBytes,
     scratch: Vec<Mutex<Scratch>>,
 }
 
@@ -348,6 +369,7 @@ impl Workspace {
             + groups
             + self.taps.capacity()
             + planes
+            + self.sums.capacity()
             + self.scratch.iter().map(scratch).sum::<usize>()
     }
 }
@@ -409,7 +431,7 @@ pub fn prepack(ctx: &Context<'_>, operand: &Operand<'_>) -> Result<Packed> {
     let content = if fits_panels(format, block) {
         let layout = kept_layout(format, source.shape(), columns);
         let mut panels = Panels::default();
-        fill(ctx, Job { source: &source, format, layout, panels: panels.reserve(&layout) }, &mut Vec::new())?;
+        fill(ctx, Job::new(&source, format, layout, panels.reserve(&layout)), &mut Vec::new())?;
         PackedContent::Panels(layout, panels)
     } else {
         match operand.resolve(ctx, false)? {
@@ -443,7 +465,7 @@ pub fn lay_out(ctx: &Context<'_>, operand: &Operand<'_>, left: bool, workspace: 
         (ctx.kernels.columns, Side::Right { offset }, &mut workspace.right)
     };
     let layout = PanelLayout::new(source.shape(), block, width, side);
-    fill(ctx, Job { source: &source, format, layout, panels: panels.reserve(&layout) }, &mut workspace.scratch)
+    fill(ctx, Job::new(&source, format, layout, panels.reserve(&layout)), &mut workspace.scratch)
 }
 
 /// `out` ← A · Bᵀ along their reductions, [matrices, lines of A, lines of B], row-major.
@@ -462,20 +484,20 @@ pub fn product(
     epilogue: Epilogue<'_>,
     workspace: &mut Workspace,
 ) -> Result<()> {
-    product_keeping(ctx, a, None, b, out, epilogue, workspace)
+    product_beside(ctx, a, Beside::default(), b, out, epilogue, workspace)
 }
 
-/// [`product`], which also writes another encoding of the left tensor, in the same pass over it.
+/// [`product`], which also makes something else of the left tensor.
 ///
 /// # Errors
-/// As [`product`]; [`Error::Shape`] for something to keep that is no matrix of floats, or not of the size.
+/// As [`product`]; [`Error::Shape`] for something to keep or to sum that is no matrix of floats, or not of the size.
 ///
 /// # Panics
 /// As [`product`].
-pub fn product_keeping(
+pub fn product_beside(
     ctx: &Context<'_>,
     a: &Operand<'_>,
-    keep: Option<Keep<'_>>,
+    Beside { keep, sums }: Beside<'_>,
     b: &Right<'_>,
     out: &mut [f32],
     epilogue: Epilogue<'_>,
@@ -521,10 +543,13 @@ pub fn product_keeping(
     if let Some(bias) = epilogue.bias {
         check_size("elements of bias", bias.len(), n)?;
     }
+    let mut summed = sums.map(|sums| LineSums::new(summed_lines(a)?, sums)).transpose()?;
     if out.is_empty() {
+        summed.into_iter().for_each(|summed| summed.finish(ctx));
         return kept.map_or(Ok(()), |job| fill(ctx, job, &mut workspace.scratch));
     }
     if !(fits_panels(af, block) && fits_panels(bf, block)) {
+        summed.into_iter().for_each(|summed| summed.finish(ctx));
         if let Some(job) = kept {
             fill(ctx, job, &mut workspace.scratch)?;
         }
@@ -581,7 +606,7 @@ pub fn product_keeping(
     let left_layout = PanelLayout::new(source.shape(), block, PANEL_ROWS, side);
     // Panels end with each left matrix, so several of them against one right matrix stay apart.
     right_layout.shared = right_layout.matrices != left_layout.matrices;
-    let Workspace { left, right: right_panels, scratch, .. } = workspace;
+    let Workspace { left, right: right_panels, sums, scratch, .. } = workspace;
     let kernel =
         tiles::Kernel { tile: kernel, from_nibbles: from_nibbles.is_some(), max_codes: [af.max_code(), bf.max_code()] };
     if let (Source::Floats(x, x_mode), Some(Source::Floats(y, y_mode))) = (source, resolved)
@@ -595,7 +620,12 @@ pub fn product_keeping(
         batch::multiply(ctx, [left, right], out, kernel, scratch);
         return Ok(());
     }
-    let left = Job { source: &source, format: af, layout: left_layout, panels: left.reserve(&left_layout) };
+    let mut left = Job::new(&source, af, left_layout, left.reserve(&left_layout));
+    if let Some(summed) = &mut summed
+        && source.sums_blocks(block)
+    {
+        left.sums = Some(summed.by_blocks(sums));
+    }
     let right = match (b, &resolved) {
         (Right::Packed(Packed { content: PackedContent::Panels(_, panels), .. }), _) => {
             driver::Right::Packed(panels.as_ref())
@@ -603,9 +633,11 @@ pub fn product_keeping(
         (Right::Kept(kept), _) => driver::Right::Packed(kept.panels(ctx)?.1),
         (_, Some(source)) => {
             let panels = right_panels.reserve(&right_layout);
-            driver::Right::Fresh(Job { source, format: bf, layout: right_layout, panels })
+            driver::Right::Fresh(Job::new(source, bf, right_layout, panels))
         }
         _ => unreachable!("resolved above"),
     };
-    driver::multiply(ctx, left, kept, right, right_layout, out, epilogue, kernel, scratch)
+    driver::multiply(ctx, left, kept, right, right_layout, out, epilogue, kernel, scratch)?;
+    summed.into_iter().for_each(|summed| summed.finish(ctx));
+    Ok(())
 }

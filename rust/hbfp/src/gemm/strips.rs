@@ -268,7 +268,7 @@ impl Pair {
         let layout = PanelLayout::new(source.shape(), self.block, width, side);
         let ctx = Context { kernels: self.kernels, team: &crate::parallel::Serial, threads: 1 };
         let panels = to.panels.reserve(&layout);
-        Filling::new(&ctx, Job { source: &source, format, layout, panels })
+        Filling::new(&ctx, Job::new(&source, format, layout, panels))
             .run_all(&ctx, scratch)
             .expect("floats can always be encoded");
         to.layout = Some(layout);

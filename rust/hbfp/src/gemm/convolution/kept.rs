@@ -125,7 +125,7 @@ pub fn keep_kernel(
             group.exponents[row * blocks..][..blocks].copy_from_slice(&all.exponents[from..][..blocks]);
         });
         let source = Source::Codes(&group);
-        let job = Job { source: &source, format: group.format, layout: panels, panels: memory.reserve(&panels) };
+        let job = Job::new(&source, group.format, panels, memory.reserve(&panels));
         fill(ctx, job, &mut scratch)?;
         // SAFETY: panels of this layout were written there.
         to.copy_from_slice(unsafe { std::slice::from_raw_parts(memory.bytes.as_ptr(), to.len()) });

@@ -45,7 +45,7 @@ impl<'a> Patches<'a> {
         let source = Source::Floats(&lines, self.of.left.mode);
         let layout = PanelLayout::new(source.shape(), al.block, PANEL_ROWS, al.side);
         let ctx = Context { kernels: ctx.kernels, team: &Serial, threads: 1 };
-        let job = Job { source: &source, format: self.of.left.format, layout, panels: panels.reserve(&layout) };
+        let job = Job::new(&source, self.of.left.format, layout, panels.reserve(&layout));
         Filling::new(&ctx, job).run_all(&ctx, scratch).expect("floats can always be encoded");
         for (panel, flag) in panels.general.iter().enumerate().take(layout.panels) {
             scratch.general[panel] = flag.load(Ordering::Relaxed) != 0;

@@ -563,7 +563,7 @@ fn fillings<'a>(
     for (source, group) in sources.iter().zip(groups) {
         let panels = group.reserve(&layout);
         refs.push(panels.as_ref());
-        jobs.push(Job { source, format: coding.format, layout, panels });
+        jobs.push(Job::new(source, coding.format, layout, panels));
     }
     (refs, Fillings::new(ctx, jobs, 0))
 }

@@ -161,7 +161,7 @@ impl Convolution {
         let parts = bytes.chunks_exact_mut(layout.bytes() + layout.panel_count());
         let jobs = sources.iter().zip(parts).map(|(source, bytes)| {
             let (bytes, general) = bytes.split_at_mut(layout.bytes());
-            Job { source, format: coding.format, layout, panels: PanelsMut::new(bytes, general) }
+            Job::new(source, coding.format, layout, PanelsMut::new(bytes, general))
         });
         let fillings = Fillings::new(ctx, jobs, 0);
         run_stages(ctx, ctx.workers(x.len()), NOTHING, &fillings, scratch, 0, &|_, _| {})
@@ -330,12 +330,12 @@ impl Convolution {
         let mut rights = Vec::with_capacity(self.groups);
         let mut jobs = Vec::with_capacity(1 + self.groups);
         if let Some(source) = &x_source {
-            jobs.push(Job { source, format: x_coding.format, layout: left_layout, panels: left });
+            jobs.push(Job::new(source, x_coding.format, left_layout, left));
         }
         for (source, group) in dy_sources.iter().zip(groups.iter_mut()) {
             let panels = group.reserve(&right_layout);
             rights.push(panels.as_ref());
-            jobs.push(Job { source, format: dy_coding.format, layout: right_layout, panels });
+            jobs.push(Job::new(source, dy_coding.format, right_layout, panels));
         }
         if let Input::Kept(bytes) = dy {
             rights.extend(self.kept_groups(&right_layout, bytes));
