@@ -784,6 +784,23 @@ fn teams_of_any_size_give_the_same_bits() {
             Rounding::Stochastic,
         ),
         plain(Convolution { channels: [12, 8], ..sizes }, true, [line(12, 16); 2], Rounding::Stochastic),
+        // Rows of pixels so long that a task ends within one.
+        plain(
+            Convolution {
+                batch: 1,
+                channels: [3, 8],
+                input: [1, 3, 1301],
+                output: [1, 2, 651],
+                kernel: [1, 3, 5],
+                stride: [1, 2, 2],
+                padding: [0, 1, 4],
+                dilation: [1, 1, 2],
+                ..SQUARE
+            },
+            true,
+            [line(4, 64); 2],
+            Rounding::NearestEven,
+        ),
     ];
     for (number, case) in cases.iter().enumerate() {
         let expected = case.expected();

@@ -159,6 +159,18 @@ impl<'a> FloatLines<'a> {
         Self { ptr, offsets, lines, k, line_stride, k_stride, by_line, row_step: 1, first_row, plane, lifetime }
     }
 
+    /// One matrix in memory of its own, transposed: it holds the rows from `first_row` on of a tensor that is nowhere whole,
+    /// side by side, and they are its lines.
+    ///
+    /// # Safety
+    /// `lines` neighbours are valid for reading from each of `k` elements on, `lines` apart, from `ptr` on for `'a`.
+    pub(crate) unsafe fn of_columns(ptr: *const f32, [lines, k]: [usize; 2], first_row: usize) -> Self {
+        let (line_stride, k_stride) = (1, lines as isize);
+        // SAFETY: the caller's word.
+        let rows = unsafe { Self::of_rows(ptr, [lines, k], 0, true, first_row) };
+        Self { line_stride, k_stride, ..rows }
+    }
+
     /// Rows of one matrix: some of its lines, or, where lines lie across the rows, a part of each. Random bits stay
     /// with the elements.
     pub(crate) fn rows(&self, m: usize, rows: Range<usize>) -> FloatLines<'a> {

@@ -99,6 +99,8 @@ pub(crate) struct Scratch {
     pub(crate) general: Vec<bool>,
     /// Patches of an image, and their panels.
     pub(crate) patches: Vec<f32>,
+    /// A row of pixels, channel by channel.
+    pub(crate) row: Vec<f32>,
     pub(crate) patch_panels: Panels,
     /// A small matrix of either operand.
     pub(crate) small: [Panels; 2],
@@ -129,7 +131,7 @@ impl Scratch {
             + self.codes.len()
             + self.tiles.bytes()
             + self.strips.capacity()
-            + 4 * self.patches.len()
+            + 4 * (self.patches.len() + self.row.len())
             + self.patch_panels.bytes.capacity()
             + self.small.iter().map(|panels| panels.bytes.capacity()).sum::<usize>()
     }
@@ -202,6 +204,25 @@ pub(crate) fn random_rows(kernels: &Kernels, lines: &FloatLines<'_>, part: Part,
     // SAFETY: room for the rectangle and its padding.
     unsafe { (kernels.fill_random)(seed, counters, out.as_mut_ptr()) };
     groups
+}
+
+/// Random bits of a part whose lines are rows that lie side by side: `out[j * STRIP + l]` for element k + j − `skipped` of
+/// line `line` + l. Returns `skipped`.
+pub(crate) fn random_columns(
+    kernels: &Kernels,
+    lines: &FloatLines<'_>,
+    part: Part,
+    seed: Seed,
+    out: &mut [u16],
+) -> usize {
+    debug_assert!(lines.by_line);
+    let (group, skipped) = (part.k / 8, part.k % 8);
+    let (row, columns) = (lines.random_row(part.matrix, part.line, part.k), skipped + part.n);
+    let counters = Counters { row, row_step: 1, rows: STRIP, group: group as u32, groups: columns.div_ceil(8) };
+    assert!(columns * STRIP + RANDOM_PADDING <= out.len());
+    // SAFETY: room for the columns.
+    unsafe { (kernels.fill_random_columns)(seed, counters, columns, out.as_mut_ptr()) };
+    skipped
 }
 
 /// Random bits of a part whose lines lie across the rows: `out[j * STRIP + l]` for element k + j of line `line` + l.

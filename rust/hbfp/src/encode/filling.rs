@@ -1,7 +1,9 @@
 //! Fills panels: encodes them straight from f32, or lays them out from planes or codes.
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint panels")]
 
-use super::blocks::{Part, RUN, RoundingMode, Scratch, load_lines, plane_strip, random_rows, random_strip};
+use super::blocks::{
+    Part, RUN, RoundingMode, Scratch, load_lines, plane_strip, random_columns, random_rows, random_strip,
+};
 use super::codes::{Codes, unpack_block};
 use super::panels::{Form, PanelLayout, PanelsMut, Side};
 use super::relayout::{ordinary_blocks, strip_of_planes};
@@ -66,7 +68,7 @@ impl Source<'_> {
     }
     /// Whether sums of its blocks can be taken as it is encoded: they are those that bias gradients are made of.
     pub(crate) fn sums_blocks(&self, block: usize) -> bool {
-        matches!(self, Self::Floats(x, mode) if x.matrices() == 1 && takes_strips(x, *mode)) && block == BLOCK
+        matches!(self, Self::Floats(x, _) if x.matrices() == 1 && takes_strips(x)) && block == BLOCK
     }
 }
 
@@ -88,7 +90,7 @@ impl<'a> Job<'a> {
     /// Lines that lie side by side are taken a few blocks at a time: tasks follow each other down the rows of the tensor.
     fn blocks_together(&self) -> usize {
         match self.source {
-            Source::Floats(x, mode) if takes_strips(x, *mode) => (BLOCK_ROWS / self.layout.block).max(1),
+            Source::Floats(x, _) if takes_strips(x) => (BLOCK_ROWS / self.layout.block).max(1),
             _ => self.layout.blocks.max(1),
         }
     }
@@ -174,7 +176,7 @@ impl<'a> Filling<'a> {
         };
         match source {
             // Block after block, so that neighbouring strips are read one after the other.
-            Source::Floats(x, mode) if takes_strips(x, *mode) => {
+            Source::Floats(x, mode) if takes_strips(x) => {
                 for b in blocks.clone() {
                     let mut strip = strips.start;
                     while strip < strips.end {
@@ -445,21 +447,25 @@ impl StripWriter<'_> {
         let encode = kernels.encode_strip[mode.rounding as usize];
         let lanes = kernels.columns / 2;
         let staging = &scratch.staging[staged * 4 * steps * STRIP..][..4 * steps * STRIP];
-        assert!(scratch.random.len() >= staging.len());
+        let mut skipped = 0;
         if mode.is_stochastic() {
             let part = self.part(0, self.lines, b);
             if x.has_plane() {
                 plane_strip(x, part, &mut scratch.random);
+            } else if x.by_line {
+                skipped = random_columns(kernels, x, part, mode.seed, &mut scratch.random);
             } else {
                 random_strip(kernels, x, part, mode.seed, &mut scratch.random);
             }
         }
+        let random = &scratch.random[skipped * STRIP..];
+        assert!(random.len() >= staging.len());
         let places: [BlockPlace; STRIP / 8] = std::array::from_fn(|v| self.place((v * lanes).min(STRIP - lanes), b));
         // Panels beyond the last line are written where they are kept.
         let written = if self.panels.any_general.is_some() { self.lines.next_multiple_of(width) } else { STRIP };
         let places = &places[..written.div_ceil(lanes)];
         // SAFETY: the assertion covers all that is read; the places lie inside the strip's panels.
-        let general = unsafe { encode(staging.as_ptr(), scratch.random.as_ptr(), amax.as_ptr(), &coding, places) };
+        let general = unsafe { encode(staging.as_ptr(), random.as_ptr(), amax.as_ptr(), &coding, places) };
         if general != 0 {
             for v in (0..STRIP / lanes).filter(|v| general >> v & 1 == 1) {
                 for line in (v * lanes..(v + 1) * lanes).step_by(width.min(lanes)) {
@@ -634,9 +640,9 @@ impl StripWriter<'_> {
     }
 }
 
-/// Whether a strip of f32 is encoded side by side: its lines are neighbours in memory and so are their random bits.
-fn takes_strips(x: &FloatLines<'_>, mode: RoundingMode) -> bool {
-    x.line_stride == 1 && x.k_stride != 1 && !(mode.is_stochastic() && x.by_line && !x.has_plane())
+/// Whether a strip of f32 is encoded side by side: its lines are neighbours in memory.
+fn takes_strips(x: &FloatLines<'_>) -> bool {
+    x.line_stride == 1 && x.k_stride != 1
 }
 
 #[allow(clippy::too_many_arguments, reason = "a block, and where it goes")]

@@ -1,7 +1,11 @@
 //! Patches of an image, for blocks that run over the flattened patch: put together as floats and encoded, some at a time.
+//!
+//! Neighbouring patches lie side by side, so that they are encoded lane by lane however short they are; and what a tap finds
+//! of one channel along a row of pixels is one run of memory, once the row's channels lie apart.
 #![allow(unsafe_code, reason = "lines of floats that were just put together")]
 
 use super::pixels::PixelProduct;
+use super::prepared::Image;
 use super::product_of;
 use super::reach::AxisReach;
 use crate::arch::generic::product::PANEL_ROWS;
@@ -18,11 +22,15 @@ use std::sync::atomic::Ordering;
 pub(super) struct Patches<'a> {
     of: &'a PixelProduct<'a>,
     reach: AxisReach,
+    /// For each tap along a row of pixels: the patches that find pixels there, and what the first of them finds.
+    taps: Vec<(Range<usize>, usize)>,
 }
 
 impl<'a> Patches<'a> {
     pub(super) fn new(of: &'a PixelProduct<'a>) -> Self {
-        Self { of, reach: of.convolution.axis_reach() }
+        let reach = of.convolution.axis_reach();
+        let taps = (0..of.convolution.kernel[2]).map(|tap| reach.along_rows(tap)).collect();
+        Self { of, reach, taps }
     }
 
     /// Panels of the patches of some pixels of one sample, in `scratch`, with their flags.
@@ -37,11 +45,7 @@ impl<'a> Patches<'a> {
     ) {
         let (mut patches, mut panels) =
             (std::mem::take(&mut scratch.patches), std::mem::take(&mut scratch.patch_panels));
-        let k = self.rows(sample, g, pixels.clone(), &mut patches);
-        // SAFETY: `patches` holds as many rows of `k` elements.
-        let lines = unsafe {
-            FloatLines::of_rows(patches.as_ptr(), [pixels.len(), k], k, true, self.row(sample, g, pixels.start))
-        };
+        let lines = self.lines(sample, g, pixels, &mut patches, &mut scratch.row);
         let source = Source::Floats(&lines, self.of.left.mode);
         let layout = PanelLayout::new(source.shape(), al.block, PANEL_ROWS, al.side);
         let ctx = Context { kernels: ctx.kernels, team: &Serial, threads: 1 };
@@ -55,10 +59,8 @@ impl<'a> Patches<'a> {
 
     /// Codes of one patch.
     pub(super) fn codes(&self, ctx: &Context<'_>, sample: usize, g: usize, pixel: usize) -> Codes {
-        let mut patches = Vec::new();
-        let k = self.rows(sample, g, pixel..pixel + 1, &mut patches);
-        // SAFETY: one row of `k` elements.
-        let lines = unsafe { FloatLines::of_rows(patches.as_ptr(), [1, k], k, true, self.row(sample, g, pixel)) };
+        let (mut patches, mut row) = (Vec::new(), Vec::new());
+        let lines = self.lines(sample, g, pixel..pixel + 1, &mut patches, &mut row);
         let ctx = Context { kernels: ctx.kernels, team: &Serial, threads: 1 };
         Codes::from_floats(&ctx, &lines, self.of.left.format, self.of.left.mode)
     }
@@ -68,45 +70,95 @@ impl<'a> Patches<'a> {
         (sample * self.of.groups + g) * self.reach.pixels() + pixel
     }
 
-    /// Patches [pixels, taps · channels of the group] of one sample; the elements of one of them.
-    fn rows(&self, sample: usize, g: usize, pixels: Range<usize>, patches: &mut Vec<f32>) -> usize {
-        let (channels, all) = (self.of.channels, self.of.image.channels);
+    /// The patches of some pixels of one sample, put together in `patches` [taps · channels of the group, pixels].
+    fn lines<'p>(
+        &self,
+        sample: usize,
+        g: usize,
+        pixels: Range<usize>,
+        patches: &'p mut Vec<f32>,
+        row: &mut Vec<f32>,
+    ) -> FloatLines<'p> {
+        let (channels, count) = (self.of.channels, pixels.len());
         let k = self.reach.taps() * channels;
-        let image = &self.of.x[sample * product_of(self.of.image.pixels) * all..];
-        patches.clear();
-        patches.resize(pixels.len() * k, 0.0);
-        let row = self.of.convolution.kernel[2];
-        for (patch, pixel) in patches.chunks_exact_mut(k).zip(pixels) {
-            let (begins, columns) = self.reach.of(pixel);
-            // Neighbours all of them, and all of their channels.
-            let run = channels == all && columns[0] >= 0 && columns[row - 1] == columns[0] + row as i32 - 1;
-            for (to, begin) in patch.chunks_exact_mut(row * channels).zip(begins) {
-                if begin < 0 {
-                    continue;
-                }
-                if run {
-                    copy(to, &image[(begin + columns[0]) as usize * all..][..row * all]);
-                    continue;
-                }
-                for (to, &column) in to.chunks_exact_mut(channels).zip(columns) {
-                    if column >= 0 {
-                        copy(to, &image[(begin + column) as usize * all + g * channels..][..channels]);
-                    }
-                }
+        patches.resize(patches.len().max(k * count), 0.0);
+        let width = self.reach.row();
+        let first_row = self.row(sample, g, pixels.start);
+        let mut at = 0;
+        for line in pixels.start / width..pixels.end.div_ceil(width) {
+            let run = pixels.start.max(line * width) - line * width..pixels.end.min((line + 1) * width) - line * width;
+            let taps_of_row = self.taps.len() * channels;
+            for (tap_row, begin) in self.reach.of(line * width).0.enumerate() {
+                let to = &mut patches[tap_row * taps_of_row * count + at..];
+                self.fill(sample, g, begin, run.clone(), to, count, row);
+            }
+            at += run.len();
+        }
+        // SAFETY: so many elements were just written.
+        unsafe { FloatLines::of_columns(patches.as_ptr(), [count, k], first_row) }
+    }
+
+    /// What a row of taps finds, tap by tap and channel by channel, each so many elements behind the one before: for a run of
+    /// patches, in the row of pixels that begins at pixel `begin` of the sample, if there is one.
+    fn fill(
+        &self,
+        sample: usize,
+        g: usize,
+        begin: i32,
+        run: Range<usize>,
+        patches: &mut [f32],
+        between: usize,
+        row: &mut Vec<f32>,
+    ) {
+        let Image { pixels, channels: all, .. } = self.of.image;
+        let (channels, stride) = (self.of.channels, self.of.convolution.stride[2]);
+        // Of a tap: the patches that find a pixel, and where the first does.
+        let found = |(patches, source): &(Range<usize>, usize)| {
+            let (from, to) = (patches.start.max(run.start), patches.end.min(run.end));
+            (from < to && begin >= 0).then(|| (from..to, source + (from - patches.start) * stride))
+        };
+        // Pixels of the row that some tap finds: channel by channel, and of these every so many together.
+        let (mut first, mut end) = (usize::MAX, 0);
+        for (patches, source) in self.taps.iter().filter_map(found) {
+            (first, end) = (first.min(source), end.max(source + (patches.len() - 1) * stride + 1));
+        }
+        let each = end.saturating_sub(first).div_ceil(stride);
+        row.resize(row.len().max(channels * stride * each), 0.0);
+        if first < end {
+            let start = (sample * product_of(pixels) + begin as usize + first) * all + g * channels;
+            let from = &self.of.x[start..start + (end - first - 1) * all + channels];
+            for (i, row) in row.chunks_exact_mut(each).take(channels * stride).enumerate() {
+                let from = from.get(i % stride * all + i / stride..).unwrap_or_default();
+                row.iter_mut().zip(from.iter().step_by(stride * all)).for_each(|(to, &x)| *to = x);
             }
         }
-        k
+        for (tap, patches) in self.taps.iter().zip(patches.chunks_mut(channels * between)) {
+            let found = found(tap);
+            for (channel, to) in patches.chunks_mut(between).enumerate() {
+                let to = &mut to[..run.len()];
+                let Some((there, source)) = &found else {
+                    to.fill(0.0);
+                    continue;
+                };
+                let source = source - first;
+                let from = &row[(channel * stride + source % stride) * each + source / stride..][..there.len()];
+                let (before, rest) = to.split_at_mut(there.start - run.start);
+                let (there, behind) = rest.split_at_mut(there.len());
+                before.fill(0.0);
+                copy(there, from);
+                behind.fill(0.0);
+            }
+        }
     }
 }
 
-/// Copies a few elements: a call of memcpy would take longer than they do.
+/// Copies some elements: a call of memcpy would take longer than they do.
 #[inline]
 fn copy(to: &mut [f32], from: &[f32]) {
-    let ((to, to_rest), (from, from_rest)) = (to.as_chunks_mut::<4>(), from.as_chunks::<4>());
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = *from;
-    }
-    for (to, from) in to_rest.iter_mut().zip(from_rest) {
-        *to = *from;
-    }
+    let (Some(&last), Some(end)) = (from.last_chunk::<8>(), to.len().checked_sub(8)) else {
+        return to.copy_from_slice(from);
+    };
+    to.as_chunks_mut::<8>().0.iter_mut().zip(from.as_chunks::<8>().0).for_each(|(to, from)| *to = *from);
+    // It may overlap those before.
+    to[end..].copy_from_slice(&last);
 }

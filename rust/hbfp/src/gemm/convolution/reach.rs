@@ -1,5 +1,7 @@
 //! Which pixels taps connect.
 
+use std::ops::Range;
+
 /// In place of a coordinate or a pixel that does not exist.
 pub(super) const NOWHERE: i32 = -1;
 
@@ -33,6 +35,19 @@ impl AxisReach {
 
     pub(super) fn taps(&self) -> usize {
         self.kernel.iter().product()
+    }
+
+    /// Pixels of a row.
+    pub(super) fn row(&self) -> usize {
+        self.rows[2]
+    }
+
+    /// The pixels of a row that the tap leads anywhere along it, and where it leads the first of them.
+    pub(super) fn along_rows(&self, tap: usize) -> (Range<usize>, usize) {
+        let to = |pixel: usize| self.tables[2][pixel * self.kernel[2] + tap];
+        let mut leads = (0..self.rows[2]).filter(|&pixel| to(pixel) != NOWHERE);
+        let Some(first) = leads.next() else { return (0..0, 0) };
+        (first..leads.last().unwrap_or(first) + 1, to(first) as usize)
     }
 
     /// The taps of a pixel row by row: where the row of pixels begins that they lead to, or [`NOWHERE`], and the coordinates
