@@ -1,5 +1,6 @@
-//! Philox4x32-10 on `LANES / 2` counters a register, one register a row and four rows at a time. A round of a register is
-//! 2 multiplications, 2 shifts and 4 exclusive ors, one after the other: the four hide each other's latencies.
+//! Philox4x32-10 on `LANES / 2` counters a register and four registers at a time, of four rows, or of fewer rows and several
+//! groups. A round of a register is 2 multiplications, 2 shifts and 4 exclusive ors, one after the other: the four hide each
+//! other's latencies.
 
 use crate::arch::simd::Simd;
 use crate::rng::{MULTIPLIERS, ROUNDS, Seed, WEYL};
@@ -22,8 +23,8 @@ pub(crate) struct Counters {
 #[repr(align(64))]
 struct Keys([[[i32; 16]; 2]; ROUNDS]);
 
-/// Rows at a time.
-const ROWS: usize = 4;
+/// Registers at a time.
+const REGISTERS: usize = 4;
 
 /// Writes the random bits of the rectangle, row after row, `8 * groups` a row. Where a register holds the counters of two,
 /// four or eight rows, it does.
@@ -38,10 +39,10 @@ pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, 
     // SAFETY: the caller's word.
     unsafe {
         match S::LANES / 2 / counters.groups.max(1) {
-            8 => fill::<S, 8>(s, seed, counters, out, None),
-            4 if counters.groups * 4 == S::LANES / 2 => fill::<S, 4>(s, seed, counters, out, None),
-            2 if counters.groups * 2 == S::LANES / 2 => fill::<S, 2>(s, seed, counters, out, None),
-            _ => fill::<S, 1>(s, seed, counters, out, None),
+            8 => fill::<S, 8, 1>(s, seed, counters, out, None),
+            4 if counters.groups * 4 == S::LANES / 2 => fill::<S, 4, 1>(s, seed, counters, out, None),
+            2 if counters.groups * 2 == S::LANES / 2 => fill::<S, 2, 1>(s, seed, counters, out, None),
+            _ => fill::<S, 1, 1>(s, seed, counters, out, None),
         }
     }
 }
@@ -52,12 +53,15 @@ pub(crate) unsafe fn fill_random<S: Simd>(s: S, seed: Seed, counters: Counters, 
 /// `out` is valid for writing `columns * rows` elements.
 #[inline(always)]
 pub(crate) unsafe fn fill_random_columns<S: Simd>(s: S, seed: Seed, counters: Counters, columns: usize, out: *mut u16) {
+    let registers = counters.rows.div_ceil(S::LANES / 2);
     // SAFETY: the caller's word. A register holds the counters of as many rows.
     unsafe {
-        if S::LANES == 16 {
-            fill::<S, 8>(s, seed, counters, out, Some(columns));
-        } else {
-            fill::<S, 4>(s, seed, counters, out, Some(columns));
+        match (S::LANES, registers) {
+            (16, ..=1) => fill::<S, 8, 4>(s, seed, counters, out, Some(columns)),
+            (16, 2) => fill::<S, 8, 2>(s, seed, counters, out, Some(columns)),
+            (16, _) => fill::<S, 8, 1>(s, seed, counters, out, Some(columns)),
+            (_, ..=2) => fill::<S, 4, 2>(s, seed, counters, out, Some(columns)),
+            (_, _) => fill::<S, 4, 1>(s, seed, counters, out, Some(columns)),
         }
     }
 }
@@ -95,13 +99,13 @@ unsafe fn store_columns<S: Simd>(
     }
 }
 
-/// [`fill_random`] with so many rows in a register: one, or as many as fill it; or [`fill_random_columns`] with as many as
-/// a register has counters.
+/// [`fill_random`] with `TOGETHER` rows in a register: one, or as many as fill it; or [`fill_random_columns`] with as many as
+/// a register has counters. Of the registers at a time, `GROUPS` hold the same rows' next groups.
 ///
 /// # Safety
 /// As for those.
 #[inline(always)]
-unsafe fn fill<S: Simd, const TOGETHER: usize>(
+unsafe fn fill<S: Simd, const TOGETHER: usize, const GROUPS: usize>(
     s: S,
     seed: Seed,
     counters: Counters,
@@ -142,20 +146,26 @@ unsafe fn fill<S: Simd, const TOGETHER: usize>(
         let key = |round: usize, word: usize| s.load((*wide_keys).0[round][word].as_ptr());
         let first = u64::from(MULTIPLIERS[1]) * u64::from(seed.stream as u32);
         let of_stream = s.splat(((first >> 32) as u32 ^ keys[0][0]) as i32);
-        for g in (0..groups.div_ceil(lanes)).rev().map(|register| register * lanes) {
+        let together = lanes * GROUPS;
+        for g in (0..groups.div_ceil(together)).rev().map(|register| register * together) {
             // Rounds 1 to 3, as far as they see the group alone. Only the low half of each 64-bit lane counts; products
             // leave their high halves behind.
-            let p = s.mul_low_u32(s.add(s.splat(group.wrapping_add(g as u32) as i32), iota), m0);
-            let c2 = s.xor(s.high_u32(p), s.splat(((seed.stream >> 32) as u32 ^ keys[0][1]) as i32));
-            let q = s.mul_low_u32(c2, m1);
-            let c0 = s.xor(s.high_u32(q), s.splat((first as u32 ^ keys[1][0]) as i32));
-            let third = s.mul_low_u32(c0, m0);
-            let of_group = [s.xor(p, key(1, 1)), s.xor(q, key(2, 0)), s.xor(s.high_u32(third), key(2, 1))];
+            let mut of_groups = [[s.splat(0); 4]; GROUPS];
+            for (i, of_group) in of_groups.iter_mut().enumerate() {
+                let group = group.wrapping_add((g + i * lanes) as u32);
+                let p = s.mul_low_u32(s.add(s.splat(group as i32), iota), m0);
+                let c2 = s.xor(s.high_u32(p), s.splat(((seed.stream >> 32) as u32 ^ keys[0][1]) as i32));
+                let q = s.mul_low_u32(c2, m1);
+                let c0 = s.xor(s.high_u32(q), s.splat((first as u32 ^ keys[1][0]) as i32));
+                let third = s.mul_low_u32(c0, m0);
+                *of_group = [s.xor(p, key(1, 1)), s.xor(q, key(2, 0)), s.xor(s.high_u32(third), key(2, 1)), third];
+            }
             let mut r = 0;
             while r < rows {
-                let mut c = [[s.splat(0); 4]; ROWS];
+                let mut c = [[s.splat(0); 4]; REGISTERS];
                 for (i, c) in c.iter_mut().enumerate() {
-                    let row = row.wrapping_add(row_step.wrapping_mul((r + TOGETHER * i) as u32));
+                    let of_group = of_groups[i % GROUPS];
+                    let row = row.wrapping_add(row_step.wrapping_mul((r + TOGETHER * (i / GROUPS)) as u32));
                     let [high, low] = if TOGETHER == 1 {
                         let p = u64::from(MULTIPLIERS[0]) * u64::from((first >> 32) as u32 ^ row ^ keys[0][0]);
                         [s.splat((p >> 32) as i32), s.splat(p as i32)]
@@ -166,7 +176,7 @@ unsafe fn fill<S: Simd, const TOGETHER: usize>(
                     };
                     let p1 = s.mul_low_u32(s.xor(high, of_group[0]), m1);
                     let c2 = s.xor(of_group[2], low);
-                    *c = [s.xor(s.high_u32(p1), of_group[1]), p1, c2, third];
+                    *c = [s.xor(s.high_u32(p1), of_group[1]), p1, c2, of_group[3]];
                 }
                 // Written out: a loop would be left rolled, with copies of its state.
                 macro_rules! rounds {
@@ -182,7 +192,7 @@ unsafe fn fill<S: Simd, const TOGETHER: usize>(
                 }
                 rounds!(3 4 5 6 7 8 9);
                 for (i, c) in c.into_iter().enumerate() {
-                    let r = r + TOGETHER * i;
+                    let (r, g) = (r + TOGETHER * (i / GROUPS), g + lanes * (i % GROUPS));
                     if r < rows {
                         // All of a product is asked for: to know the low half alone, compilers take a slower one.
                         let c = [c[0], s.in_order(c[1]), c[2], s.in_order(c[3])];
@@ -192,7 +202,7 @@ unsafe fn fill<S: Simd, const TOGETHER: usize>(
                         }
                     }
                 }
-                r += TOGETHER * ROWS;
+                r += TOGETHER * (REGISTERS / GROUPS);
             }
         }
     }

@@ -47,7 +47,7 @@ impl AxisReach {
         let to = |pixel: usize| self.tables[2][pixel * self.kernel[2] + tap];
         let mut leads = (0..self.rows[2]).filter(|&pixel| to(pixel) != NOWHERE);
         let Some(first) = leads.next() else { return (0..0, 0) };
-        (first..leads.last().unwrap_or(first) + 1, to(first) as usize)
+        (first..leads.next_back().unwrap_or(first) + 1, to(first) as usize)
     }
 
     /// The taps of a pixel row by row: where the row of pixels begins that they lead to, or [`NOWHERE`], and the coordinates
