@@ -34,7 +34,8 @@ class Row:
     contestant: str
     threads: int
     work: float
-    """Of one call: operations (two per multiply-accumulate), elements, bytes, tokens or images, as `unit` says; 0 for µs."""
+    """Of one call: operations (two per multiply-accumulate), elements, bytes, tokens or images, as `unit` says; 0 for
+    µs."""
     unit: str
     """GOP/s, Gelem/s, GB/s, tokens/s or images/s; µs for a time; MiB for an amount of memory."""
     rounds: tuple[float, ...]
