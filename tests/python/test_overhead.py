@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -113,6 +114,48 @@ def test_a_call_with_gradients_stays_short():
     weight = W.clone().requires_grad_()
     linear(X, weight)
     assert len(calls_within(lambda: linear(X, weight))) <= 10
+
+
+FROZEN = {
+    "linear": (lambda: torch.nn.Linear(64, 48), X),
+    "convolution": (lambda: torch.nn.Conv2d(32, 48, 3, padding=1), values(2, 32, 5, 4)),
+    "transposed convolution": (lambda: torch.nn.ConvTranspose2d(32, 48, 3, 2), values(2, 32, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("wants", ["bias", "input"])
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_frozen_layer_with_gradients_to_come_asks_no_dispatcher(name, wants):
+    """In evaluation without no_grad, as the bias wants a gradient: twice through torch's dispatcher was half of it."""
+    make, x = FROZEN[name]
+    module = make()
+    hbfp.freeze_(module, "hbfp4")
+    x = x.clone().requires_grad_(wants == "input")
+    module.requires_grad_(False)
+    module.bias.requires_grad_(wants == "bias")
+    module(x)
+    names = calls_within(lambda: module(x))
+    assert "forward" in names
+    assert "__torch_dispatch__" not in names
+    with torch.no_grad():
+        expected = module(x)
+    y = module(x)
+    assert y.requires_grad
+    assert torch.equal(y, expected)
+    with pytest.raises(AssertionError, match="forward"), told_of_products():
+        module(x)
+
+
+@contextmanager
+def told_of_products():
+    def refuse(product):
+        raise AssertionError(product.name)
+
+    ops.recorders.append(refuse)
+    try:
+        yield
+    finally:
+        ops.recorders.remove(refuse)
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])
