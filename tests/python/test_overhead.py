@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrize, prune  # noqa: E402
 import hbfp  # noqa: E402
 from hbfp import autograd, ops  # noqa: E402
 from hbfp.nn import functional  # noqa: E402
+from hbfp.packed import PackedWeight  # noqa: E402
 
 PACKAGE = str(Path(hbfp.__file__).parent)
 
@@ -144,6 +146,24 @@ def test_a_frozen_layer_with_gradients_to_come_asks_no_dispatcher(name, wants):
     assert torch.equal(y, expected)
     with pytest.raises(AssertionError, match="forward"), told_of_products():
         module(x)
+
+
+@pytest.mark.parametrize("backend", ["emulate", "reference"])
+@pytest.mark.parametrize("name", FROZEN)
+def test_codes_go_to_the_core_by_no_other_backend(name, backend, monkeypatch):
+    make, x = FROZEN[name]
+    module = make()
+    hbfp.freeze_(module, replace(hbfp.recipe("hbfp4"), backend=backend))
+    assert type(module.weight) is PackedWeight
+
+    def refuse(*_):
+        raise AssertionError("multiplied in integers")
+
+    monkeypatch.setattr(PackedWeight, "quick_product", refuse)
+    monkeypatch.setattr(ops, "quick_convolution", refuse)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert module(x).requires_grad == gradients
 
 
 @contextmanager
