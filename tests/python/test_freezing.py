@@ -389,6 +389,24 @@ def test_a_buffer_that_no_file_holds_is_named(tmp_path):
         hbfp.load_model(tmp_path / "m.safetensors", empty)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_pages_of_a_file_are_given_back_when_its_planes_are_laid_out(device, tmp_path, monkeypatch):
+    """Else a process that has used every weight holds the model twice."""
+    model, inputs, expected = frozen_mlp()
+    hbfp.save_model(tmp_path / "m.safetensors", model)
+    with torch.device(device):
+        loaded = MODELS["mlp"][0]()
+    hbfp.freeze_(loaded)
+    hbfp.load_model(tmp_path / "m.safetensors", loaded)
+    given_back = []
+    monkeypatch.setattr("hbfp.packed.forget", lambda plane: given_back.append(plane.nbytes))
+    held = sorted(x.numel() for weight in packed(loaded).values() for x in weight.planes())
+    assert all(map(same, run(loaded, inputs), expected))
+    assert sorted(given_back) == held
+    assert all(map(same, run(loaded, inputs), expected))
+    assert sorted(given_back) == held
+
+
 def test_freezing_again_lays_out_what_a_file_left_as_planes(tmp_path):
     model, x, expected = frozen_mlp()
     hbfp.save_model(tmp_path / "m.safetensors", model)
