@@ -390,6 +390,20 @@ def test_a_buffer_that_no_file_holds_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_codes_of_a_file_along_another_axis_are_decoded_and_encoded(device, tmp_path):
+    """Their planes may be as large as those that the layer reads, and stand for other values."""
+    weight, bias = values(64, 64), values(64, seed=1)
+    stored = hbfp.encode(weight.numpy(), "hbfp4b64", axis=0)
+    hbfp.save(tmp_path / "m.safetensors", {"weight": stored, "bias": bias.numpy()})
+    with torch.device(device):
+        layer = nn.Linear(64, 64)
+    hbfp.freeze_(layer, "hbfp4")
+    hbfp.load_model(tmp_path / "m.safetensors", layer)
+    assert layer.weight.axis == 1
+    assert same(layer.weight.decode(), PackedWeight.of(torch.from_numpy(stored.decode()), "hbfp4b64").decode())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_pages_of_a_file_are_given_back_when_its_planes_are_laid_out(device, tmp_path, monkeypatch):
     """Else a process that has used every weight holds the model twice."""
     model, inputs, expected = frozen_mlp()
