@@ -403,6 +403,20 @@ def test_codes_of_a_file_along_another_axis_are_decoded_and_encoded(device, tmp_
     assert same(layer.weight.decode(), PackedWeight.of(torch.from_numpy(stored.decode()), "hbfp4b64").decode())
 
 
+@pytest.mark.parametrize("held", ["codes", "floats"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_loaded_weight_keeps_the_dtype_of_the_model(device, held, tmp_path):
+    weight, bias = values(64, 64), values(64, seed=1)
+    stored = hbfp.encode(weight.numpy(), "hbfp4b64") if held == "codes" else weight.numpy()
+    hbfp.save(tmp_path / "m.safetensors", {"weight": stored, "bias": bias.numpy()})
+    with torch.device(device):
+        layer = nn.Linear(64, 64).bfloat16()
+    hbfp.freeze_(layer, "hbfp4")
+    hbfp.load_model(tmp_path / "m.safetensors", layer)
+    assert layer.weight.dtype is layer.bias.dtype is layer.weight.decode().dtype is torch.bfloat16
+    assert same(layer.weight.decode(), PackedWeight.of(weight, "hbfp4b64").decode().bfloat16())
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_pages_of_a_file_are_given_back_when_its_planes_are_laid_out(device, tmp_path, monkeypatch):
     """Else a process that has used every weight holds the model twice."""
