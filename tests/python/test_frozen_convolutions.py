@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -287,6 +288,22 @@ def test_planes_are_laid_out_by_the_first_product_which_tells_the_groups() -> No
     with torch.no_grad():
         assert same(layer(x), expected)
     assert (layer.weight.groups, layer.weight.exponents) == (3, None)
+
+
+@pytest.mark.parametrize("name", ["groups", "transposed strides"])
+def test_freezing_again_lays_out_what_a_file_left_as_planes(name: str, tmp_path: Path) -> None:
+    """Before torch.compile traces over planes, which it would lay out at each call."""
+    layer, x, expected = frozen(name)
+    hbfp.save_model(tmp_path / "m.safetensors", layer)
+    with torch.device("meta"):
+        loaded = CASES[name].make()
+    hbfp.freeze_(loaded)
+    hbfp.load_model(tmp_path / "m.safetensors", loaded)
+    assert loaded.weight.exponents is not None
+    hbfp.freeze_(loaded)
+    assert (loaded.weight.exponents, loaded.weight.groups) == (None, layer.groups)
+    with torch.no_grad():
+        assert same(loaded(x), expected)
 
 
 def test_other_groups_than_those_of_the_panels_read_values() -> None:
