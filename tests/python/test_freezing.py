@@ -403,6 +403,16 @@ def test_codes_of_a_file_along_another_axis_are_decoded_and_encoded(device, tmp_
     assert same(layer.weight.decode(), PackedWeight.of(torch.from_numpy(stored.decode()), "hbfp4b64").decode())
 
 
+def test_unfrozen_weights_want_the_gradients_that_they_wanted_before():
+    """One that was held still would begin to train, or one that trained would stand still."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    model[0].weight.requires_grad_(False)
+    hbfp.freeze_(model, "hbfp4")
+    assert not any(layer.weight.requires_grad for layer in model)
+    hbfp.unfreeze_(model)
+    assert [layer.weight.requires_grad for layer in model] == [False, True]
+
+
 @pytest.mark.parametrize("held", ["codes", "floats"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_loaded_weight_keeps_the_dtype_of_the_model(device, held, tmp_path):
