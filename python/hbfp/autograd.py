@@ -148,6 +148,17 @@ def _sum_to(gradient: Tensor, shape: Sequence[int], by: Arithmetic) -> Tensor:
     return by.column_sums(gradient.permute(summed + kept).reshape(rows, columns)).reshape(shape)
 
 
+def _by_codes(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe, seed: int, stream: int) -> Tensor | None:
+    """The forward product with a packed weight, past torch's dispatcher, which takes longer than a small product; None
+    where that would be seen, where the weight has floats, and where anything is not as usual."""
+    if type(weight) is not PackedWeight or recipe.backends.forward is not _INTEGER or ops.recorders:
+        return None
+    if not unseen(x, weight, bias):
+        return None
+    policy = recipe.forward
+    return weight.quick_product(x, policy.formats, policy.roundings[0], seed, stream | _X, bias)
+
+
 class LinearFunction(torch.autograd.Function):
     """Y = X Wᵀ + bias. X [..., in], W [out, in], bias [out] or None; Y [..., out], all float32."""
 
@@ -174,6 +185,8 @@ class LinearFunction(torch.autograd.Function):
                 x, weight, -1, policy.formats, policy.roundings, seed, streams, bias, keep,
                 name="forward", source=source,
             )  # fmt: skip
+        elif (quick := _by_codes(x, weight, bias, recipe, seed, stream)) is not None:
+            out = quick
         else:
             out = arithmetic(recipe.backends.forward).product(
                 x, -1, weight, -1, policy.formats, policy.roundings, seed, streams, bias, name="forward", source=source

@@ -100,6 +100,8 @@ class ConvolutionFunction(torch.autograd.Function):
                 (later.formats[1], later.roundings[1], stream | _X_W),
                 geometry=geometry, name="forward", source=source,
             )  # fmt: skip
+        elif (quick := _by_codes(x, weight, bias, geometry, recipe, seed, stream)) is not None:
+            out = quick
         else:
             out = _products(recipe.backends.forward)[0](
                 x, weight, policy.formats, policy.roundings, seed, streams, bias,
@@ -175,6 +177,8 @@ class TransposedConvolutionFunction(torch.autograd.Function):
                 (later.formats[1], later.roundings[1], stream | _X_W),
                 geometry=geometry, name="forward", source=source,
             )  # fmt: skip
+        elif (quick := _by_codes(x, weight, bias, geometry, recipe, seed, stream, spatial)) is not None:
+            out = quick
         else:
             out = _products(recipe.backends.forward)[1](
                 x, weight, spatial, policy.formats, policy.roundings, seed, streams, bias,
@@ -370,6 +374,22 @@ def _quickly(
         kernel = kept
     streams = (stream | _X, stream | _W)
     return ops.quick_convolution(x, kernel, policy.formats, policy.roundings, seed, streams, bias, geometry, spatial)
+
+
+def _by_codes(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    recipe: Recipe,
+    seed: int,
+    stream: int,
+    spatial: Sequence[int] | None = None,
+) -> Tensor | None:
+    """`_quickly` inside a node of autograd, for packed weights, which torch's dispatcher would be asked about twice."""
+    if type(weight) is not PackedWeight or not _goes_quickly(x, weight, bias, geometry.rank, recipe):
+        return None
+    return _quickly(x, weight, bias, ops.core_geometry(geometry), geometry.groups, recipe, seed, stream, spatial)
 
 
 def pad(x: Tensor, rank: int, padding: Sequence[int], mode: str) -> Tensor:

@@ -42,6 +42,7 @@ from hbfp.benchmark.gates import Gate, Outcome, evaluate  # noqa: E402
 from hbfp.benchmark.results import Missing, NotMeasured, NotRun, Results, Row, cpu_name, rows_from_csv  # noqa: E402
 from hbfp.benchmark.timing import Effort  # noqa: E402
 from hbfp.errors import FileError  # noqa: E402
+from hbfp.packed import PackedWeight  # noqa: E402
 from hbfp.tools.cli import main  # noqa: E402
 from hbfp.training.gpt import GPTShape  # noqa: E402
 
@@ -148,6 +149,9 @@ ROWS = {
         MATRIX,
         {"torch int8 dynamic"} | {name + way for name in FROZEN for way in ("", ", compiled")},
         [{"m": 2, "n": 64, "k": 128}],
+    ),
+    inference.frozen_resnet20: Rows(
+        "frozen resnet20", "{batch}x3x32x32", FROZEN | {"torch fp32, channels last"}, [{"batch": 2}]
     ),
     inference.generation: Rows(
         "generation", "{name}", FROZEN, [{"name": "x", "shape": GPTShape(11, 1, 64, 32), "tokens": 4, "prompt": 4}]
@@ -627,6 +631,23 @@ def test_frozen_layers_are_measured_and_checked(bench, monkeypatch):
     monkeypatch.setattr(hbfp.nn.Linear, "forward", lambda self, x: x @ self.weight.decode().T)
     with pytest.raises(WrongAnswer):
         inference.frozen_linear(bench, 2, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda module, y: y * 1.5 if isinstance(module.weight, PackedWeight) else y, "different bits"),
+        (lambda module, y: -y, "off by"),
+    ],
+)
+def test_a_frozen_resnet_is_measured_and_checked(bench, monkeypatch, spoil, message):
+    inference.frozen_resnet20(bench, 1)
+    assert {row.unit for row in bench.results.rows} == {"images/s"}
+    assert all(row.figure == pytest.approx(1 / row.seconds) for row in bench.results.rows)
+    real = hbfp.nn.Linear.forward
+    monkeypatch.setattr(hbfp.nn.Linear, "forward", lambda self, x: spoil(self, real(self, x)))
+    with pytest.raises(WrongAnswer, match=message):
+        inference.frozen_resnet20(bench, 1)
 
 
 def test_generation_is_measured_and_checked(bench, monkeypatch):

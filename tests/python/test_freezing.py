@@ -389,6 +389,62 @@ def test_a_buffer_that_no_file_holds_is_named(tmp_path):
         hbfp.load_model(tmp_path / "m.safetensors", empty)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_codes_of_a_file_along_another_axis_are_decoded_and_encoded(device, tmp_path):
+    """Their planes may be as large as those that the layer reads, and stand for other values."""
+    weight, bias = values(64, 64), values(64, seed=1)
+    stored = hbfp.encode(weight.numpy(), "hbfp4b64", axis=0)
+    hbfp.save(tmp_path / "m.safetensors", {"weight": stored, "bias": bias.numpy()})
+    with torch.device(device):
+        layer = nn.Linear(64, 64)
+    hbfp.freeze_(layer, "hbfp4")
+    hbfp.load_model(tmp_path / "m.safetensors", layer)
+    assert layer.weight.axis == 1
+    assert same(layer.weight.decode(), PackedWeight.of(torch.from_numpy(stored.decode()), "hbfp4b64").decode())
+
+
+def test_unfrozen_weights_want_the_gradients_that_they_wanted_before():
+    """One that was held still would begin to train, or one that trained would stand still."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    model[0].weight.requires_grad_(False)
+    hbfp.freeze_(model, "hbfp4")
+    assert not any(layer.weight.requires_grad for layer in model)
+    hbfp.unfreeze_(model)
+    assert [layer.weight.requires_grad for layer in model] == [False, True]
+
+
+@pytest.mark.parametrize("held", ["codes", "floats"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_loaded_weight_keeps_the_dtype_of_the_model(device, held, tmp_path):
+    weight, bias = values(64, 64), values(64, seed=1)
+    stored = hbfp.encode(weight.numpy(), "hbfp4b64") if held == "codes" else weight.numpy()
+    hbfp.save(tmp_path / "m.safetensors", {"weight": stored, "bias": bias.numpy()})
+    with torch.device(device):
+        layer = nn.Linear(64, 64).bfloat16()
+    hbfp.freeze_(layer, "hbfp4")
+    hbfp.load_model(tmp_path / "m.safetensors", layer)
+    assert layer.weight.dtype is layer.bias.dtype is layer.weight.decode().dtype is torch.bfloat16
+    assert same(layer.weight.decode(), PackedWeight.of(weight, "hbfp4b64").decode().bfloat16())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_pages_of_a_file_are_given_back_when_its_planes_are_laid_out(device, tmp_path, monkeypatch):
+    """Else a process that has used every weight holds the model twice."""
+    model, inputs, expected = frozen_mlp()
+    hbfp.save_model(tmp_path / "m.safetensors", model)
+    with torch.device(device):
+        loaded = MODELS["mlp"][0]()
+    hbfp.freeze_(loaded)
+    hbfp.load_model(tmp_path / "m.safetensors", loaded)
+    given_back = []
+    monkeypatch.setattr("hbfp.packed.forget", lambda plane: given_back.append(plane.nbytes))
+    held = sorted(x.numel() for weight in packed(loaded).values() for x in weight.planes())
+    assert all(map(same, run(loaded, inputs), expected))
+    assert sorted(given_back) == held
+    assert all(map(same, run(loaded, inputs), expected))
+    assert sorted(given_back) == held
+
+
 def test_freezing_again_lays_out_what_a_file_left_as_planes(tmp_path):
     model, x, expected = frozen_mlp()
     hbfp.save_model(tmp_path / "m.safetensors", model)

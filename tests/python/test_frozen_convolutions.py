@@ -13,6 +13,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,16 +164,42 @@ def test_a_tap_that_meets_only_padding_still_meets_a_nan() -> None:
         assert same(layer(x), expected)
 
 
-def test_nothing_is_decoded_where_codes_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The image `x` [N, C, *S] as it may lie in memory."""
+    together = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    wide = x.new_zeros(x.shape[0], x.shape[1] + 3, *(2 * size + 1 for size in x.shape[2:]))
+    inside = wide[(slice(None), slice(1, -2), *(slice(1, None, 2),) * (x.dim() - 2))].copy_(x)
+    turned = x.transpose(2, -1).contiguous().transpose(2, -1)
+    return {
+        "dense": x.contiguous(),
+        "channels together": together,
+        "channels cut from more": torch.cat([together] * 2, 1)
+        .movedim(1, -1)
+        .contiguous()
+        .movedim(-1, 1)[:, : x.shape[1]],
+        "every second of a larger one": inside,
+        "pixels turned": turned,
+        "samples last": x.movedim(0, -1).contiguous().movedim(-1, 0),
+        "expanded": x[:1].expand_as(x),
+    }
+
+
+@pytest.mark.parametrize("name", [name for name, of in CASES.items() if of.kept])
+def test_nothing_is_decoded_where_codes_are_read_however_the_image_lies(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("decoded")
 
-    made = {name: frozen(name) for name, of in CASES.items() if of.kept}
+    layer, x, expected = frozen(name)
+    with torch.no_grad():
+        twice = layer(x[:1].repeat(2, *(1,) * (x.dim() - 1)))
     monkeypatch.setattr(ops.packed._core, "decode", refuse)
-    for layer, x, expected in made.values():
+    for lies, image in layouts(x).items():
+        wanted = twice if lies == "expanded" else expected
         with torch.no_grad():
-            assert same(layer(x), expected)
-        assert same(layer(x), expected)  # with a node of autograd, as the bias has a gradient
+            assert same(layer(image), wanted), lies
+        assert same(layer(image), wanted), lies  # with a node of autograd, where the bias has a gradient
 
 
 @pytest.mark.parametrize(
@@ -261,6 +288,22 @@ def test_planes_are_laid_out_by_the_first_product_which_tells_the_groups() -> No
     with torch.no_grad():
         assert same(layer(x), expected)
     assert (layer.weight.groups, layer.weight.exponents) == (3, None)
+
+
+@pytest.mark.parametrize("name", ["groups", "transposed strides"])
+def test_freezing_again_lays_out_what_a_file_left_as_planes(name: str, tmp_path: Path) -> None:
+    """Before torch.compile traces over planes, which it would lay out at each call."""
+    layer, x, expected = frozen(name)
+    hbfp.save_model(tmp_path / "m.safetensors", layer)
+    with torch.device("meta"):
+        loaded = CASES[name].make()
+    hbfp.freeze_(loaded)
+    hbfp.load_model(tmp_path / "m.safetensors", loaded)
+    assert loaded.weight.exponents is not None
+    hbfp.freeze_(loaded)
+    assert (loaded.weight.exponents, loaded.weight.groups) == (None, layer.groups)
+    with torch.no_grad():
+        assert same(loaded(x), expected)
 
 
 def test_other_groups_than_those_of_the_panels_read_values() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from torch.nn.utils import parametrize, prune  # noqa: E402
 import hbfp  # noqa: E402
 from hbfp import autograd, ops  # noqa: E402
 from hbfp.nn import functional  # noqa: E402
+from hbfp.packed import PackedWeight  # noqa: E402
 
 PACKAGE = str(Path(hbfp.__file__).parent)
 
@@ -71,27 +74,109 @@ def test_a_call_of_a_frozen_layer_stays_short():
         assert len(calls_within(lambda: model[0](X))) <= 5
 
 
-def test_a_call_of_a_convolution_stays_short():
-    dense = values(2, 32, 5, 5)
-    x = dense.contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("kind", [torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d])
+def test_a_call_of_a_convolution_stays_short(kind):
+    """From images of any layout in memory: one that the core declines is multiplied all the same, in twice the time."""
+    rank = int(kind.__name__[4])
+    dense = values(2, 32, *(5,) * rank)
+    x = dense.movedim(1, -1).contiguous().movedim(-1, 1)
+    strided = values(2, 32, *(10,) * rank)[(..., *(slice(None, None, 2),) * rank)]
     for change in (hbfp.convert_, hbfp.freeze_):
-        module = torch.nn.Conv2d(32, 32, 3)
+        module = kind(32, 32, 3)
         change(module, "hbfp4")
         module.eval()
         with torch.no_grad():
             module(x)  # the first call lays out, and reads recipes and geometry
-            for given in (x, dense):
-                assert len(calls_within(lambda module=module, given=given: module(given))) <= 9
+            for given in (x, dense, strided, dense[:1].expand_as(dense)):
+                assert len(calls_within(lambda module=module, given=given: module(given))) <= 10
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
                 module(x)
         names = [event.name for event in profile.events() if event.name.startswith("aten::")]
-        assert names == ["aten::new_empty_strided", "aten::empty_strided"]
+        moves = ["aten::movedim", "aten::permute", "aten::as_strided"] if rank == 1 else []
+        assert names == [*moves, *moves, "aten::new_empty_strided", "aten::empty_strided"]
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Conv2d, torch.nn.ConvTranspose2d])
+def test_a_gradient_of_another_layout_is_copied_once_for_both_products(kind):
+    module = kind(32, 32, 3, bias=False)
+    hbfp.convert_(module, "hbfp4")
+    x = values(2, 32, 5, 5).requires_grad_()
+    y = module(x)
+    dy = values(*y.shape)
+    together = dy.contiguous(memory_format=torch.channels_last)
+    copies = []
+    for given in (together, dy):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+            torch.autograd.grad(y, (x, module.weight), given, retain_graph=True)
+        copies.append(sum(event.name == "aten::copy_" for event in profile.events()))
+    assert copies[1] == copies[0] + 1
 
 
 def test_a_call_with_gradients_stays_short():
     weight = W.clone().requires_grad_()
     linear(X, weight)
     assert len(calls_within(lambda: linear(X, weight))) <= 10
+
+
+FROZEN = {
+    "linear": (lambda: torch.nn.Linear(64, 48), X),
+    "convolution": (lambda: torch.nn.Conv2d(32, 48, 3, padding=1), values(2, 32, 5, 4)),
+    "transposed convolution": (lambda: torch.nn.ConvTranspose2d(32, 48, 3, 2), values(2, 32, 5, 4)),
+}
+
+
+@pytest.mark.parametrize("wants", ["bias", "input"])
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_frozen_layer_with_gradients_to_come_asks_no_dispatcher(name, wants):
+    """In evaluation without no_grad, as the bias wants a gradient: twice through torch's dispatcher was half of it."""
+    make, x = FROZEN[name]
+    module = make()
+    hbfp.freeze_(module, "hbfp4")
+    x = x.clone().requires_grad_(wants == "input")
+    module.requires_grad_(False)
+    module.bias.requires_grad_(wants == "bias")
+    module(x)
+    names = calls_within(lambda: module(x))
+    assert "forward" in names
+    assert "__torch_dispatch__" not in names
+    with torch.no_grad():
+        expected = module(x)
+    y = module(x)
+    assert y.requires_grad
+    assert torch.equal(y, expected)
+    with pytest.raises(AssertionError, match="forward"), told_of_products():
+        module(x)
+
+
+@pytest.mark.parametrize("backend", ["emulate", "reference"])
+@pytest.mark.parametrize("name", FROZEN)
+def test_codes_go_to_the_core_by_no_other_backend(name, backend, monkeypatch):
+    make, x = FROZEN[name]
+    module = make()
+    hbfp.freeze_(module, "hbfp4")
+    module.hbfp_state.recipe = replace(module.hbfp_state.recipe, backend=backend)  # freeze_ would refuse it
+    assert type(module.weight) is PackedWeight
+
+    def refuse(*_):
+        raise AssertionError("multiplied in integers")
+
+    monkeypatch.setattr(PackedWeight, "quick_product", refuse)
+    monkeypatch.setattr(ops, "quick_convolution", refuse)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            assert module(x).requires_grad == gradients
+
+
+@contextmanager
+def told_of_products():
+    def refuse(product):
+        raise AssertionError(product.name)
+
+    ops.recorders.append(refuse)
+    try:
+        yield
+    finally:
+        ops.recorders.remove(refuse)
 
 
 @pytest.mark.parametrize("grad_mode", [True, False])

@@ -1,6 +1,7 @@
 """README and CONTRIBUTING say what is so: their examples run, and what they name exists."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ def page(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-EXAMPLES_IN = ("README.md", "docs/files.md")
+EXAMPLES_IN = ("README.md", "docs/files.md", "docs/inference.md")
 
 
 def examples() -> list[tuple[str, int, str]]:
@@ -38,6 +39,25 @@ def test_example_runs(name: str, line: int, example: str, tmp_path: Path, monkey
 def test_there_are_examples() -> None:
     """Were the pattern above to match nothing, nothing would be tested."""
     assert len(examples()) == sum(page(name).count("```python") for name in EXAMPLES_IN) >= 4
+
+
+def test_commands_of_the_page_about_files_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, with the files that they name."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    from hbfp.tools.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    shapes = {"blocks.0.mlp.weight": (8, 512), "lm_head.weight": (10, 64), "embed.weight": (10, 64)}
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    save_file(tensors, "model.safetensors")
+    torch.save(tensors, "model.pt")
+    commands = re.findall(r"^    hbfp (.*)$", page("docs/files.md"), re.MULTILINE)
+    assert len(commands) > 5
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        assert main(words) == (words[0] == "diff"), command
 
 
 @pytest.mark.parametrize("name", PAGES)

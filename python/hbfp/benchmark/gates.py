@@ -190,6 +190,7 @@ _ROWS = "32x4096x4096"
 _ROW = "1x4096x4096"
 _H4 = "hbfp4b64"
 _FP32, _BF16, _INT8 = "torch fp32", "torch bf16", "torch int8 dynamic"
+_FP32_TOGETHER = f"{_FP32}, channels last"
 _GGML = ("ggml Q4_0", "ggml Q4_0 repacked")
 
 
@@ -274,6 +275,11 @@ def _inference() -> list[Gate]:
             gates.append(Gate(f"{label} / FP32", ratio("frozen linear", shape, name, _FP32), bars.get(m, _bars())))
             figure = ratio("frozen linear", shape, name, _INT8)
             gates.append(Gate(f"{label} / dynamic int8", figure, _bars((2, 2.7), (2, 2.8)) if m == 1 else _bars()))
+    # No bars where it comes out even: one image on two threads, and eight at level avx2.
+    for batch, both in ((1, None), (8, (1.0, 1.5))):
+        figure = ratio("frozen resnet20", f"{batch}x3x32x32", frozen, _FP32, _FP32_TOGETHER)
+        label = f"{frozen}, ResNet20, batch {batch} / FP32, the faster layout"
+        gates.append(Gate(label, figure, _bars(None, both), loosened=False))
     for name in ("demo", "100 M"):
         figure = ratio("generation", name, frozen, _FP32)
         gates.append(Gate(f"tokens per second, {name} GPT / FP32", figure, _bars((3, 4), (3, 4)), loosened=False))

@@ -1,7 +1,8 @@
-"""The cases of inference: frozen linear layers, text from a GPT, and the loading of a packed file.
+"""The cases of inference: frozen linear layers, a frozen ResNet, text from a GPT, and the loading of a packed file.
 
-Answers are checked before anything is timed: a frozen layer against the oracle, compiled or not, bit for bit; a GPT's
-logits from its cache against those of its whole forward pass.
+Answers are checked before anything is timed: a frozen layer against the oracle, compiled or not, bit for bit; a ResNet
+against the same one converted and not frozen, bit for bit; a GPT's logits from its cache against those of its whole
+forward pass.
 """
 
 import copy
@@ -16,20 +17,22 @@ from torch import nn
 import hbfp
 from hbfp.benchmark import loading
 from hbfp.benchmark.cases import Bench
-from hbfp.benchmark.checks import WrongAnswer, exact
+from hbfp.benchmark.checks import WrongAnswer, close, exact
 from hbfp.benchmark.peers import BY_NAME, quiet
 from hbfp.benchmark.results import NotRun, Row
 from hbfp.benchmark.timing import Call
 from hbfp.training.generation import generate
 from hbfp.training.gpt import GPT, GPTShape
+from hbfp.training.resnet import ResNet, ResNetShape
 
-__all__ = ["GPTS", "frozen_linear", "generation", "load"]
+__all__ = ["GPTS", "frozen_linear", "frozen_resnet20", "generation", "load"]
 
 GPTS = {"demo": GPTShape(96), "100 M": GPTShape(96, layers=14, width=768, context=512)}
 """Layers and widths: the demo's 3 M parameters, and 100 M random ones."""
 
 _SEED = 20
 _OURS, _FP32 = "hbfp4, frozen", "torch fp32"
+_FP32_TOGETHER = "torch fp32, channels last"
 
 
 def _quietly(call: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Call:
@@ -73,6 +76,34 @@ def frozen_linear(bench: Bench, m: int, n: int = 4096, k: int = 4096) -> None:
     for call in contestants.values():
         call()
     bench.measure(case, shape, 2 * m * n * k, "GOP/s", contestants, {})
+
+
+def frozen_resnet20(bench: Bench, batch: int) -> None:
+    """Scores of ResNet-20 for images of 32 x 32: ours frozen, torch's FP32 in its default layout and, images and
+    kernels both, with the channels of a pixel together, which is the faster one on some machines."""
+    case, shape = "frozen resnet20", f"{batch}x3x32x32"
+    torch.manual_seed(_SEED)
+    plain, images = ResNet(ResNetShape()).eval(), torch.randn(batch, 3, 32, 32)
+    together = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    converted = copy.deepcopy(plain)
+    hbfp.convert_(converted, "hbfp4")
+    frozen = copy.deepcopy(converted)
+    hbfp.freeze_(frozen)
+    contestants = {
+        _OURS: _quietly(frozen, images),
+        _FP32: _quietly(plain, images),
+        _FP32_TOGETHER: _quietly(together, images.contiguous(memory_format=torch.channels_last)),
+    }
+    with torch.no_grad():
+        scores, expected = frozen(images), plain(images)
+        if not torch.equal(scores, converted(images)):
+            raise WrongAnswer(f"{case} {shape}: frozen and not, the network gives different bits")
+        # Ours generously, for twenty layers round to four bits: a mistake makes it 1 or more.
+        close(f"{case} {shape}, {_OURS}", scores, expected, 0.6)
+        close(f"{case} {shape}, {_FP32_TOGETHER}", together(images), expected, 1e-4)
+    for call in contestants.values():
+        call()
+    bench.measure(case, shape, batch, "images/s", contestants, {})
 
 
 def generation(bench: Bench, name: str, shape: GPTShape, tokens: int = 64, prompt: int = 16) -> None:

@@ -34,9 +34,10 @@ class Row:
     contestant: str
     threads: int
     work: float
-    """Of one call: operations (two per multiply-accumulate), elements or bytes, as `unit` says; 0 for µs."""
+    """Of one call: operations (two per multiply-accumulate), elements, bytes, tokens or images, as `unit` says; 0 for
+    µs."""
     unit: str
-    """GOP/s, Gelem/s, GB/s or tokens/s; µs for a time; MiB for an amount of memory."""
+    """GOP/s, Gelem/s, GB/s, tokens/s or images/s; µs for a time; MiB for an amount of memory."""
     rounds: tuple[float, ...]
     """Seconds of the best call of each round, or MiB."""
     note: str = ""
@@ -52,7 +53,7 @@ class Row:
         """In `unit`."""
         if self.unit == "MiB":
             return median(self.rounds)
-        if self.unit == "tokens/s":
+        if self.unit in ("tokens/s", "images/s"):
             return self.work / self.seconds
         return 1e6 * self.seconds if self.unit == "µs" else self.work / self.seconds / 1e9
 

@@ -95,6 +95,9 @@ def plan(threads: Sequence[int], *, quick: bool = False, only: Sequence[str] = (
             add("layers", "LSTM", count, layers.lstm, _LAYERS)
             for m in (1, 4, 16):
                 add("inference", f"frozen linear, {m}", count, partial(inference.frozen_linear, m=m))
+            for batch in (1, 8):
+                work = partial(inference.frozen_resnet20, batch=batch)
+                add("inference", f"frozen ResNet20, {batch} image{'s' * (batch > 1)}", count, work)
             for name, shape in inference.GPTS.items():
                 work = partial(inference.generation, name=name, shape=shape)
                 add("inference", f"generation, {name}", count, work, _LAYERS)

@@ -325,11 +325,10 @@ def quick_convolution(
     """
     if dispatch_modes() or x.layout is not torch.strided:
         return None
-    together = _TOGETHER.get(x.dim())
-    x = channels_together(x) if together is None else x.contiguous(memory_format=together)
     left, right = formats
     coded = (left.core, roundings[0], streams[0]), (right.core, roundings[1], streams[1])
-    out: Tensor | None = _core.tensor_convolution(x, weight, coded, geometry, spatial, bias, seed, threads())
+    image = channels_together(x)
+    out: Tensor | None = _core.tensor_convolution(image, weight, coded, geometry, spatial, bias, seed, threads())
     return out
 
 
@@ -488,9 +487,9 @@ _TOGETHER = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def channels_together(x: Tensor) -> Tensor:
     """x [N, C, *S] with the channels of one pixel side by side in memory; a copy only where they are not."""
-    if x.dim() in _TOGETHER:
-        # torch has a faster copy for this than for a permuted tensor. Sizes of 1 make several layouts look alike.
-        x = x.contiguous(memory_format=_TOGETHER[x.dim()])
+    together = _TOGETHER.get(x.dim())
+    if together is not None:  # a faster copy than that of a permuted tensor
+        return x.contiguous(memory_format=together)
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
