@@ -617,6 +617,39 @@ fn results_larger_than_the_caches() {
 }
 
 #[test]
+fn random_bits_that_come_with_the_strips() {
+    // Hunted: of dY, bits of another pixel, sample, row of pixels, channel or block; those of the pixels before; tasks that
+    // begin within the pixels whose bits come together.
+    let levels = contexts();
+    let pool = Pool::new();
+    let mut cases = Vec::new();
+    for (batch, outs, output, block) in [
+        (70, 16, [1, 2, 16], 64),
+        (9, 16, [2, 2, 8], 4),
+        (33, 8, [1, 3, 8], 16),
+        (5, 32, [1, 3, 24], 64),
+        (67, 64, [1, 2, 8], 32),
+        (3, 128, [1, 1, 16], 64),
+    ] {
+        let (kernel, padding) = ([1, 1, 2], [0; 3]);
+        let input = [output[0], output[1], output[2] + 1];
+        let sizes = Convolution { batch, channels: [3, outs], input, output, kernel, padding, ..SQUARE };
+        cases.push(plain(sizes, false, [line(4, block); 2], Rounding::Stochastic));
+    }
+    let mut workspaces: Vec<_> = levels.iter().map(|_| Workspace::default()).collect();
+    for case in &cases {
+        let expected = case.expected();
+        for ((name, ctx), workspace) in levels.iter().zip(&mut workspaces) {
+            for threads in [1, 3] {
+                let ctx = Context { team: &pool, threads, ..*ctx };
+                let what = || format!("{name}, {threads} threads: {:?}", case.sizes);
+                case.check(&case.run(&ctx, workspace), &expected, &what);
+            }
+        }
+    }
+}
+
+#[test]
 fn rows_of_sixteen_pixels_and_more() {
     // Hunted: a row that begins at the wrong line, the last sixteen of a row of pixels, which overlap those before, pixels
     // between the steps of a stride, margins before and behind in each dimension, blocks of all lengths that a matrix unit

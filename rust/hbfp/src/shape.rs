@@ -111,6 +111,7 @@ impl<'a> FloatTensor<'a> {
             row_step,
             first_row: 0,
             plane: std::ptr::null(),
+            image: None,
             lifetime: PhantomData,
         })
     }
@@ -132,7 +133,18 @@ pub(crate) struct FloatLines<'a> {
     first_row: usize,
     /// Random bits laid out as the elements are, in place of rows and columns; null: none.
     plane: *const u16,
+    /// Whose pixels' channels the lines are, one pixel after the other, along the samples.
+    pub(crate) image: Option<ImageRows>,
     lifetime: PhantomData<&'a [f32]>,
+}
+
+/// Where the random bits of an image's elements are: rows are (sample, channel, row of pixels), columns the pixels of that.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ImageRows {
+    pub(crate) channels: usize,
+    /// Rows of pixels of a sample, and pixels of one of them.
+    pub(crate) rows: usize,
+    pub(crate) width: usize,
 }
 
 // SAFETY: only reads, like &[f32].
@@ -155,8 +167,8 @@ impl<'a> FloatLines<'a> {
         let (lines, k) = if by_line { (rows, columns) } else { (columns, rows) };
         let (line_stride, k_stride) = if by_line { (stride as isize, 1) } else { (1, stride as isize) };
         let (offsets, lifetime) = (vec![0], PhantomData);
-        let plane = std::ptr::null();
-        Self { ptr, offsets, lines, k, line_stride, k_stride, by_line, row_step: 1, first_row, plane, lifetime }
+        let (plane, image) = (std::ptr::null(), None);
+        Self { ptr, offsets, lines, k, line_stride, k_stride, by_line, row_step: 1, first_row, plane, image, lifetime }
     }
 
     /// One matrix in memory of its own, transposed: it holds the rows from `first_row` on of a tensor that is nowhere whole,
@@ -205,8 +217,8 @@ impl<'a> FloatLines<'a> {
         [line_stride, k_stride]: [isize; 2],
     ) -> Self {
         let lifetime = PhantomData;
-        let (by_line, row_step, first_row) = (true, 1, 0);
-        Self { ptr, offsets, lines, k, line_stride, k_stride, by_line, row_step, first_row, plane, lifetime }
+        let (by_line, row_step, first_row, image) = (true, 1, 0, None);
+        Self { ptr, offsets, lines, k, line_stride, k_stride, by_line, row_step, first_row, plane, image, lifetime }
     }
 
     pub(crate) fn has_plane(&self) -> bool {

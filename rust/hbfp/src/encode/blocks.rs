@@ -8,7 +8,7 @@ use crate::encode::panels::Panels;
 use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT, Rounding, power_of_two};
 use crate::mem::AlignedBytes;
 use crate::rng::Seed;
-use crate::shape::FloatLines;
+use crate::shape::{FloatLines, ImageRows};
 use std::ops::Range;
 
 /// Rounding of one operand: which, and (if stochastic) from which bits.
@@ -99,6 +99,8 @@ pub(crate) struct Scratch {
     pub(crate) general: Vec<bool>,
     /// Patches of an image, and their panels.
     pub(crate) patches: Vec<f32>,
+    /// Random bits of some pixels.
+    pub(crate) pixels: Vec<u16>,
     /// A row of pixels, channel by channel.
     pub(crate) row: Vec<f32>,
     pub(crate) patch_panels: Panels,
@@ -127,7 +129,7 @@ impl Scratch {
 
     pub(crate) fn bytes(&self) -> usize {
         4 * (self.staging.len() + self.zeros.len())
-            + 2 * (self.random.len() + self.transposed.len() + self.wide.len() + self.bits.len())
+            + 2 * (self.random.len() + self.transposed.len() + self.wide.len() + self.bits.len() + self.pixels.len())
             + self.codes.len()
             + self.tiles.bytes()
             + self.strips.capacity()
@@ -204,6 +206,50 @@ pub(crate) fn random_rows(kernels: &Kernels, lines: &FloatLines<'_>, part: Part,
     // SAFETY: room for the rectangle and its padding.
     unsafe { (kernels.fill_random)(seed, counters, out.as_mut_ptr()) };
     groups
+}
+
+/// Pixels whose random bits come together.
+pub(crate) const PIXELS: usize = 8;
+
+/// Random bits of [`PIXELS`] pixels of a row from `pixel` on, which is a multiple of that: `out` [pixels, samples, channels].
+pub(crate) fn random_pixels(
+    kernels: &Kernels,
+    image: &ImageRows,
+    pixel: usize,
+    samples: Range<usize>,
+    seed: Seed,
+    out: &mut Vec<u16>,
+) {
+    let &ImageRows { channels, rows, width } = image;
+    debug_assert!(width.is_multiple_of(PIXELS) && pixel.is_multiple_of(PIXELS));
+    let counters = Counters {
+        row: (samples.start * channels * rows + pixel / width) as u32,
+        row_step: rows as u32,
+        rows: samples.len() * channels,
+        group: (pixel % width / PIXELS) as u32,
+        groups: 1,
+    };
+    out.resize(out.len().max(PIXELS * counters.rows), 0);
+    // SAFETY: room for the pixels' channels.
+    unsafe { (kernels.fill_random_columns)(seed, counters, PIXELS, out.as_mut_ptr()) };
+}
+
+/// Random bits of a strip of an image's lines, of those that [`random_pixels`] gave: `out` as that of [`random_strip`].
+pub(crate) fn pixel_strip(image: &ImageRows, part: Part, bits: &[u16], out: &mut [u16]) {
+    let run = image.channels.min(STRIP);
+    for at in (0..STRIP).step_by(run) {
+        let (pixel, channel) = ((part.line + at) / image.channels % PIXELS, (part.line + at) % image.channels);
+        let bits = bits[pixel * part.n * image.channels + channel..].chunks(image.channels);
+        for (out, bits) in out.chunks_exact_mut(STRIP).zip(bits).take(part.n) {
+            copy(&mut out[at..at + run], &bits[..run]);
+        }
+    }
+}
+
+/// Copies a multiple of eight elements: a call of memcpy would take longer than they do.
+#[inline]
+fn copy(to: &mut [u16], from: &[u16]) {
+    to.as_chunks_mut::<8>().0.iter_mut().zip(from.as_chunks::<8>().0).for_each(|(to, from)| *to = *from);
 }
 
 /// Random bits of a part whose lines are rows that lie side by side: `out[j * STRIP + l]` for element k + j − `skipped` of

@@ -2,7 +2,8 @@
 #![allow(unsafe_code, reason = "calls of kernels, and tasks that write disjoint panels")]
 
 use super::blocks::{
-    Part, RUN, RoundingMode, Scratch, load_lines, plane_strip, random_columns, random_rows, random_strip,
+    PIXELS, Part, RUN, RoundingMode, Scratch, load_lines, pixel_strip, plane_strip, random_columns, random_pixels,
+    random_rows, random_strip,
 };
 use super::codes::{Codes, unpack_block};
 use super::panels::{Form, PanelLayout, PanelsMut, Side};
@@ -15,7 +16,7 @@ use crate::format::{BlockFormat, EXPONENT_OFFSET, NAN_EXPONENT};
 use crate::mem::{SharedMut, ask_for};
 use crate::pack::packed_bytes;
 use crate::parallel::for_each_task;
-use crate::shape::FloatLines;
+use crate::shape::{FloatLines, ImageRows};
 use crate::sums::{BLOCK, sum_block};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
@@ -83,6 +84,14 @@ pub(crate) struct Job<'a> {
 }
 
 impl<'a> Job<'a> {
+    /// The image that random bits are made for as its strips are encoded.
+    fn image(&self) -> Option<ImageRows> {
+        match self.source {
+            Source::Floats(x, mode) if mode.is_stochastic() => x.image,
+            _ => None,
+        }
+    }
+
     pub(crate) fn new(source: &'a Source<'a>, format: BlockFormat, layout: PanelLayout, panels: PanelsMut<'a>) -> Self {
         Self { source, format, layout, panels, sums: None }
     }
@@ -110,7 +119,10 @@ impl<'a> Filling<'a> {
         let blocks_together = job.blocks_together();
         let runs = layout.blocks.div_ceil(blocks_together);
         let wanted = TASKS_PER_WORKER * ctx.threads.max(1);
-        let strips_together = (layout.matrices * layout.strips() * runs / wanted).clamp(1, STRIPS_TOGETHER);
+        let mut strips_together = (layout.matrices * layout.strips() * runs / wanted).clamp(1, STRIPS_TOGETHER);
+        if let Some(image) = job.image() {
+            strips_together = strips_together.next_multiple_of((PIXELS * image.channels / STRIP).max(1));
+        }
         let tasks = layout.matrices * runs * layout.strips().div_ceil(strips_together);
         Self { job, strips_together, blocks_together, tasks }
     }
@@ -178,8 +190,15 @@ impl<'a> Filling<'a> {
             // Block after block, so that neighbouring strips are read one after the other.
             Source::Floats(x, mode) if takes_strips(x) => {
                 for b in blocks.clone() {
-                    let mut strip = strips.start;
+                    let (mut strip, mut pixels) = (strips.start, None);
                     while strip < strips.end {
+                        if let Some(image) = self.job.image() {
+                            let pixel = strip * STRIP / image.channels / PIXELS * PIXELS;
+                            if pixels.replace(pixel) != Some(pixel) {
+                                let samples = b * layout.block..((b + 1) * layout.block).min(layout.k);
+                                random_pixels(ctx.kernels, &image, pixel, samples, mode.seed, &mut scratch.pixels);
+                            }
+                        }
                         let together = STRIPS_STAGED.min(strips.end - strip);
                         let amax = writer(strip).stage(x, b, together, scratch);
                         for (i, sums) in (0..together).filter_map(|i| Some((i, sums?))) {
@@ -452,6 +471,8 @@ impl StripWriter<'_> {
             let part = self.part(0, self.lines, b);
             if x.has_plane() {
                 plane_strip(x, part, &mut scratch.random);
+            } else if let Some(image) = &x.image {
+                pixel_strip(image, part, &scratch.pixels, &mut scratch.random);
             } else if x.by_line {
                 skipped = random_columns(kernels, x, part, mode.seed, &mut scratch.random);
             } else {

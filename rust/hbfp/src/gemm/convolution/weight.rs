@@ -8,7 +8,7 @@ use crate::arch::generic::encode::STRIP;
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::arch::generic::{aligned, unit_rows};
 use crate::arch::kernels::{Kernels, MatrixUnitKernels};
-use crate::encode::blocks::Scratch;
+use crate::encode::blocks::{PIXELS, Scratch};
 use crate::encode::codes::Codes;
 use crate::encode::filling::{Fillings, Job, Source, reserve_scratch};
 use crate::encode::panels::{Form, PanelLayout, Panels, PanelsMut, PanelsRef, Side};
@@ -19,7 +19,7 @@ use crate::gemm::tiles::{Kernel, Left, LeftBlocks, PanelBlocks, Task, Tiles};
 use crate::gemm::{Coding, Epilogue, Workspace, driver, fitting, general, offset, tiles};
 use crate::mem::{AlignedBytes, SharedMut};
 use crate::parallel::{Stage, for_each_stage, for_each_task};
-use crate::shape::FloatLines;
+use crate::shape::{FloatLines, ImageRows};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -66,7 +66,21 @@ impl Convolution {
         let offsets = (0..layout.matrices).map(|p| (p * self.channels[1] + g * columns) as isize).collect();
         let image = (pixels * self.channels[1]) as isize;
         // SAFETY: the callers checked the image's size; the plane has as many elements and the padding.
-        unsafe { FloatLines::with_plane(dy.as_ptr(), plane.bits(), offsets, [layout.lines, self.batch], [1, image]) }
+        let mut lines = unsafe {
+            FloatLines::with_plane(dy.as_ptr(), plane.bits(), offsets, [layout.lines, self.batch], [1, image])
+        };
+        lines.image = self.rows_of_strips(layout).filter(|_| plane.bits().is_null());
+        lines
+    }
+
+    /// Of dY: where its random bits are, if these need no plane but can be made as its strips are encoded, without making
+    /// many of them twice.
+    fn rows_of_strips(&self, layout: &PanelLayout) -> Option<ImageRows> {
+        const MOST: usize = 128;
+        let ([p0, p1, width], channels) = (self.output, self.channels[1]);
+        let strips = STRIP.is_multiple_of(channels) || channels.is_multiple_of(STRIP);
+        let fits = layout.lined_up > 0 && strips && channels <= MOST && layout.block <= 64;
+        (fits && width.is_multiple_of(PIXELS)).then_some(ImageRows { channels, rows: p0 * p1, width })
     }
 
     pub(super) fn image(&self, place: Place) -> Image {
@@ -226,10 +240,18 @@ impl Convolution {
             Input::Kept(_) => Plane::none(),
         };
         let reach = self.reach();
-        let dy_plane = plane(dy, Place::Output, dy_coding, dy_plane);
-        let x_plane = plane(x, Place::Input, x_coding, x_plane);
         let by_panels =
             [x_coding, dy_coding].iter().all(|coding| coding.format.encodes_to_panels()) && block <= MAX_BLOCK;
+        let right_layout = match dy {
+            Input::Floats(_) => self.weight_right_layout(ctx.kernels, dy_coding.format),
+            Input::Kept(_) => self.kept_layout(ctx, Place::Output, dy_coding.format).0,
+        };
+        let dy_plane = if by_panels && self.rows_of_strips(&right_layout).is_some() {
+            Plane::none()
+        } else {
+            plane(dy, Place::Output, dy_coding, dy_plane)
+        };
+        let x_plane = plane(x, Place::Input, x_coding, x_plane);
         let operands = [(x, x_coding, &x_plane), (dy, dy_coding, &dy_plane)];
         if by_panels
             && self.weight_by_lanes(ctx, operands, &reach, out, [&mut *left_panels, &mut *right_panels], scratch)
@@ -239,10 +261,6 @@ impl Convolution {
         // What was kept of narrow groups has no form but the one that was just refused.
         let kept = [x, dy].iter().any(|values| matches!(values, Input::Kept(_)));
         let by_panels = by_panels && !(self.is_narrow() && kept);
-        let right_layout = match dy {
-            Input::Floats(_) => self.weight_right_layout(ctx.kernels, dy_coding.format),
-            Input::Kept(_) => self.kept_layout(ctx, Place::Output, dy_coding.format).0,
-        };
         if !by_panels {
             let image = match x {
                 Input::Floats(x) => {
