@@ -3,6 +3,7 @@
 Nothing here depends on how long anything takes.
 """
 
+import datetime
 import importlib.util
 import inspect
 import itertools
@@ -607,6 +608,7 @@ def test_the_record_is_named_for_cpu_and_day(planned, tmp_path, monkeypatch):
     assert main(["bench", "--record"]) == 0
     (record,) = (tmp_path / "benches" / "record").glob("*/*.csv")
     assert record.parent.name == cpu_name()
+    assert record.name == f"{datetime.date.today()}-{hbfp.info()['level']}.csv"
     assert len(rows_from_csv(record.read_text())) == 2
 
 

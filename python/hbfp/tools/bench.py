@@ -36,7 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("build/bench"), help="folder of results and plots (default: %(default)s)"
     )
     parser.add_argument(
-        "--record", action="store_true", help="also write benches/record/<cpu>/<date>.csv, below the current folder"
+        "--record", action="store_true", help="also write benches/record/<cpu>/<date>-<level>.csv below the current folder"
     )
 
 
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(gate_table(verdicts), row_table(results), sep="\n\n", end="\n\n")
     files = [arguments.json or arguments.out / "bench.json", arguments.out / "bench.csv"]
     if arguments.record and stopped is None:
-        files.append(Path("benches/record") / results.cpu / f"{datetime.date.today()}.csv")
+        files.append(Path("benches/record") / results.cpu / f"{datetime.date.today()}-{results.level}.csv")
     for path in files:
         csv = path.suffix == ".csv"
         write(path, results.to_csv() if csv else results.to_json({"gates": as_dict(verdicts)}))
