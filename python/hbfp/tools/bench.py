@@ -36,7 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("build/bench"), help="folder of results and plots (default: %(default)s)"
     )
     parser.add_argument(
-        "--record", action="store_true", help="also write benches/record/<cpu>/<date>-<level>.csv below the current folder"
+        "--record",
+        action="store_true",
+        help="also write benches/record/<cpu>/<date>-<level>.csv below the current folder",
     )
 
 
