@@ -121,7 +121,7 @@ impl<'a> Filling<'a> {
         let wanted = TASKS_PER_WORKER * ctx.threads.max(1);
         let mut strips_together = (layout.matrices * layout.strips() * runs / wanted).clamp(1, STRIPS_TOGETHER);
         if let Some(image) = job.image() {
-            strips_together = strips_together.next_multiple_of((PIXELS * image.channels / STRIP).max(1));
+            strips_together = strips_together.next_multiple_of(PIXELS * image.channels / STRIP);
         }
         let tasks = layout.matrices * runs * layout.strips().div_ceil(strips_together);
         Self { job, strips_together, blocks_together, tasks }

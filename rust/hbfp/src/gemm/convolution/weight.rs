@@ -4,7 +4,7 @@
 use super::prepared::{Image, Plane};
 use super::reach::NOWHERE;
 use super::{Convolution, Input, NOTHING, Place, Plan, product_of, run_stages};
-use crate::arch::generic::encode::STRIP;
+use crate::arch::generic::encode::{STRIP, STRIPS_STAGED};
 use crate::arch::generic::product::{Correction, PANEL_ROWS};
 use crate::arch::generic::{aligned, unit_rows};
 use crate::arch::kernels::{Kernels, MatrixUnitKernels};
@@ -78,7 +78,9 @@ impl Convolution {
     fn rows_of_strips(&self, layout: &PanelLayout) -> Option<ImageRows> {
         const MOST: usize = 128;
         let ([p0, p1, width], channels) = (self.output, self.channels[1]);
-        let strips = STRIP.is_multiple_of(channels) || channels.is_multiple_of(STRIP);
+        // Strips that are staged together lie within the pixels whose bits come together.
+        let strips = (STRIP.is_multiple_of(channels) || channels.is_multiple_of(STRIP))
+            && PIXELS * channels >= STRIPS_STAGED * STRIP;
         let fits = layout.lined_up > 0 && strips && channels <= MOST && layout.block <= 64;
         (fits && width.is_multiple_of(PIXELS)).then_some(ImageRows { channels, rows: p0 * p1, width })
     }
